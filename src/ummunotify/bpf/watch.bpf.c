@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only
+/*
+ * The feeder in the kernel: from an MMU notification to invalidated slots.
+ *
+ * Kernel structures are declared here with just the fields that are used; CO-RE finds their offsets in the running kernel.
+ */
+#include <stdint.h>
+
+typedef uint8_t __u8;
+typedef int8_t __s8;
+typedef uint16_t __u16, __be16;
+typedef int16_t __s16;
+typedef uint32_t __u32, __be32, __wsum;
+typedef int32_t __s32;
+typedef uint64_t __u64;
+typedef int64_t __s64;
+#define BPF_MAP_TYPE_HASH 1
+#define BPF_MAP_TYPE_ARRAY 2
+#define BPF_MAP_TYPE_ARRAY_OF_MAPS 12
+#define BPF_MAP_TYPE_RINGBUF 27
+#define BPF_F_MMAPABLE (1u << 10)
+#define BPF_F_INNER_MAP (1u << 12)
+#include <bpf/bpf_helpers.h>
+
+#include "../core/layout.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+struct pt_regs {
+	unsigned long r10, r9, r8, ax, dx, si, di, orig_ax;
+};
+struct thread_info {
+	unsigned int status;
+};
+struct mm_struct {
+	unsigned long locked_vm;
+};
+struct task_struct {
+	struct thread_info thread_info;
+	unsigned int flags;
+	struct mm_struct *mm;
+};
+#pragma clang attribute pop
+
+/* ---- The maps. Of these only segments and rings are ever in a client's hands; what the others say can be trusted. ---- */
+
+struct table {
+	uint64_t mm;	/* 0: its owner has not shown itself yet, or is gone */
+	uint32_t next;	/* the next table of the same address space, plus 1 */
+	uint32_t cells; /* in all its segments: no walk of a sound index takes more steps */
+};
+struct segment {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
+	__uint(key_size, sizeof(uint32_t));
+	__uint(value_size, UMN_PAGE);
+};
+struct ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+};
+
+/* The loader sets these maps' max_entries for the number of tables that it wants. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, UMN_SEGMENTS);
+	__type(key, uint32_t);
+	__array(values, struct segment);
+} segments SEC(".maps");
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__array(values, struct ring);
+} rings SEC(".maps");
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, struct table);
+} tables SEC(".maps");
+/* An address space's first table, plus 1. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, uint64_t);
+	__type(value, uint32_t);
+} owners SEC(".maps");
+/* The tables whose owners have not shown themselves yet, by the secret that they will show. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, uint64_t);
+	__type(value, uint32_t);
+} handshakes SEC(".maps");
+
+struct control {
+	uint32_t tables;     /* tables with this number and above have never been used */
+	uint32_t handshakes; /* how many are open */
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, struct control);
+} control SEC(".maps");
+
+/* ---- The feeder. ---- */
+
+#define UMN_WALK_FIELDS uint32_t segments_at;/* the table's first entry in `segments` */
+#define UMN_INLINE __always_inline
+#define UMN_LOAD(p) (*(volatile __typeof__(*(p)) *)(p))
+#define UMN_STORE(p, v) (*(volatile __typeof__(*(p)) *)(p) = (v))
+#define UMN_OPAQUE(v) asm volatile("" : "+r"(v))
+#define UMN_REPEAT(n, f, w) bpf_loop(n, f, w, 0)
+struct umn_walk;
+static __always_inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref);
+static __always_inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref);
+#include "../core/feeder.h"
+
+static __always_inline uint8_t *page_at(uint32_t segments_at, uint32_t ref)
+{
+	uint32_t segment = segments_at + (ref >> UMN_CELL_BITS);
+	uint32_t page = (ref & UMN_CELL_MASK) / UMN_CELLS_PER_PAGE;
+	void *map = bpf_map_lookup_elem(&segments, &segment);
+
+	return map ? bpf_map_lookup_elem(map, &page) : 0;
+}
+
+static __always_inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref)
+{
+	uint8_t *page = page_at(w->segments_at, ref);
+	uint64_t cell = ref & (UMN_CELLS_PER_PAGE - UMN_CELLS_PER_CHUNK);
+
+	return page ? (struct umn_node *)(page + cell * UMN_CELL) : 0;
+}
+
+static __always_inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref)
+{
+	uint8_t *page = page_at(w->segments_at, ref);
+	uint64_t cell = ref & (UMN_CELLS_PER_PAGE - 1);
+
+	return page ? (struct umn_slot *)(page + cell * UMN_CELL) : 0;
+}
+
+#define STEPS_MAX (1u << 23)	     /* bpf_loop's own limit */
+#define STEPS_FOREIGN_MAX (1u << 12) /* on behalf of a table that may be another user's: 4096 steps take some 0.2 ms */
+
+/* One table's share of a change. A global function, so that the verifier looks at it once. */
+__attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, int32_t syscall, uint32_t own)
+{
+	struct table *table = bpf_map_lookup_elem(&tables, &id);
+	struct umn_walk w = {.segments_at = id * UMN_SEGMENTS, .start = start, .end = end, .syscall = syscall};
+	uint32_t first = 0, steps;
+	uint64_t wake = 1;
+	void *map, *ring;
+
+	if (!table || !table->mm)
+		return 0;
+	map = bpf_map_lookup_elem(&segments, &w.segments_at);
+	w.header = map ? bpf_map_lookup_elem(map, &first) : 0;
+	if (!w.header || !umn_in_hull(w.header, start, end))
+		return 0;
+	w.thread = bpf_get_current_pid_tgid();
+	steps = own ? table->cells : STEPS_FOREIGN_MAX;
+	if (steps > STEPS_MAX)
+		steps = STEPS_MAX;
+	if (umn_invalidate(&w, steps)) {
+		ring = bpf_map_lookup_elem(&rings, &id);
+		if (ring)
+			bpf_ringbuf_output(ring, &wake, sizeof wake, 0);
+	}
+	return 0;
+}
+
+struct change {
+	uint64_t start, end;
+	int32_t syscall;
+	uint32_t table; /* plus 1 */
+};
+
+static long feed_next(uint32_t unused, struct change *change)
+{
+	uint32_t id = change->table - 1;
+	struct table *table;
+
+	feed(id, change->start, change->end, change->syscall, 1);
+	table = bpf_map_lookup_elem(&tables, &id);
+	change->table = table ? table->next : 0;
+	return !change->table;
+}
+
+static long feed_foreign(uint32_t id, struct change *change)
+{
+	feed(id, change->start, change->end, change->syscall, 0);
+	return 0;
+}
+
+#define TABLES_PER_MM_MAX 256
+
+static __always_inline void feed_mm(uint64_t mm, struct change *change)
+{
+	uint32_t *first = bpf_map_lookup_elem(&owners, &mm);
+
+	if (!first)
+		return;
+	change->table = *first;
+	bpf_loop(TABLES_PER_MM_MAX, feed_next, change, 0);
+}
+
+/* ---- Whose change is it? The kvm probe does not say, so it has to follow from what the current task is doing. ---- */
+
+enum scope { NOBODY, OWN, ANYBODY };
+
+#define PF_IO_WORKER 0x00000010
+#define PF_USER_WORKER 0x00004000
+#define PF_KTHREAD 0x00200000
+#define TS_COMPAT 0x0002 /* in a 32-bit system call: other numbers */
+#define ENOSYS 38
+
+enum {
+	NR_mmap = 9,
+	NR_mprotect = 10,
+	NR_munmap = 11,
+	NR_brk = 12,
+	NR_mremap = 25,
+	NR_madvise = 28,
+	NR_clone = 56,
+	NR_fork = 57,
+	NR_pkey_mprotect = 329,
+	NR_clone3 = 435
+};
+#define PROT_WRITE 2
+#define MAP_ANONYMOUS 0x20
+#define MREMAP_FIXED 2
+#define MADV_DONTNEED 4
+#define MADV_FREE 8
+#define MADV_DONTNEED_LOCKED 24
+#define CLONE_VM 0x100
+#define CLONE_PIDFD 0x1000
+#define CLONE_PARENT_SETTID 0x100000
+
+static __always_inline int within(struct change *change, uint64_t address, uint64_t length)
+{
+	return change->start >= (address & -4096ull) && change->end <= ((address + length + 4095) & -4096ull);
+}
+
+/* A fork write-protects the parent's pages, which stay where they are. It may also write the child's number through a pointer
+ * that it was given, and break copy-on-write there: that is a change. */
+static __always_inline enum scope scope_of_fork(struct change *change, uint64_t flags, uint64_t pidfd, uint64_t parent_tid)
+{
+	if (flags & CLONE_VM)
+		return ANYBODY; /* nothing is copied: so the change is something else */
+	if ((flags & CLONE_PIDFD) && change->start <= pidfd + 3 && change->end > pidfd)
+		return OWN;
+	if ((flags & CLONE_PARENT_SETTID) && change->start <= parent_tid + 3 && change->end > parent_tid)
+		return OWN;
+	return NOBODY;
+}
+
+/*
+ * OWN and NOBODY must never be wrong; ANYBODY always is right, and only costs time. So the answer is ANYBODY unless the
+ * current task is an ordinary one, inside a 64-bit system call that can change no other address space, and the change lies
+ * in what that system call was told to change.
+ *
+ * The last condition is for what the kernel does on the side: reclaim, or work that other system calls left behind for this
+ * task. "Inside" is pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is
+ * done on the way out.
+ */
+static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change)
+{
+	uint64_t a = regs->di, b = regs->si, c = regs->dx;
+	struct {
+		uint64_t flags, pidfd, child_tid, parent_tid;
+	} clone3;
+
+	switch (change->syscall) {
+	case NR_munmap:
+		return within(change, a, b) ? OWN : ANYBODY;
+	case NR_madvise:
+		if (c == MADV_DONTNEED || c == MADV_FREE || c == MADV_DONTNEED_LOCKED)
+			return within(change, a, b) ? OWN : ANYBODY;
+		return ANYBODY;
+	case NR_brk:
+		return change->start >= (a & -4096ull) ? OWN : ANYBODY;
+	case NR_mremap:
+		if (within(change, a, b) || ((regs->r10 & MREMAP_FIXED) && within(change, regs->r8, c)))
+			return OWN;
+		return ANYBODY;
+	case NR_mmap: /* of a file: its filesystem may drop cached pages that others map */
+		return (regs->r10 & MAP_ANONYMOUS) && within(change, a, b) ? OWN : ANYBODY;
+	case NR_mprotect:
+	case NR_pkey_mprotect:
+		if (!within(change, a, b))
+			return ANYBODY;
+		/* The pages stay; but making locked memory writable breaks copy-on-write at once. */
+		return (c & PROT_WRITE) && task->mm->locked_vm ? OWN : NOBODY;
+	case NR_fork:
+		return NOBODY;
+	case NR_clone: /* the pidfd is written through the same pointer */
+		return scope_of_fork(change, a, c, c);
+	case NR_clone3:
+		if (bpf_probe_read_user(&clone3, sizeof clone3, (void *)a))
+			return ANYBODY;
+		return scope_of_fork(change, clone3.flags, clone3.pidfd, clone3.parent_tid);
+	}
+	return ANYBODY;
+}
+
+/* A new owner shows that it is in this address space: it zaps a page of its own with the secret it was given in an argument
+ * register that the system call does not use. */
+static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
+{
+	uint32_t *id = bpf_map_lookup_elem(&handshakes, &secret);
+	struct table *table = id ? bpf_map_lookup_elem(&tables, id) : 0;
+
+	if (table && !table->mm)
+		table->mm = mm;
+}
+
+SEC("raw_tp/kvm_unmap_hva_range")
+int kvm(uint64_t *args)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+	struct change change = {.start = args[0], .end = args[1], .syscall = -1};
+	uint64_t mm = (uint64_t)task->mm;
+	enum scope scope = ANYBODY;
+	struct control *ctl;
+	uint32_t zero = 0;
+
+	ctl = bpf_map_lookup_elem(&control, &zero);
+	if (!ctl)
+		return 0;
+	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) &&
+	    !(task->thread_info.status & TS_COMPAT)) {
+		change.syscall = regs->orig_ax;
+		scope = scope_of(task, regs, &change);
+		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
+			shake_hands(mm, regs->r8);
+	}
+	if (scope == OWN)
+		feed_mm(mm, &change);
+	else if (scope == ANYBODY)
+		bpf_loop(ctl->tables, feed_foreign, &change, 0);
+	return 0;
+}

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
+/*
+ * The watch table's layout in shared memory.
+ *
+ * This is the one place where the BPF program, the C core and the Cython module meet. A table is a sequence of
+ * segments; a segment is an array of 4096-byte pages (a BPF array map, or plain memory). Page 0 of segment 0 is the
+ * header; every other 512-byte chunk is a node of the index, or 16 slots, or free.
+ *
+ * A reference names a 32-byte cell: segment in the top 7 bits, cell in the low 25. 0 is "none" (it would be the header).
+ */
+#ifndef UMN_LAYOUT_H
+#define UMN_LAYOUT_H
+
+#include <stdint.h>
+
+#define UMN_PAGE 4096u
+#define UMN_CELL 32u
+#define UMN_CHUNK 512u
+#define UMN_CELLS_PER_PAGE (UMN_PAGE / UMN_CELL)
+#define UMN_CELLS_PER_CHUNK (UMN_CHUNK / UMN_CELL)
+#define UMN_CHUNKS_PER_PAGE (UMN_PAGE / UMN_CHUNK)
+
+#define UMN_CELL_BITS 25
+#define UMN_SEGMENTS 128u /* 1 << (32 - UMN_CELL_BITS) */
+#define UMN_CELL_MASK ((1u << UMN_CELL_BITS) - 1)
+#define UMN_SEGMENT_PAGES_MAX ((1u << UMN_CELL_BITS) / UMN_CELLS_PER_PAGE)
+
+#define UMN_FANOUT 25u
+#define UMN_LEVELS 8u /* a power of two: the BPF program masks with it */
+
+/* Who writes what: `feeder` = whoever calls umn_invalidate, on any CPU; `owner` = the watching process, one thread at a
+ * time. Each line of 64 bytes has one kind of writer, except `armed`. */
+struct umn_header {
+	/* feeder: one more per change that hits at least one watched region. First, so that page 0 can be mapped
+	 * read-only as the counter page of the original interface. */
+	uint64_t generation;
+	uint64_t unused0[7];
+
+	/* feeder */
+	uint64_t readers[2]; /* feeders inside the index, per phase */
+	uint32_t head;	     /* the list of slots hit since the owner last took it */
+	uint32_t unused1;
+	uint64_t unused2[5];
+
+	/* owner */
+	uint64_t low; /* no region begins below `low` or ends above `high` */
+	uint64_t high;
+	uint32_t root;	/* node, 0: nothing is watched */
+	uint32_t phase; /* 0 or 1: which of readers[] new feeders count in */
+	uint32_t zero;	/* always 0 */
+	uint32_t unused3[9];
+
+	/* rarely written, by both */
+	uint32_t overflow; /* feeder: one more each time that "everything may be invalid" */
+	uint32_t armed;	   /* owner sets it, the feeder that clears it sends the wake-up */
+	uint64_t unused4[7];
+};
+
+/* An entry is in use while its ref is not 0. In a leaf (level 0) ref is a slot and the entries are in any order; above,
+ * ref is a node, `start` a lower bound of the starts in it and `end` an upper bound of the ends, sorted by start. */
+struct umn_node {
+	uint8_t level;
+	uint8_t used; /* entries at this index and above have never been used */
+	uint16_t unused0;
+	uint32_t unused1;
+	uint64_t start[UMN_FANOUT];
+	uint64_t end[UMN_FANOUT];
+	uint32_t ref[UMN_FANOUT];
+	uint32_t unused2;
+};
+
+/* The bits of a slot's state. */
+#define UMN_LIVE 1u	/* owner: a region is watched through this slot */
+#define UMN_INVALID 2u	/* hit since it was watched or renewed: what the holder of the region asks for */
+#define UMN_PENDING 4u	/* hit and not yet reported: on the list, or about to be */
+#define UMN_MULTIPLE 8u /* hit more than once since it became pending: the hint is not exact */
+
+struct umn_slot {
+	uint32_t state;
+	uint32_t next; /* the next slot on the list; belongs to whoever set UMN_PENDING */
+	uint64_t hint_start; /* these too: the first hit's range ... */
+	uint64_t hint_end;
+	uint32_t thread; /* ... the thread that made it (0: not known) ... */
+	int32_t syscall; /* ... and the system call it was in (-1: a page fault or not known) */
+};
+
+#ifdef __cplusplus
+#define UMN_STATIC_ASSERT static_assert
+#else
+#define UMN_STATIC_ASSERT _Static_assert
+#endif
+UMN_STATIC_ASSERT(sizeof(struct umn_header) == 256, "header: four cache lines");
+UMN_STATIC_ASSERT(sizeof(struct umn_node) <= UMN_CHUNK, "a node fits in a chunk");
+UMN_STATIC_ASSERT(sizeof(struct umn_slot) == UMN_CELL, "a slot is a cell");
+UMN_STATIC_ASSERT(UMN_SEGMENTS == 1u << (32 - UMN_CELL_BITS), "a reference has 32 bits");
+
+#endif

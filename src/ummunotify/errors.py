@@ -1,0 +1,76 @@
+"""Every exception that ummunotify raises on purpose.
+
+Each is an `UmmunotifyError`, and where it fits also the built-in exception that callers may expect.
+When one is raised nothing has changed: no region was added, removed or renewed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class UmmunotifyError(Exception):
+    """The base class of them all."""
+
+
+class InvalidRangeError(UmmunotifyError, ValueError):
+    """An address range that is empty, wraps round or does not lie in user space."""
+
+    def __init__(self, address: int, length: int, why: str) -> None:
+        super().__init__(f"cannot watch {length} bytes at {address:#x}: {why}")
+        self.address = address
+        self.length = length
+
+
+class InvalidBufferError(UmmunotifyError, BufferError):
+    """A buffer without one address range: not contiguous, or released."""
+
+
+class CookieInUseError(UmmunotifyError, ValueError):
+    """A region with this cookie is already watched through the same notifier."""
+
+    def __init__(self, cookie: int) -> None:
+        super().__init__(f"a region with cookie {cookie:#x} is already watched")
+        self.cookie = cookie
+
+
+class InvalidCookieError(UmmunotifyError, ValueError):
+    """A cookie that is not an unsigned 64-bit number."""
+
+    def __init__(self, cookie: object) -> None:
+        super().__init__(f"a cookie is a number from 0 to 2**64 - 1, not {cookie!r}")
+        self.cookie = cookie
+
+
+class UnknownRegionError(UmmunotifyError, ValueError):
+    """A region that is no longer watched, or that belongs to another notifier."""
+
+
+class TooManyRegionsError(UmmunotifyError):
+    """`max_regions` regions are watched, or the table cannot grow (the cause says why not)."""
+
+
+class ClosedError(UmmunotifyError, ValueError):
+    """The notifier was closed."""
+
+
+class ForkedError(ClosedError):
+    """The notifier belongs to the process that this one was forked from; open a new one here."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this notifier was opened before a fork and watches the parent process; "
+            "open another one in the child"
+        )
+
+
+class SourceUnavailableError(UmmunotifyError, RuntimeError):
+    """No source of invalidations works here.
+
+    `reasons` says for each source that was tried what is missing and what to do about it.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        tried = "; ".join(f"{source}: {reason}" for source, reason in reasons.items())
+        super().__init__(f"no source of invalidations is available ({tried or 'none was tried'})")
+        self.reasons = dict(reasons)

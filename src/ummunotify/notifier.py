@@ -1,0 +1,275 @@
+"""The notifier: a watch table, what feeds it, and waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
+
+from . import _core, sources
+from .errors import SourceUnavailableError, TooManyRegionsError
+from .sources.base import Feed, UnavailableError
+from .types import Invalidation
+
+PAGE = 4096
+
+
+class Notifier(_core.WatchTable):
+    """Tells which of the watched ranges of this process's memory were changed. Made by `ummunotify.open`.
+
+    All methods may be called from any number of threads. None holds the GIL while it waits.
+
+    In the child of a fork it is closed, and its methods raise ForkedError; the parent does not notice.
+    """
+
+    _feed: Feed
+
+    def __init__(self, feed: Feed, *, max_regions: int | None = None) -> None:
+        """Raises UnavailableError if the feed does not prove itself, OSError if there is no memory."""
+        self._feed = feed
+        self._growing = threading.Lock()
+        self._lock = threading.RLock()  # of the next three; again and again by a signal handler that closes
+        self._waiting = 0  # threads inside `_wait`
+        self._open = True
+        self._closing_fd = -1  # readable once it is closed
+        self._wakes = False
+        _notifiers.add(self)
+        try:
+            self._closing_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._grow()
+            feed.bind()
+            self._prove()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prove(self) -> None:
+        """Nothing is trusted until a change of our own was seen."""
+        page = _core.test_page()
+        region = self.watch((page, PAGE))
+        before = region.valid
+        _core.unmap(page, PAGE)
+        seen = not region.valid and self.changed
+        events = self._drain()
+        region.close()
+        if not before or not seen or [event.region for event in events] != [region] or self.changed:
+            raise UnavailableError(
+                "it failed its self-test: a page was unmapped and the event did not arrive as it should",
+                "please report this with the kernel's version",
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Not in __init__'s way if that was never called.
+        if "_open" in self.__dict__:
+            self.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<Notifier closed>"
+        return f"<Notifier {self.source} {len(self.regions)} regions>"
+
+    @property
+    def source(self) -> str:
+        """What feeds it: `bpf:kvm`, ..."""
+        return self._feed.name
+
+    def _grow(self) -> None:
+        with self._growing:
+            pages = self._next_pages()
+            if not pages:
+                raise TooManyRegionsError("the table is as large as it can be")
+            try:
+                address = self._feed.add_segment(pages)
+            except OSError as error:
+                if self.closed:
+                    raise
+                raise TooManyRegionsError(
+                    f"the table cannot grow by {pages * PAGE >> 10} KiB ({error})"
+                ) from error
+            try:
+                self._add_segment(address, pages)
+            except BaseException:
+                _core.unmap(address, pages * PAGE)
+                raise
+
+    def read(self, timeout: float | None = 0.0) -> list[Invalidation]:
+        """Take what was invalidated: each region once, in the order in which they were first hit.
+
+        A region stays watched and will be reported again when it is hit again. If several threads read, each
+        invalidation goes to one of them. Takes time in proportion to what it returns.
+
+        `timeout` is how long to wait for something, in seconds; None: for as long as it takes. Without
+        anything in time the list is empty. Raises ClosedError, also when it is closed meanwhile.
+        """
+        if self.closed:
+            return self._drain()  # which knows the error
+        if timeout == 0.0:
+            return self._take()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.fileno()
+        while True:
+            events = self._take()
+            if events:
+                return events
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return []
+            self._wait(left)
+
+    def _take(self) -> list[Invalidation]:
+        if self._feed.doubtful():
+            self._doubt()
+        if self._wakes:
+            # In this order no wake-up is lost: what is hit after arming makes the descriptor readable again.
+            self._feed.acknowledge()
+            self._arm()
+        return self._drain()
+
+    def _wait(self, seconds: float | None) -> None:
+        with self._lock:
+            if not self._open:
+                return
+            self._waiting += 1
+        try:
+            poll = select.poll()
+            poll.register(self._feed.wake_fd(), select.POLLIN)
+            poll.register(self._closing_fd, select.POLLIN)
+            poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting and not self._open:
+                    self._release()
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable when there may be something to read.
+
+        For select, poll, epoll and event loops; do not read from it or close it. It stays readable until `read`
+        is called, and `read` may then find nothing. Before it is first asked for, changes send no wake-ups and
+        cost less. Raises ClosedError, OSError.
+        """
+        self._check()
+        fd = self._feed.wake_fd()
+        if not self._wakes:
+            self._wakes = True
+            self._arm()
+            # What has been hit by now sent no wake-up; let one more change, which nobody else sees, send it.
+            if self.changed:
+                self._nudge()
+        return fd
+
+    def _nudge(self) -> None:
+        page = _core.test_page()
+        try:
+            region = self.watch((page, PAGE))
+        finally:
+            _core.unmap(page, PAGE)
+        region.close()
+
+    def _check(self) -> None:
+        if self.closed:
+            self._drain()
+
+    async def __aiter__(self) -> AsyncIterator[Invalidation]:
+        """Invalidations as they come, until the notifier is closed."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        with contextlib.ExitStack() as undo:
+            for fd in (self.fileno(), self._closing_fd):
+                # An event loop knows each descriptor once, and several tasks may be iterating.
+                fd = os.dup(fd)
+                undo.callback(os.close, fd)
+                loop.add_reader(fd, readable.set)
+                undo.callback(loop.remove_reader, fd)
+            while not self.closed:
+                for event in self.read():
+                    yield event
+                readable.clear()
+                await readable.wait()
+
+    def close(self) -> None:
+        """Stop watching and release everything. May be called more than once, and while other threads read.
+
+        Those get ClosedError; regions stay around and are not valid.
+        """
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            self._close_table()
+            _notifiers.discard(self)
+            if self._waiting:
+                # The last of them releases the descriptors that they are polling.
+                os.eventfd_write(self._closing_fd, 1)
+            else:
+                self._release()
+
+    def _release(self) -> None:
+        self._feed.close()
+        if self._closing_fd >= 0:
+            # Readable for those who have duplicated it.
+            os.eventfd_write(self._closing_fd, 1)
+            os.close(self._closing_fd)
+            self._closing_fd = -1
+
+    def _abandon(self) -> None:
+        """In the child of a fork. Takes no lock: a thread that is not here may hold it."""
+        self._lock = threading.RLock()
+        self._open = False
+        self._abandon_table()
+        self._feed.abandon()
+        if self._closing_fd >= 0:
+            os.close(self._closing_fd)
+            self._closing_fd = -1
+
+
+_notifiers: weakref.WeakSet[Notifier] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for notifier in list(_notifiers):
+        notifier._abandon()
+    _notifiers.clear()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
+
+
+def open(
+    source: str | None = None, *, probe: str | None = None, max_regions: int | None = None
+) -> Notifier:
+    """Open a notifier for this process's memory, fed by the best source that works here.
+
+    `source` (`bpf`) and `probe` (`kvm`) insist on one; where both are left out, the environment variable
+    UMMUNOTIFY_SOURCE (`bpf` or `bpf:kvm`) may name them. `max_regions` limits how many regions can be watched
+    at a time, and so the memory that is used; without it memory is the limit.
+
+    Raises SourceUnavailableError, which says of each source why not; ValueError for an unknown name.
+    """
+    reasons: dict[str, str] = {}
+    for candidate in sources.candidates(source, probe):
+        try:
+            return Notifier(candidate.open(), max_regions=max_regions)
+        except UnavailableError as error:
+            reasons[candidate.name] = str(error)
+        except OSError as error:
+            reasons[candidate.name] = f"{error}"
+    raise SourceUnavailableError(reasons)

@@ -1,0 +1,52 @@
+"""Where invalidations come from: the sources that there are, best first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .base import Feed
+
+ENVIRONMENT = "UMMUNOTIFY_SOURCE"
+
+
+class Candidate(NamedTuple):
+    """A source with one of its probes."""
+
+    name: str
+    """`bpf:kvm`"""
+    open: Callable[[], Feed]
+    """Raises UnavailableError."""
+
+
+def _open_bpf(probe: str) -> Feed:
+    from .bpf import BpfFeed
+
+    return BpfFeed(probe)
+
+
+_ALL = [Candidate("bpf:kvm", lambda: _open_bpf("kvm"))]
+
+
+def candidates(source: str | None = None, probe: str | None = None) -> list[Candidate]:
+    """The sources to try, best first; all of them, or what the arguments or the environment insist on.
+
+    Raises ValueError for a name that there is not.
+    """
+    origin = ""
+    if source is None and probe is None and (named := os.environ.get(ENVIRONMENT)):
+        source, _, rest = named.partition(":")
+        probe = rest or None
+        origin = f" (from {ENVIRONMENT})"
+    chosen = [
+        candidate
+        for candidate in _ALL
+        if source in (None, candidate.name.partition(":")[0])
+        and probe in (None, candidate.name.partition(":")[2])
+    ]
+    if not chosen:
+        wanted = ":".join(part for part in (source or "*", probe) if part)
+        known = ", ".join(candidate.name for candidate in _ALL)
+        raise ValueError(f"there is no source {wanted!r}{origin}; there are {known}")
+    return chosen

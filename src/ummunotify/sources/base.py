@@ -1,0 +1,51 @@
+"""What a source of invalidations is, and what it says when it cannot be one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class UnavailableError(Exception):
+    """A source does not work here. Never seen by users: `SourceUnavailableError` collects them."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class Feed(Protocol):
+    """A source's connection to one table.
+
+    The notifier calls it from one thread at a time, but for `acknowledge`.
+    """
+
+    name: str
+    """As `Notifier.source` shows it: `bpf:kvm`."""
+
+    def add_segment(self, pages: int) -> int:
+        """Make memory for the table's next segment, which feeders see from then on.
+
+        Returns the address of the mapping. OSError, with nothing left behind.
+        """
+
+    def bind(self) -> None:
+        """Begin to feed: the changes of this process from now on. Called once there is a segment.
+
+        Raises UnavailableError.
+        """
+
+    def wake_fd(self) -> int:
+        """The descriptor that polls readable after a wake-up; made when first asked for. OSError."""
+
+    def acknowledge(self) -> None:
+        """Make the descriptor unreadable until the next wake-up."""
+
+    def doubtful(self) -> bool:
+        """May something have been missed since this was last asked?"""
+
+    def close(self) -> None:
+        """Stop feeding and release everything but the segments' mappings. May be called twice."""
+
+    def abandon(self) -> None:
+        """The same in the child of a fork, without disturbing the parent."""

@@ -1,0 +1,372 @@
+"""The source `bpf`: a BPF program sees the kernel's MMU notifications and writes the tables.
+
+One set of maps and programs for the process, however many notifiers it opens. It consists of nothing but
+file descriptors, so that the child of a fork can let go of it by closing them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import struct
+import threading
+from importlib import resources
+
+from .. import _core
+from ..bpf import libbpf
+from .base import UnavailableError
+
+PAGE = 4096
+SEGMENTS = 128
+"""As core/layout.h has them."""
+
+TABLES = 64
+"""Notifiers in one process."""
+
+_KVM_CREATE_VM = 0xAE01
+_TABLE = struct.Struct("=QII")  # struct table in watch.bpf.c
+_U32 = struct.Struct("=I")
+_U64 = struct.Struct("=Q")
+_CONTROL = struct.Struct("=II")
+
+PROBES = ("kvm",)
+"""Best first."""
+
+
+def _why(error: OSError) -> UnavailableError:
+    if isinstance(error, libbpf.LibraryMissingError):
+        return UnavailableError("libbpf is not installed", "install libbpf1 (Debian) or libbpf (Fedora)")
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return UnavailableError(
+            "loading BPF programs is not permitted",
+            "run as root or with CAP_BPF and CAP_PERFMON, or have an administrator run the daemon",
+        )
+    return UnavailableError(str(error).splitlines()[0], "")
+
+
+class Maps:
+    """The kernel side: the maps, the loaded programs and what they are attached to."""
+
+    def __init__(self, tables: int = TABLES) -> None:
+        """Load. Raises UnavailableError."""
+        self.fds: dict[str, int] = {}
+        data = resources.files("ummunotify.bpf").joinpath("watch.bpf.o").read_bytes()
+        try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.close)
+                with libbpf.BpfObject(data, "ummunotify") as loaded:
+                    loaded.set_max_entries("segments", tables * SEGMENTS)
+                    for name in ("rings", "tables", "owners", "handshakes"):
+                        loaded.set_max_entries(name, tables)
+                    loaded.load()
+                    for name in ("segments", "rings", "tables", "owners", "handshakes", "control"):
+                        self.fds[name] = _duplicate(loaded.map_fd(name))
+                    self.fds["program"] = _duplicate(loaded.program("kvm").fd)
+                undo.pop_all()
+        except OSError as error:
+            raise _why(error) from error
+        self.free = list(range(tables - 1, -1, -1))
+        self.used = 0
+        self.handshakes = 0
+
+    def attach(self) -> None:
+        """Attach the probe. Raises UnavailableError."""
+        tracepoint = "kvm_unmap_hva_range"
+        try:
+            self.fds["link"] = libbpf.raw_tracepoint_open(tracepoint, self.fds["program"])
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise UnavailableError(
+                    f"the kernel has no tracepoint {tracepoint}", "load the kvm module (modprobe kvm)"
+                ) from error
+            raise _why(error) from error
+
+    def close(self) -> None:
+        """Close every descriptor; what it was attached to is detached with the last copy of the link."""
+        while self.fds:
+            os.close(self.fds.popitem()[1])
+
+    # ---- one table; the caller holds a lock ----
+
+    def take(self) -> int:
+        """A number for a new table. Raises UnavailableError."""
+        if not self.free:
+            raise UnavailableError(
+                f"all {self.used} tables are in use", "close notifiers that are no longer needed"
+            )
+        table = self.free.pop()
+        self._put_table(table, 0, 0, 0)
+        if table >= self.used:
+            self.used = table + 1
+            self._put_control()
+        return table
+
+    def add_segment(self, table: int, number: int, pages: int) -> int:
+        """Make segment `number` of the table. The map's descriptor, which the caller closes. OSError."""
+        fd = libbpf.create_map(
+            libbpf.MapType.ARRAY,
+            "umn_segment",
+            4,
+            PAGE,
+            pages,
+            libbpf.MapFlag.MMAPABLE | libbpf.MapFlag.INNER_MAP,
+        )
+        try:
+            mm, following, cells = self._get_table(table)
+            # First the bound on a walk's steps, then the memory that a longer walk may be in.
+            self._put_table(table, mm, following, cells + pages * (PAGE // 32))
+            libbpf.map_update(self.fds["segments"], _U32.pack(table * SEGMENTS + number), _U32.pack(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def add_ring(self, table: int) -> int:
+        """Make the table's wake-up. The map's descriptor, which the caller closes. OSError."""
+        fd = libbpf.create_map(libbpf.MapType.RINGBUF, "umn_wake", 0, 0, PAGE)
+        try:
+            libbpf.map_update(self.fds["rings"], _U32.pack(table), _U32.pack(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def expect(self, table: int) -> int:
+        """Open a handshake: the address space that shows the secret returned here becomes the table's."""
+        secret = secrets.randbits(64)
+        libbpf.map_update(self.fds["handshakes"], _U64.pack(secret), _U32.pack(table))
+        self.handshakes += 1
+        self._put_control()
+        return secret
+
+    def settle(self, table: int, secret: int) -> bool:
+        """Close the handshake. True if it has happened; then the table is fed from now on."""
+        libbpf.map_delete(self.fds["handshakes"], _U64.pack(secret))
+        self.handshakes -= 1
+        self._put_control()
+        mm, _, cells = self._get_table(table)
+        if not mm:
+            return False
+        first = self._first(mm)
+        self._put_table(table, mm, first, cells)
+        libbpf.map_update(self.fds["owners"], _U64.pack(mm), _U32.pack(table + 1))
+        return True
+
+    def drop(self, table: int, segments: int, ring: bool) -> None:
+        """Stop feeding the table and forget its memory.
+
+        The kernel returns from each deletion in a map of maps only when no program can be using what was deleted
+        (maybe_wait_bpf_programs in kernel/bpf/syscall.c), so the number can be given to another table.
+        """
+        mm, following, _ = self._get_table(table)
+        if mm:
+            first = self._first(mm)
+            if first == table + 1:
+                if following:
+                    libbpf.map_update(self.fds["owners"], _U64.pack(mm), _U32.pack(following))
+                else:
+                    libbpf.map_delete(self.fds["owners"], _U64.pack(mm))
+            else:
+                while first:
+                    previous = first - 1
+                    _, first, cells = self._get_table(previous)
+                    if first == table + 1:
+                        self._put_table(previous, mm, following, cells)
+                        break
+        # Not `next`: a program may be on its way through it to another table of this address space.
+        self._put_table(table, 0, following, 0)
+        for number in range(segments):
+            libbpf.map_delete(self.fds["segments"], _U32.pack(table * SEGMENTS + number))
+        if ring:
+            libbpf.map_delete(self.fds["rings"], _U32.pack(table))
+        self.free.append(table)
+
+    def _first(self, mm: int) -> int:
+        try:
+            return int(_U32.unpack(libbpf.map_lookup(self.fds["owners"], _U64.pack(mm), _U32.size))[0])
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return 0
+
+    def _get_table(self, table: int) -> tuple[int, int, int]:
+        mm, following, cells = _TABLE.unpack(
+            libbpf.map_lookup(self.fds["tables"], _U32.pack(table), _TABLE.size)
+        )
+        return mm, following, cells
+
+    def _put_table(self, table: int, mm: int, following: int, cells: int) -> None:
+        libbpf.map_update(self.fds["tables"], _U32.pack(table), _TABLE.pack(mm, following, cells))
+
+    def _put_control(self) -> None:
+        libbpf.map_update(self.fds["control"], _U32.pack(0), _CONTROL.pack(self.used, self.handshakes))
+
+
+def _duplicate(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+def create_vm() -> int:
+    """An empty virtual machine, which subscribes this address space to MMU notifications.
+
+    Its descriptor; the subscription lasts until it is closed everywhere. Raises UnavailableError.
+    """
+    try:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise UnavailableError(
+            "there is no /dev/kvm",
+            "load the module (modprobe kvm-intel or kvm-amd), enable virtualisation in the firmware, or "
+            "pass the device into the container",
+        ) from error
+    except OSError as error:
+        raise UnavailableError(
+            f"/dev/kvm cannot be opened ({error.strerror})", "become a member of its group (kvm)"
+        ) from error
+    try:
+        return fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
+    except OSError as error:
+        raise UnavailableError(f"KVM cannot create a virtual machine ({error.strerror})", "") from error
+    finally:
+        os.close(kvm)
+
+
+class _Process:
+    """What all notifiers of this process share; made for the first and closed with the last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.maps: Maps | None = None
+        self.vm = -1
+        self.feeds = 0
+
+    def enter(self) -> Maps:
+        """The caller holds the lock."""
+        if self.maps is None:
+            maps = Maps()
+            try:
+                maps.attach()
+                self.vm = create_vm()
+            except BaseException:
+                maps.close()
+                raise
+            self.maps = maps
+        self.feeds += 1
+        return self.maps
+
+    def leave(self) -> None:
+        """The caller holds the lock."""
+        self.feeds -= 1
+        if not self.feeds:
+            self.close()
+
+    def close(self) -> None:
+        if self.maps is not None:
+            self.maps.close()
+            self.maps = None
+            os.close(self.vm)
+
+
+_process = _Process()
+
+
+def _forget() -> None:
+    """In the child of a fork: everything here is the parent's."""
+    global _process
+    process, _process = _process, _Process()
+    process.close()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+class BpfFeed:
+    """A table of this process's own, fed by this process's own BPF program."""
+
+    def __init__(self, probe: str | None = None) -> None:
+        """Raises UnavailableError."""
+        if probe not in (None, *PROBES):
+            raise ValueError(f"unknown probe {probe!r}: expected one of {', '.join(PROBES)}")
+        self.name = "bpf:kvm"
+        self._process = _process
+        self._segments = 0
+        self._ring: tuple[int, _core.Ring] | None = None
+        self._closed = False
+        with self._process.lock:
+            self._maps = self._process.enter()
+            try:
+                self._table = self._maps.take()
+            except BaseException:
+                self._process.leave()
+                raise
+        self._skipped = _core.skipped_runs(self._maps.fds["program"])
+
+    def add_segment(self, pages: int) -> int:
+        with self._process.lock:
+            fd = self._maps.add_segment(self._table, self._segments, pages)
+            self._segments += 1
+        try:
+            # The mapping keeps the map: one descriptor less.
+            return _core.map_shared(fd, pages * PAGE)
+        finally:
+            os.close(fd)
+
+    def bind(self) -> None:
+        with self._process.lock:
+            try:
+                secret = self._maps.expect(self._table)
+                try:
+                    _core.show_secret(secret)
+                finally:
+                    seen = self._maps.settle(self._table, secret)
+            except OSError as error:
+                raise _why(error) from error
+        if not seen:
+            raise UnavailableError(
+                "the probe did not see a change made for it to see", "please report this with the kernel's version"
+            )
+
+    def wake_fd(self) -> int:
+        with self._process.lock:
+            if self._ring is None:
+                fd = self._maps.add_ring(self._table)
+                try:
+                    self._ring = fd, _core.Ring(fd)
+                except BaseException:
+                    os.close(fd)
+                    raise
+            return self._ring[0]
+
+    def acknowledge(self) -> None:
+        if self._ring is not None:
+            self._ring[1].clear()
+
+    def doubtful(self) -> bool:
+        before, self._skipped = self._skipped, _core.skipped_runs(self._maps.fds["program"])
+        return self._skipped != before
+
+    def close(self) -> None:
+        with self._process.lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._maps.drop(self._table, self._segments, self._ring is not None)
+            finally:
+                self._close_ring()
+                self._process.leave()
+
+    def abandon(self) -> None:
+        self._closed = True
+        self._close_ring()
+
+    def _close_ring(self) -> None:
+        if self._ring is not None:
+            self._ring[1].close()
+            os.close(self._ring[0])
+            self._ring = None
+
+

@@ -1,0 +1,51 @@
+"""What `Notifier.read` returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ._core import Region
+
+_CALLS = {
+    -1: "a page fault or the kernel itself",
+    1: "write",
+    9: "mmap",
+    10: "mprotect",
+    11: "munmap",
+    12: "brk",
+    16: "ioctl",
+    25: "mremap",
+    28: "madvise",
+    30: "shmat",
+    67: "shmdt",
+    76: "truncate",
+    77: "ftruncate",
+    285: "fallocate",
+    311: "process_vm_writev",
+    426: "io_uring_enter",
+    440: "process_madvise",
+}
+
+
+class Invalidation(NamedTuple):
+    """One region that was hit since it was last reported."""
+
+    region: Region
+    cookie: int
+    start: int
+    """What was invalidated, in bytes, clipped to the region: exactly that, or the whole region."""
+    end: int
+    exact: bool
+    """Just one change hit the region, and `start` and `end` are its range."""
+    thread: int
+    """The thread that made the first of the changes, as the kernel numbers it outside of any pid
+    namespace; 0: not known."""
+    syscall: int
+    """The number of the system call that it was in; -1: a page fault, or not known."""
+
+    @property
+    def cause(self) -> str:
+        """Who invalidated the region, in words: `munmap by thread 4711`."""
+        call = _CALLS.get(self.syscall, f"system call {self.syscall}")
+        return f"{call} by thread {self.thread}" if self.thread else "not known"

@@ -1,0 +1,65 @@
+"""Helpers for several test modules."""
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+
+def require(feature: str, reason: str) -> NoReturn:
+    """Skip the test, because `feature` is missing here.
+
+    It fails instead if UMMUNOTIFY_REQUIRE, a list separated by commas, names the feature or "all".
+    """
+    required = os.environ.get("UMMUNOTIFY_REQUIRE", "").split(",")
+    if feature in required or "all" in required:
+        pytest.fail(f"{feature} is required here, but: {reason}", pytrace=False)
+    pytest.skip(f"{feature}: {reason}")
+
+
+def open_fds() -> set[str]:
+    """The descriptors that the process has open."""
+    return set(os.listdir("/proc/self/fd"))
+
+
+def pinned_kib() -> int:
+    """How much of the process's memory is pinned, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmPin:"):
+            return int(line.split()[1])
+    raise AssertionError("/proc/self/status has no VmPin")
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.restype = ctypes.c_int
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+_MAP_FIXED_NOREPLACE = 0x100000
+
+
+def map_memory(length: int, address: int | None = None) -> int:
+    """Map private anonymous memory, at `address` if given and free; where it is."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_FIXED_NOREPLACE if address else 0)
+    mapped = _libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if mapped == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(mapped)
+
+
+def unmap_memory(address: int, length: int) -> None:
+    if _libc.munmap(address, length) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
