@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support import map_memory, open_fds, pinned_kib, require, unmap_memory
@@ -22,6 +21,7 @@ from ummunotify.registrars import (
     RegistrarUnavailableError,
     RegistrationError,
     RegistrationLimitError,
+    io_uring,
 )
 from ummunotify.registrars.io_uring import MAX_SLOTS, FixedBuffer, IoUringRegistrar
 
@@ -73,7 +73,7 @@ def in_child(function: Callable[[], None]) -> None:
         try:
             function()
             status = 0
-        except BaseException as error:  # noqa: BLE001 - nothing may get back into pytest's copy
+        except BaseException as error:  # nothing may get back into pytest's copy
             print(repr(error), file=sys.stderr, flush=True)
         finally:
             os._exit(status)
@@ -128,9 +128,7 @@ def test_end_of_file_and_file_position(registrar: IoUringRegistrar, memory: int,
     assert os.lseek(file, 0, os.SEEK_CUR) == 15
 
 
-def test_failed_io_raises_oserror(
-    registrar: IoUringRegistrar, memory: int, file: int, pipe: tuple[int, int]
-) -> None:
+def test_failed_io_raises_oserror(registrar: IoUringRegistrar, memory: int, file: int, pipe: tuple[int, int]) -> None:
     handle = registrar.register(memory, SIZE)
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
         registrar.read_fixed(pipe[1], handle, memory, 1, 0)
@@ -138,9 +136,7 @@ def test_failed_io_raises_oserror(
     assert registrar.read_fixed(file, handle, memory, 1, 0) == 1
 
 
-def test_a_handle_leads_to_the_old_pages(
-    registrar: IoUringRegistrar, file: int, tmp_path: Path
-) -> None:
+def test_a_handle_leads_to_the_old_pages(registrar: IoUringRegistrar, file: int, tmp_path: Path) -> None:
     a = map_memory(PAGE)
     handle = registrar.register(a, PAGE)
     unmap_memory(a, PAGE)
@@ -310,9 +306,7 @@ def test_waiting_does_not_hold_the_gil_or_the_table(
 ) -> None:
     handle = registrar.register(memory, PAGE)
     results: list[int] = []
-    reader = threading.Thread(
-        target=lambda: results.append(registrar.read_fixed(pipe[0], handle, memory, PAGE, 0))
-    )
+    reader = threading.Thread(target=lambda: results.append(registrar.read_fixed(pipe[0], handle, memory, PAGE, 0)))
     reader.start()
     time.sleep(0.05)
     registrar.deregister(registrar.register(memory + PAGE, PAGE))
@@ -322,15 +316,11 @@ def test_waiting_does_not_hold_the_gil_or_the_table(
     assert ctypes.string_at(memory, 5) == b"late\0"
 
 
-def test_pins_last_until_io_in_progress_ends(
-    registrar: IoUringRegistrar, pipe: tuple[int, int]
-) -> None:
+def test_pins_last_until_io_in_progress_ends(registrar: IoUringRegistrar, pipe: tuple[int, int]) -> None:
     before = pinned_kib()
     address = map_memory(PAGE)
     handle = registrar.register(address, PAGE)
-    reader = threading.Thread(
-        target=lambda: registrar.read_fixed(pipe[0], handle, address, PAGE, 0)
-    )
+    reader = threading.Thread(target=lambda: registrar.read_fixed(pipe[0], handle, address, PAGE, 0))
     reader.start()
     time.sleep(0.05)
     registrar.deregister(handle)
@@ -380,7 +370,7 @@ def test_threads(registrar: IoUringRegistrar, file: int) -> None:
                 assert ctypes.string_at(address, 100) == CONTENT[offset : offset + 100]
                 registrar.deregister(handle)
             unmap_memory(address, PAGE)
-        except BaseException as error:  # noqa: BLE001 - reported by the main thread
+        except BaseException as error:  # reported by the main thread
             errors.append(error)
 
     pinned = pinned_kib()
@@ -432,12 +422,6 @@ def test_a_child_does_not_keep_the_parents_pins(
         os.waitpid(pid, 0)
 
 
-def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "liburing", None)
-    with pytest.raises(RegistrarUnavailableError, match="pip install liburing"):
-        IoUringRegistrar()
-
-
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
@@ -448,14 +432,36 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
         (errno.EMFILE, "Too many open files"),
     ],
 )
-def test_kernel_refuses(monkeypatch: pytest.MonkeyPatch, number: int, remedy: str) -> None:
-    def refuse(_entries: int, _ring: object, _flags: int) -> int:
-        raise OSError(number, os.strerror(number))
+@pytest.mark.parametrize("at_call", [1, 2])
+def test_kernel_refuses(monkeypatch: pytest.MonkeyPatch, number: int, remedy: str, at_call: int) -> None:
+    system_call = io_uring._syscall
+    calls = 0
 
-    fake = SimpleNamespace(Ring=object, io_uring_queue_init=refuse)
-    monkeypatch.setitem(sys.modules, "liburing", fake)
+    def refuse(*arguments: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            raise OSError(number, os.strerror(number))
+        return system_call(*arguments)
+
+    monkeypatch.setattr(io_uring, "_syscall", refuse)
+    fds = open_fds()
     with pytest.raises(RegistrarUnavailableError, match=remedy):
         IoUringRegistrar()
+    assert open_fds() == fds
+
+
+def test_failed_deregistration(registrar: IoUringRegistrar, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = registrar.register(memory, PAGE)
+
+    def fail(*_arguments: int) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io_uring, "_syscall", fail)
+        with pytest.raises(OSError, match="Cannot allocate"):
+            registrar.deregister(handle)
+    registrar.deregister(handle)
 
 
 def test_a_handle_says_what_it_is() -> None:

@@ -1,5 +1,7 @@
 """`ummunotify demo`: what goes wrong with a kept registration, and how ummunotify tells."""
 
+from __future__ import annotations
+
 import ctypes
 import mmap
 import os
@@ -11,7 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 
 import ummunotify
-from ummunotify.registrars.io_uring import FixedBuffer, IoUringRegistrar
+
+from ..registrars.io_uring import FixedBuffer, IoUringRegistrar
 
 _PAGE = mmap.PAGESIZE
 _DATA = b"new data"
@@ -154,10 +157,7 @@ class _Demo:
     def _verdict(self, as_told: bool, text: str) -> bool:
         style = "bold"
         if not as_told:
-            text = (
-                "This did not turn out as it should. Please report it, with the output of "
-                "`ummunotify doctor`."
-            )
+            text = "This did not turn out as it should. Please report it, with the output of `ummunotify doctor`."
             style = "bold red"
         self._console.print(_indented(text), style=style)
         return as_told

@@ -47,6 +47,8 @@ void umn_memory_add(struct umn_memory *memory, void *segment, uint32_t pages)
 	while (memory->pages[i])
 		i++;
 	memory->segment[i] = segment;
+	/* No walk of a sound index takes more steps than there are cells. */
+	UMN_STORE(&memory->cells, memory->cells + pages * UMN_CELLS_PER_PAGE);
 	UMN_STORE(&memory->pages[i], pages); /* release: publishes the address */
 }
 
@@ -59,5 +61,5 @@ bool umn_feed(struct umn_memory *memory, uint64_t start, uint64_t end, uint32_t 
 			     .thread = thread,
 			     .syscall = syscall};
 
-	return umn_in_hull(w.header, start, end) && umn_invalidate(&w, UINT32_MAX);
+	return umn_in_hull(w.header, start, end) && umn_invalidate(&w, UMN_LOAD(&memory->cells));
 }

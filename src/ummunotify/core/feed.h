@@ -12,6 +12,7 @@
 struct umn_memory {
 	uint8_t *segment[UMN_SEGMENTS];
 	uint32_t pages[UMN_SEGMENTS]; /* 0: there is none */
+	uint32_t cells;		      /* in all of them */
 };
 
 /* Adds a segment at the end; any number of feeders may be running. */

@@ -92,7 +92,8 @@ struct umn_table {
 	uint32_t free_chunks, free_chunk_count;
 	struct own_node *spare_nodes;
 	uint32_t spare_node_count;
-	uint32_t untidy, tidied; /* chunks to look at for empty leaves; where to go on */
+	bool untidy;	    /* there may be empty leaves ... */
+	uint32_t tidy_from; /* ... in chunks from here on */
 	struct umn_region *free_regions;
 
 	struct limbo fresh;   /* unlinked since the grace period under way began */
@@ -652,8 +653,10 @@ static void remove_entry(struct umn_table *t, struct umn_region *region)
 	/* Feeders have kept every retired chunk from being reused: leave the index as it is, with bounds too wide and perhaps an
 	 * empty leaf. */
 	if (!can_change(t)) {
-		if (n == 0)
-			t->untidy = UINT32_MAX;
+		if (n == 0) {
+			t->untidy = true;
+			t->tidy_from = 0;
+		}
 		return;
 	}
 	if (n == 0) {
@@ -684,12 +687,21 @@ static void remove_entry(struct umn_table *t, struct umn_region *region)
 /* Removes the leaves that had to be left empty, a few at a time. */
 static void tidy(struct umn_table *t)
 {
-	uint32_t segment, c, i;
+	uint32_t segment, c;
+	struct chunk *chunk;
 
-	for (i = 0; t->untidy && i < TIDY_CHUNKS && can_change(t); i++) {
-		segment = t->tidied >> UMN_CELL_BITS;
-		c = t->tidied & UMN_CELL_MASK;
-
+	for (uint32_t i = 0; t->untidy && i < TIDY_CHUNKS && can_change(t); i++) {
+		segment = t->tidy_from >> UMN_CELL_BITS;
+		c = (t->tidy_from & UMN_CELL_MASK) / UMN_CELLS_PER_CHUNK;
+		if (c == t->segments[segment].pages * UMN_CHUNKS_PER_PAGE) {
+			t->untidy = segment + 1 < t->segment_count;
+			t->tidy_from = (segment + 1) << UMN_CELL_BITS;
+			continue;
+		}
+		chunk = &t->segments[segment].chunks[c];
+		if (chunk->node && !chunk->node->is.level && !chunk->entries)
+			remove_leaf(t, t->tidy_from);
+		t->tidy_from += UMN_CELLS_PER_CHUNK;
 	}
 }
 
@@ -796,6 +808,10 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 		error = -ENOSPC;
 		goto out;
 	}
+	if (!reserve_nodes(t)) {
+		error = -ENOMEM;
+		goto out;
+	}
 	if (!t->free_regions && (error = add_slots(t)))
 		goto out;
 	region = t->free_regions;
@@ -810,6 +826,7 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 	insert(t, region);
 	t->regions++;
 	reclaim(t);
+	tidy(t);
 	*result = region;
 out:
 	unlock(t);
@@ -823,7 +840,7 @@ void umn_table_unwatch(struct umn_table *t, struct umn_region *region)
 	if (!lock(t))
 		return;
 	remove_entry(t, region);
-	set_hull(t);
+	narrow_hull(t);
 	t->regions--;
 	if (__sync_fetch_and_and(&slot->state, ~UMN_LIVE) & UMN_PENDING)
 		take_list(t);
@@ -835,6 +852,7 @@ void umn_table_unwatch(struct umn_table *t, struct umn_region *region)
 	region->next = t->fresh.regions;
 	t->fresh.regions = region;
 	reclaim(t);
+	tidy(t);
 	unlock(t);
 }
 
@@ -857,7 +875,8 @@ static void queue_all(struct umn_table *t)
 	 * and after the feeders of now have left and the list was taken. */
 	for (int after = 0; after < 2; after++) {
 		if (after) {
-			synchronize(t);
+			/* If it fails, then a chain may yet turn up and mix with others: the next drain does all this again. */
+			t->unsound = !synchronize(t);
 			take_list(t);
 		}
 		for (s = 0; s < t->segment_count; s++) {
@@ -877,7 +896,7 @@ static void queue_all(struct umn_table *t)
 						continue; /* just hit: it comes by the list */
 					store(&slot_of(region)->thread, 0);
 					store(&slot_of(region)->syscall, -1);
-					queue_append(t, region);
+					queue_insert(t->queue.previous, region);
 				}
 		}
 	}
@@ -897,6 +916,14 @@ size_t umn_table_drain(struct umn_table *t, struct umn_event *events, size_t roo
 	/* First the generation, then the list: see umn_invalidate. */
 	generation = load(&t->header->generation);
 	overflow = load(&t->header->overflow);
+	/* Some of the changes up to this generation may have hit a region that another feeder had just made pending and has not put
+	 * on the list yet. They have to be reported now: their feeders are done, and so perhaps are the changes. */
+	if (generation != t->settled) {
+		if (synchronize(t))
+			t->settled = generation;
+		else
+			t->unsound = true;
+	}
 	take_list(t);
 	if (overflow != t->overflow_seen || t->unsound) {
 		t->overflow_seen = overflow;
@@ -912,21 +939,26 @@ size_t umn_table_drain(struct umn_table *t, struct umn_event *events, size_t roo
 		event->end = load(&slot->hint_end);
 		event->thread = load(&slot->thread);
 		event->syscall = load(&slot->syscall);
-		/* From here on a feeder may make it pending again, and write the hint. */
-		event->exact = !(__sync_fetch_and_and(&slot->state, ~(UMN_PENDING | UMN_MULTIPLE)) & UMN_MULTIPLE);
+		/* From here on a feeder may make it pending again, and write the hint. One that was in a leaf whose entry was being
+		 * reused may have hit a region that its change does not overlap. */
+		event->exact = !(__sync_fetch_and_and(&slot->state, ~(UMN_PENDING | UMN_MULTIPLE)) & UMN_MULTIPLE) &&
+			       event->start < min(event->end, region->end) && event->end > region->start;
 		if (!event->exact || event->start < region->start)
 			event->start = region->start;
 		if (!event->exact || event->end > region->end)
 			event->end = region->end;
 	}
-	__atomic_store_n(&t->seen, t->queue.next == &t->queue ? generation : generation - 1, __ATOMIC_RELEASE);
+	__atomic_store_n(&t->seen, t->queue.next == &t->queue && !t->unsound ? generation : generation - 1, __ATOMIC_RELEASE);
 	unlock(t);
 	return n;
 }
 
 bool umn_table_changed(const struct umn_table *t)
 {
-	return umn_generation(t->header) != load(&t->seen);
+	/* In this order: a generation that was loaded earlier could equal what a drain after that leaves here for "not all". */
+	uint64_t seen = load(&t->seen);
+
+	return umn_generation(t->header) != seen;
 }
 
 void umn_table_arm(struct umn_table *t)
@@ -987,11 +1019,18 @@ void umn_table_close(struct umn_table *t)
 
 void umn_table_delete(struct umn_table *t)
 {
+	struct own_node *node;
 	uint32_t s, c;
 
+	while ((node = t->spare_nodes)) {
+		t->spare_nodes = node->next;
+		free(node);
+	}
 	for (s = 0; s < t->segment_count; s++) {
-		for (c = 0; c < t->segments[s].pages * UMN_CHUNKS_PER_PAGE; c++)
+		for (c = 0; c < t->segments[s].pages * UMN_CHUNKS_PER_PAGE; c++) {
 			free(t->segments[s].chunks[c].regions);
+			free(t->segments[s].chunks[c].node);
+		}
 		free(t->segments[s].chunks);
 		munmap(t->segments[s].memory, (size_t)t->segments[s].pages * UMN_PAGE);
 	}
@@ -1000,15 +1039,19 @@ void umn_table_delete(struct umn_table *t)
 
 /* ---- For tests ---- */
 
-static const char *check_node(struct umn_table *t, uint32_t ref, uint32_t parent, uint64_t *regions)
+static const char *check_node(struct umn_table *t, uint32_t ref, uint32_t parent, uint64_t *regions, uint64_t *nodes)
 {
-	struct umn_node *node = node_at(t, ref);
+	struct umn_node *node = node_at(t, ref), *shared = cell_at(t, ref);
+	uint32_t i, n = 0, entries = chunk_at(t, ref)->entries;
 	struct umn_region *region;
-	uint32_t i, n = 0;
 	const char *wrong;
 	struct entry below;
 	uint64_t last = 0;
 
+	++*nodes;
+	if (shared->level != node->level || shared->used != node->used || memcmp(shared->start, node->start, sizeof node->start) ||
+	    memcmp(shared->end, node->end, sizeof node->end) || memcmp(shared->ref, node->ref, sizeof node->ref))
+		return "a node's shared copy is not as it was written";
 	if (chunk_at(t, ref)->parent != parent)
 		return "a parent link is wrong";
 	if (parent && node_at(t, parent)->level != node->level + 1)
@@ -1019,7 +1062,7 @@ static const char *check_node(struct umn_table *t, uint32_t ref, uint32_t parent
 		n++;
 		if (!node->level) {
 			region = region_at(t, node->ref[i]);
-			if (!region || region->place != WATCHED || region->leaf != ref)
+			if (!region || region->place != WATCHED || region->leaf != ref || !(region->slot->state & UMN_LIVE))
 				return "a leaf entry is not that of a watched region";
 			if (region->start != node->start[i] || region->end != node->end[i])
 				return "a leaf entry's bounds are not the region's";
@@ -1027,35 +1070,73 @@ static const char *check_node(struct umn_table *t, uint32_t ref, uint32_t parent
 			continue;
 		}
 		below = entry_for(t, node->ref[i]);
-		if (node->start[i] > below.start || node->end[i] < below.end)
+		if (chunk_at(t, node->ref[i])->entries && (node->start[i] > below.start || node->end[i] < below.end))
 			return "bounds do not hold what is below";
 		if (node->start[i] < last)
 			return "entries are not in order";
 		last = node->start[i];
-		wrong = check_node(t, node->ref[i], ref, regions);
+		wrong = check_node(t, node->ref[i], ref, regions, nodes);
 		if (wrong)
 			return wrong;
 	}
-	if (n != chunk_at(t, ref)->entries || (node->level && !n))
+	if (n != entries || (node->level && n != node->used) || (!n && !t->untidy && parent))
 		return "a node's count is wrong";
 	return NULL;
+}
+
+/* What must be somewhere: in the index, free, or in limbo. */
+static const char *check_memory(struct umn_table *t, uint64_t regions, uint64_t nodes)
+{
+	uint64_t chunks = nodes, slots = regions, own_nodes = 0;
+	struct umn_region *region;
+	uint32_t s, c, ref;
+
+	for (ref = t->free_chunks; ref; ref = chunk_at(t, ref)->next, chunks++)
+		if (chunk_at(t, ref)->regions || chunk_at(t, ref)->node)
+			return "a free chunk is in use";
+	if (chunks - nodes != t->free_chunk_count)
+		return "free chunks are miscounted";
+	for (ref = t->fresh.chunks; ref; ref = chunk_at(t, ref)->next)
+		chunks++;
+	for (ref = t->waiting.chunks; ref; ref = chunk_at(t, ref)->next)
+		chunks++;
+	for (region = t->free_regions; region; region = region->next)
+		slots++;
+	for (region = t->fresh.regions; region; region = region->next)
+		slots++;
+	for (region = t->waiting.regions; region; region = region->next)
+		slots++;
+	for (s = 0; s < t->segment_count; s++)
+		for (c = s ? 0 : UMN_CHUNKS_PER_PAGE; c < t->segments[s].pages * UMN_CHUNKS_PER_PAGE; c++) {
+			chunks--;
+			if (t->segments[s].chunks[c].regions) {
+				chunks++;
+				slots -= UMN_CELLS_PER_CHUNK;
+			}
+			own_nodes += !!t->segments[s].chunks[c].node;
+		}
+	return chunks ? "chunks are lost" : slots ? "slots are lost" : own_nodes != nodes ? "nodes are lost" : NULL;
 }
 
 const char *umn_table_check(struct umn_table *t)
 {
 	const char *wrong = NULL;
-	uint64_t regions = 0;
+	uint64_t regions = 0, nodes = 0;
 	struct entry hull;
 
 	pthread_mutex_lock(&t->lock);
-	if (t->header->root) {
-		hull = entry_for(t, t->header->root);
-		wrong = check_node(t, t->header->root, 0, &regions);
-		if (!wrong && (hull.start < t->header->low || hull.end > t->header->high))
+	if (t->root) {
+		hull = entry_for(t, t->root);
+		wrong = check_node(t, t->root, 0, &regions, &nodes);
+		if (!wrong && regions && (hull.start < t->low || hull.end > t->high))
 			wrong = "the hull does not hold everything";
 	}
+	if (!wrong && (t->header->root != t->root || t->header->low != t->low || t->header->high != t->high))
+		wrong = "the header is not as it was written";
 	if (!wrong && regions != t->regions)
 		wrong = "regions are missing from the index";
+	if (!wrong)
+		wrong = check_memory(t, regions, nodes);
 	pthread_mutex_unlock(&t->lock);
 	return wrong;
 }

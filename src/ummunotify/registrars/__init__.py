@@ -3,9 +3,11 @@
 A registrar pins memory for a device or for the kernel ("registers" it) and gives back a handle.
 """
 
+from __future__ import annotations
+
 from typing import Protocol, TypeVar
 
-from ummunotify.errors import UmmunotifyError
+from ..errors import UmmunotifyError
 
 __all__ = [
     "Registrar",

@@ -7,6 +7,7 @@ holds the GIL while it waits, and its wheel needs a CPU with AVX-512, without wh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -60,8 +61,8 @@ class IoUringRegistrar:
     Watch the memory to be told.
 
     Threads: any thread may call any method, and none holds the GIL in the kernel. One lock serialises register and
-    deregister, as the kernel does; another serialises I/O, which is one operation at a time, to its end. Operations that
-    wait for each other need a registrar each.
+    deregister, as the kernel does; another the I/O, which is one operation at a time, to its end. Operations that wait
+    for each other need a registrar each.
 
     Fork: the child's registrar is closed at the fork, without effect on the parent's. Its calls raise RegistrarError,
     but `close` does nothing.
@@ -134,8 +135,8 @@ class IoUringRegistrar:
         An offset of -1 is the file's own position. Returns the number of bytes read: 0 at the end of the file.
 
         Raises OSError if the operation fails, and RegistrarError if `handle` is not registered here or the range is not
-        inside it. When an exception (Ctrl-C, say) ends the wait, the operation is first cancelled or waited for, so that
-        it does not touch the memory later.
+        inside it. When an exception (Ctrl-C, say) ends the wait, the operation is first cancelled or waited for, so
+        that it does not touch the memory later.
         """
         return self._operate(_READ_FIXED, fd, handle, address, length, offset)
 
@@ -189,23 +190,26 @@ class IoUringRegistrar:
                 self._serial += 1
                 self._ring.submit(_ASYNC_CANCEL, -1, 0, serial, 0, self._serial, 0)
                 self._wait(serial)
-                raise
-            finally:
                 self._ring.drop_completion()
+                raise
+            self._ring.drop_completion()
             if result < 0:
                 raise OSError(-result, os.strerror(-result))
             return result
 
     def _wait(self, serial: int) -> int:
-        """Wait until the completion of that operation is the first in the queue; leave it there, return its result."""
+        """Wait for the completion of that operation and return its result.
+
+        It is left in the queue: when an exception ends the wait, it can always be waited for again.
+        """
         while True:
             completion = self._ring.completion()
             if completion is None:
                 self._ring.wait()
             elif completion[0] == serial:
                 return completion[1]
-            else:  # of a cancellation, or of an operation that was given up
-                self._ring.drop_completion()
+            else:
+                self._ring.drop_completion()  # of a cancellation
 
 
 _registrars: weakref.WeakSet[IoUringRegistrar] = weakref.WeakSet()
@@ -273,7 +277,7 @@ _OFFSET_OF_SQES = 0x10000000
 
 # struct io_uring_params, in 32-bit words, and the words of it that are needed
 _PARAMS_WORDS = 30
-_SQ_HEAD, _SQ_TAIL, _SQ_ARRAY = 10, 11, 16
+_SQ_HEAD, _SQ_TAIL = 10, 11
 _CQ_HEAD, _CQ_TAIL, _CQ_MASK, _CQ_CQES = 20, 21, 22, 25
 
 # opcode, flags, ioprio, fd, off, addr, len, rw_flags, user_data, buf_index, personality, file_index, addr3, pad
@@ -306,16 +310,16 @@ class _Ring:
     def __init__(self, slots: int) -> None:
         params = (ctypes.c_uint32 * _PARAMS_WORDS)()
         self._fd = _syscall(_IO_URING_SETUP, 1, ctypes.addressof(params))
-        self._maps: list[mmap.mmap] = []
         self._words = memoryview(b"")
+        self._maps: list[mmap.mmap] = []
         try:
             register = _RSRC_REGISTER.pack(slots, _RSRC_REGISTER_SPARSE, 0, 0, 0)
             self._register(_REGISTER_BUFFERS2, register, len(register))
-            # Both rings are in one mapping. The page is far more than they need, with one and two entries.
+            # Both rings are in one mapping; with so few entries they take a part of the page.
             self._rings = self._map(0)
             self._sqe = self._map(_OFFSET_OF_SQES)
         except BaseException:
-            self.close(os.getpid())
+            self._close()
             raise
         self._words = memoryview(self._rings).cast("@I")
         self._sq_head, self._sq_tail = params[_SQ_HEAD] // 4, params[_SQ_TAIL] // 4
@@ -324,16 +328,19 @@ class _Ring:
         self._cqes = params[_CQ_CQES]
 
     def close(self, owner: int) -> None:
-        """Close it; in the process `owner` also empty the table, which other processes must not do to it."""
+        """Close it; in the process `owner` also empty the table, which a forked child must not do to its parent."""
         try:
             if os.getpid() == owner:
                 # Before, because closing alone unpins at some later time.
                 self._register(_UNREGISTER_BUFFERS, b"", 0)
         finally:
-            self._words.release()
-            for mapped in self._maps:
-                mapped.close()
-            os.close(self._fd)
+            self._close()
+
+    def _close(self) -> None:
+        self._words.release()
+        for mapped in self._maps:
+            mapped.close()
+        os.close(self._fd)
 
     def set_buffer(self, index: int, address: int, length: int) -> None:
         """Pin memory into a slot, in place of what was there; address 0 leaves the slot empty."""
@@ -341,22 +348,16 @@ class _Ring:
         update = _RSRC_UPDATE.pack(index, 0, ctypes.addressof(iovec), 0, 1, 0)
         self._register(_REGISTER_BUFFERS_UPDATE, update, len(update))
 
-    def submit(
-        self, opcode: int, fd: int, offset: int, address: int, length: int, user_data: int, buffer: int
-    ) -> None:
-        self._sqe[: _SQE.size] = _SQE.pack(
-            opcode, 0, 0, fd, offset, address, length, 0, user_data, buffer, 0, 0, 0, 0
-        )
+    def submit(self, opcode: int, fd: int, offset: int, address: int, length: int, user_data: int, buffer: int) -> None:
+        self._sqe[: _SQE.size] = _SQE.pack(opcode, 0, 0, fd, offset, address, length, 0, user_data, buffer, 0, 0, 0, 0)
         # From the head: what an earlier call left in the queue when it failed is replaced.
         self._words[self._sq_tail] = (self._words[self._sq_head] + 1) & 0xFFFFFFFF
         _syscall(_IO_URING_ENTER, self._fd, 1, 0, 0, 0, 0)
 
     def wait(self) -> None:
         """Wait for a completion, or until a signal arrives."""
-        try:
+        with contextlib.suppress(InterruptedError):
             _syscall(_IO_URING_ENTER, self._fd, 0, 1, _ENTER_GETEVENTS, 0, 0)
-        except InterruptedError:
-            pass  # its handler in Python runs before the caller's next step
 
     def completion(self) -> tuple[int, int] | None:
         """The user_data and the result of the first completion."""
