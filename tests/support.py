@@ -46,12 +46,13 @@ _libc.mmap.argtypes = (
 _libc.munmap.restype = ctypes.c_int
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
+_MAP_NORESERVE = 0x4000
 _MAP_FIXED_NOREPLACE = 0x100000
 
 
 def map_memory(length: int, address: int | None = None) -> int:
     """Map private anonymous memory, at `address` if given and free; where it is."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_FIXED_NOREPLACE if address else 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED_NOREPLACE if address else 0)
     mapped = _libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if mapped == ctypes.c_void_p(-1).value:
         number = ctypes.get_errno()

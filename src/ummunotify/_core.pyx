@@ -30,6 +30,10 @@ from .errors import (
 )
 from .types import Invalidation
 
+cdef extern from "Python.h":
+    # Not int(): an address is not 1.5.
+    object operator_index "PyNumber_Index"(object o)
+
 cdef extern from "sys/mman.h" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
@@ -66,10 +70,12 @@ cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
         if len(<tuple>what) != 2:
             raise TypeError(f"expected a buffer or a pair (address, length), not {what!r}")
         try:
-            address = (<tuple>what)[0]
-            length = (<tuple>what)[1]
+            address = operator_index((<tuple>what)[0])
+            length = operator_index((<tuple>what)[1])
         except OverflowError:
-            raise InvalidRangeError(int(what[0]), int(what[1]), "not an address and a length in 64 bits") from None
+            raise InvalidRangeError(
+                operator_index(what[0]), operator_index(what[1]), "not an address and a length in 64 bits"
+            ) from None
     elif PyObject_CheckBuffer(what):
         try:
             PyObject_GetBuffer(what, &view, PyBUF_ANY_CONTIGUOUS)
@@ -326,7 +332,7 @@ cdef class WatchTable:
                     break
         else:
             try:
-                number = cookie
+                number = operator_index(cookie)
             except (OverflowError, TypeError):
                 raise InvalidCookieError(cookie) from None
             cookie = number

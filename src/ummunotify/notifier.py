@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from . import _core, sources
 from .errors import SourceUnavailableError, TooManyRegionsError
@@ -267,9 +267,41 @@ def open(
     reasons: dict[str, str] = {}
     for candidate in sources.candidates(source, probe):
         try:
-            return Notifier(candidate.open(), max_regions=max_regions)
+            return _open(candidate, max_regions)
         except UnavailableError as error:
             reasons[candidate.name] = str(error)
-        except OSError as error:
-            reasons[candidate.name] = f"{error}"
     raise SourceUnavailableError(reasons)
+
+
+def _open(candidate: sources.Candidate, max_regions: int | None = None) -> Notifier:
+    """Raises UnavailableError."""
+    feed = candidate.open()
+    try:
+        return Notifier(feed, max_regions=max_regions)
+    except OSError as error:
+        raise UnavailableError(f"{error}", "") from error
+
+
+class Finding(NamedTuple):
+    """What became of an attempt to use a source."""
+
+    source: str
+    """`bpf:kvm`"""
+    available: bool
+    """It was opened, and saw a change made for it to see."""
+    reason: str
+    """Why it is not available."""
+    remedy: str
+    """What can be done about that, as far as it is known."""
+
+
+def survey() -> list[Finding]:
+    """Try every source, best first."""
+    findings = []
+    for candidate in sources.every():
+        try:
+            _open(candidate).close()
+            findings.append(Finding(candidate.name, True, "", ""))
+        except UnavailableError as error:
+            findings.append(Finding(candidate.name, False, error.reason, error.remedy))
+    return findings

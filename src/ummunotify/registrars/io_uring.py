@@ -289,11 +289,12 @@ _RSRC_UPDATE = struct.Struct("@IIQQII")  # offset, resv, data, tags, nr, resv
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc.syscall.argtypes = (ctypes.c_long,) * 7
 
 
-def _syscall(number: int, *arguments: int) -> int:
+def _syscall(number: int, a: int, b: int, c: int = 0, d: int = 0, e: int = 0, f: int = 0) -> int:
     """Call the kernel, without the GIL."""
-    result: int = _libc.syscall(*map(ctypes.c_long, (number, *arguments)))
+    result: int = _libc.syscall(number, a, b, c, d, e, f)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -352,12 +353,12 @@ class _Ring:
         self._sqe[: _SQE.size] = _SQE.pack(opcode, 0, 0, fd, offset, address, length, 0, user_data, buffer, 0, 0, 0, 0)
         # From the head: what an earlier call left in the queue when it failed is replaced.
         self._words[self._sq_tail] = (self._words[self._sq_head] + 1) & 0xFFFFFFFF
-        _syscall(_IO_URING_ENTER, self._fd, 1, 0, 0, 0, 0)
+        _syscall(_IO_URING_ENTER, self._fd, 1)
 
     def wait(self) -> None:
         """Wait for a completion, or until a signal arrives."""
         with contextlib.suppress(InterruptedError):
-            _syscall(_IO_URING_ENTER, self._fd, 0, 1, _ENTER_GETEVENTS, 0, 0)
+            _syscall(_IO_URING_ENTER, self._fd, 0, 1, _ENTER_GETEVENTS)
 
     def completion(self) -> tuple[int, int] | None:
         """The user_data and the result of the first completion."""

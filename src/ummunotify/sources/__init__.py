@@ -29,6 +29,11 @@ def _open_bpf(probe: str) -> Feed:
 _ALL = [Candidate("bpf:kvm", lambda: _open_bpf("kvm"))]
 
 
+def every() -> list[Candidate]:
+    """All there are, best first, whatever the environment says."""
+    return list(_ALL)
+
+
 def candidates(source: str | None = None, probe: str | None = None) -> list[Candidate]:
     """The sources to try, best first; all of them, or what the arguments or the environment insist on.
 

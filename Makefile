@@ -1,0 +1,51 @@
+# Each target does all the set-up that it needs, as root on Debian; see CONTRIBUTING.md.
+
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/
+BPF_CFLAGS := -target bpfel-freestanding -mcpu=v3 -O2 -g -fno-stack-protector -Wall -Wextra -Wno-unused-parameter \
+	-idirafter /usr/include
+# Relative names only, so that the object is the same wherever it is built.
+BPF_COMPILE := cd src/ummunotify/bpf && $(abspath $(RUN))/python -m ziglang cc $(BPF_CFLAGS) -c watch.bpf.c -o
+
+SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
+
+.PHONY: demo test lint bpf check-bpf bench vmtest docs clean packages
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(RUN)ummunotify demo
+
+test: $(VENV)/installed
+	$(RUN)python -m pytest
+
+lint: $(VENV)/installed
+	$(RUN)ruff check
+	$(RUN)ruff format --check
+	$(RUN)mypy src tests benchmarks
+	$(RUN)python -m mypy.stubtest ummunotify
+	$(RUN)lint-imports
+
+packages:
+	tools/debian-packages gcc libc6-dev python3-dev python3-venv libbpf1 libbpf-dev
+
+$(VENV)/tools: pyproject.toml | packages
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)pip install -q --disable-pip-version-check $$($(PYTHON) -c \
+		'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*("'"'"'%s'"'"'" % d for d in p["dependencies"] + p["optional-dependencies"]["dev"]))' | xargs printf '%s\n')
+	touch $@
+
+$(VENV)/installed: $(VENV)/tools $(SOURCES)
+	PATH="$(abspath $(RUN)):$$PATH" $(RUN)pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
+	touch $@
+
+# The committed object is what users load: they need no compiler for BPF.
+bpf: $(VENV)/tools
+	$(BPF_COMPILE) watch.bpf.o
+
+check-bpf: $(VENV)/tools
+	$(BPF_COMPILE) $(abspath $(VENV))/watch.bpf.o
+	cmp $(VENV)/watch.bpf.o src/ummunotify/bpf/watch.bpf.o
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,5 @@
+"""`python -m ummunotify`."""
+
+from .cli import main
+
+main(prog_name="ummunotify")

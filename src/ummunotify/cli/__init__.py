@@ -1,0 +1,37 @@
+"""The command line: one module for each subcommand."""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+
+import click
+
+_COMMANDS = {
+    "demo": "Show, on real pages, the error that ummunotify prevents.",
+    "doctor": "Say what works on this machine, what does not, and what to do about it.",
+}
+
+
+class _Group(click.Group):
+    """Imports a subcommand's module only when it is asked for: each may need a package of its own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f".{cmd_name}", __package__)
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(metadata.version("ummunotify"), prog_name="ummunotify")
+def main() -> None:
+    """Learn, without losing an event, that memory was unmapped behind your back."""

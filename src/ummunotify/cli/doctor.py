@@ -1,0 +1,83 @@
+"""`ummunotify doctor`: what works on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..bpf import libbpf
+from ..notifier import survey
+
+_CAP_PERFMON, _CAP_BPF, _CAP_SYS_ADMIN = 38, 39, 21
+
+
+def _capabilities() -> list[str]:
+    """Those of this process that matter here."""
+    with open("/proc/self/status") as status:
+        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    names = {_CAP_BPF: "CAP_BPF", _CAP_PERFMON: "CAP_PERFMON", _CAP_SYS_ADMIN: "CAP_SYS_ADMIN"}
+    return [name for number, name in names.items() if effective >> number & 1]
+
+
+def _libbpf() -> str:
+    try:
+        return libbpf.libbpf_version()
+    except OSError:
+        return "not installed"
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "user": f"uid {os.geteuid()}, {', '.join(_capabilities()) or 'no capability that matters here'}",
+        "libbpf": _libbpf(),
+        "kernel types (BTF)": "available" if libbpf.btf_available() else "not available: CONFIG_DEBUG_INFO_BTF is off",
+        "/dev/kvm": ("usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "not permitted")
+        if os.path.exists("/dev/kvm")
+        else "not there",
+    }
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(as_json: bool) -> None:
+    """Say what works on this machine, what does not, and what to do about it.
+
+    Opens each source of invalidations, unmaps a page and looks whether the source has seen it. Exits with 0 if
+    at least one source works, and with 1 if none does.
+    """
+    machine, findings = _machine(), survey()
+    works = any(finding.available for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"machine": machine, "sources": [f._asdict() for f in findings]}, indent=2))
+        raise SystemExit(not works)
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    facts = Table.grid(padding=(0, 2))
+    for name, value in machine.items():
+        facts.add_row(Text(name, style="bold"), value)
+    console.print(facts)
+    console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("source", "self-test", "what to know"):
+        table.add_column(title, overflow="fold")
+    for finding in findings:
+        if finding.available:
+            table.add_row(finding.source, Text("passed", style="green"), "a page was unmapped, and it was seen")
+        else:
+            what = finding.reason + (f"\n-> {finding.remedy}" if finding.remedy else "")
+            table.add_row(finding.source, Text("not available", style="red"), what)
+    console.print(table)
+    console.print()
+    if works:
+        best = next(finding.source for finding in findings if finding.available)
+        console.print(Text(f"ummunotify works here: it will use {best}.", style="bold green"))
+    else:
+        console.print(Text("ummunotify does not work here.", style="bold red"))
+        raise SystemExit(1)
