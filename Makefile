@@ -1,5 +1,7 @@
 # Each target does all the set-up that it needs, as root on Debian; see CONTRIBUTING.md.
 
+MAKEFLAGS += --no-builtin-rules
+
 VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/
@@ -31,8 +33,7 @@ packages:
 
 $(VENV)/tools: pyproject.toml | packages
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)pip install -q --disable-pip-version-check $$($(PYTHON) -c \
-		'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*("'"'"'%s'"'"'" % d for d in p["dependencies"] + p["optional-dependencies"]["dev"]))' | xargs printf '%s\n')
+	$(PYTHON) tools/requirements.py | xargs -d '\n' $(RUN)pip install -q --disable-pip-version-check
 	touch $@
 
 $(VENV)/installed: $(VENV)/tools $(SOURCES)

@@ -168,6 +168,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map_update_elem": (_INT, _INT, _STRING, _STRING, _U64),
     "bpf_map_lookup_elem_flags": (_INT, _INT, _STRING, _POINTER, _U64),
     "bpf_map_delete_elem": (_INT, _INT, _STRING),
+    "bpf_map_update_batch": (_INT, _INT, _STRING, _STRING, _POINTER, _POINTER),
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
     "bpf_raw_tracepoint_open": (_INT, _STRING, _INT),
     "bpf_enable_stats": (_INT, _INT),
@@ -509,6 +510,23 @@ def map_update(fd: int, key: bytes, value: bytes, flags: UpdateFlag | int = Upda
     """
     _check_sizes(fd, key, len(value))
     _call(f"update map (fd {fd})", "bpf_map_update_elem", fd, key, value, flags)
+
+
+def map_update_batch(fd: int, items: list[tuple[bytes, bytes]]) -> None:
+    """Store several values in one call; in a map of maps that means one wait for running programs.
+
+    Raises :class:`BpfError`; some may have been stored then. Thread-safe.
+    """
+    count = _U32(len(items))
+    _call(
+        "update map elements",
+        "bpf_map_update_batch",
+        fd,
+        b"".join(key for key, _ in items),
+        b"".join(value for _, value in items),
+        ctypes.byref(count),
+        None,
+    )
 
 
 def map_lookup(fd: int, key: bytes, value_size: int) -> bytes:

@@ -19,7 +19,6 @@ typedef int64_t __s64;
 #define BPF_MAP_TYPE_ARRAY_OF_MAPS 12
 #define BPF_MAP_TYPE_RINGBUF 27
 #define BPF_F_MMAPABLE (1u << 10)
-#define BPF_F_INNER_MAP (1u << 12)
 #include <bpf/bpf_helpers.h>
 
 #include "../core/layout.h"
@@ -50,10 +49,11 @@ struct table {
 	uint32_t next;	/* the next table of the same address space, plus 1 */
 	uint32_t cells; /* in all its segments: no walk of a sound index takes more steps */
 };
+/* All of one size: then the verifier turns look-ups in them into a few instructions (array_map_gen_lookup). */
 struct segment {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
+	__uint(max_entries, UMN_SEGMENT_PAGES);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(key_size, sizeof(uint32_t));
 	__uint(value_size, UMN_PAGE);
 };
@@ -97,8 +97,11 @@ struct {
 } handshakes SEC(".maps");
 
 struct control {
-	uint32_t tables;     /* tables with this number and above have never been used */
-	uint32_t handshakes; /* how many are open */
+	uint32_t tables;	/* tables with this number and above have never been used */
+	uint32_t handshakes;	/* how many are open */
+	uint64_t mm;		/* if just one table is being fed: its address space, ... */
+	uint32_t only;		/* ... and its number plus 1 */
+	uint32_t steps_foreign; /* the most that a change may take on behalf of a table that may be another user's */
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -114,6 +117,7 @@ struct {
 #define UMN_LOAD(p) (*(volatile __typeof__(*(p)) *)(p))
 #define UMN_STORE(p, v) (*(volatile __typeof__(*(p)) *)(p) = (v))
 #define UMN_OPAQUE(v) asm volatile("" : "+r"(v))
+#define UMN_UNROLL _Pragma("clang loop unroll(full)")
 #define UMN_REPEAT(n, f, w) bpf_loop(n, f, w, 0)
 struct umn_walk;
 static __always_inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref);
@@ -122,9 +126,9 @@ static __always_inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t
 
 static __always_inline uint8_t *page_at(uint32_t segments_at, uint32_t ref)
 {
-	uint32_t segment = segments_at + (ref >> UMN_CELL_BITS);
-	uint32_t page = (ref & UMN_CELL_MASK) / UMN_CELLS_PER_PAGE;
-	void *map = bpf_map_lookup_elem(&segments, &segment);
+	uint32_t segment = segments_at + ref / UMN_CELLS_PER_SEGMENT;
+	uint32_t page = ref / UMN_CELLS_PER_PAGE % UMN_SEGMENT_PAGES;
+	void *map = ref < UMN_SEGMENTS * UMN_CELLS_PER_SEGMENT ? bpf_map_lookup_elem(&segments, &segment) : 0;
 
 	return map ? bpf_map_lookup_elem(map, &page) : 0;
 }
@@ -145,28 +149,29 @@ static __always_inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t
 	return page ? (struct umn_slot *)(page + cell * UMN_CELL) : 0;
 }
 
-#define STEPS_MAX (1u << 23)	     /* bpf_loop's own limit */
-#define STEPS_FOREIGN_MAX (1u << 12) /* on behalf of a table that may be another user's: 4096 steps take some 0.2 ms */
+static __always_inline struct umn_header *header_of(uint32_t id)
+{
+	return (struct umn_header *)page_at(id * UMN_SEGMENTS, 0);
+}
+
+#define STEPS_MAX (1u << 23) /* bpf_loop's own limit */
 
 /* One table's share of a change. A global function, so that the verifier looks at it once. */
-__attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, int32_t syscall, uint32_t own)
+__attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, int32_t syscall, uint32_t steps)
 {
 	struct table *table = bpf_map_lookup_elem(&tables, &id);
 	struct umn_walk w = {.segments_at = id * UMN_SEGMENTS, .start = start, .end = end, .syscall = syscall};
-	uint32_t first = 0, steps;
 	uint64_t wake = 1;
-	void *map, *ring;
+	void *ring;
 
 	if (!table || !table->mm)
 		return 0;
-	map = bpf_map_lookup_elem(&segments, &w.segments_at);
-	w.header = map ? bpf_map_lookup_elem(map, &first) : 0;
+	w.header = header_of(id);
 	if (!w.header || !umn_in_hull(w.header, start, end))
 		return 0;
 	w.thread = bpf_get_current_pid_tgid();
-	steps = own ? table->cells : STEPS_FOREIGN_MAX;
-	if (steps > STEPS_MAX)
-		steps = STEPS_MAX;
+	if (steps > table->cells)
+		steps = table->cells;
 	if (umn_invalidate(&w, steps)) {
 		ring = bpf_map_lookup_elem(&rings, &id);
 		if (ring)
@@ -178,6 +183,7 @@ __attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, in
 struct change {
 	uint64_t start, end;
 	int32_t syscall;
+	uint32_t steps;
 	uint32_t table; /* plus 1 */
 };
 
@@ -186,7 +192,7 @@ static long feed_next(uint32_t unused, struct change *change)
 	uint32_t id = change->table - 1;
 	struct table *table;
 
-	feed(id, change->start, change->end, change->syscall, 1);
+	feed(id, change->start, change->end, change->syscall, STEPS_MAX);
 	table = bpf_map_lookup_elem(&tables, &id);
 	change->table = table ? table->next : 0;
 	return !change->table;
@@ -194,7 +200,7 @@ static long feed_next(uint32_t unused, struct change *change)
 
 static long feed_foreign(uint32_t id, struct change *change)
 {
-	feed(id, change->start, change->end, change->syscall, 0);
+	feed(id, change->start, change->end, change->syscall, change->steps);
 	return 0;
 }
 
@@ -323,17 +329,28 @@ static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
 SEC("raw_tp/kvm_unmap_hva_range")
 int kvm(uint64_t *args)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	struct change change = {.start = args[0], .end = args[1], .syscall = -1};
-	uint64_t mm = (uint64_t)task->mm;
+	struct umn_header *header;
 	enum scope scope = ANYBODY;
+	struct task_struct *task;
+	struct pt_regs *regs;
 	struct control *ctl;
 	uint32_t zero = 0;
+	uint64_t mm;
 
 	ctl = bpf_map_lookup_elem(&control, &zero);
 	if (!ctl)
 		return 0;
+	/* The usual case, a process that feeds just itself: most changes are none of its regions', so ask that first. */
+	if (ctl->only && !ctl->handshakes) {
+		header = header_of(ctl->only - 1);
+		if (header && !umn_in_hull(header, change.start, change.end))
+			return 0;
+	}
+	task = bpf_get_current_task_btf();
+	regs = (struct pt_regs *)bpf_task_pt_regs(task);
+	mm = (uint64_t)task->mm;
+	change.steps = ctl->steps_foreign;
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
@@ -341,9 +358,13 @@ int kvm(uint64_t *args)
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
 	}
+	if (scope == NOBODY)
+		return 0;
+	if (ctl->only && ctl->mm == mm)
+		return feed(ctl->only - 1, change.start, change.end, change.syscall, STEPS_MAX);
 	if (scope == OWN)
 		feed_mm(mm, &change);
-	else if (scope == ANYBODY)
+	else
 		bpf_loop(ctl->tables, feed_foreign, &change, 0);
 	return 0;
 }

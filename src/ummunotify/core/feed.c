@@ -7,6 +7,7 @@
 #define UMN_INLINE inline
 #define UMN_LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define UMN_STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
+#define UMN_UNROLL
 #define UMN_OPAQUE(v) ((void)(v))
 #ifndef UMN_REPEAT /* a test has its own */
 #define UMN_REPEAT(n, f, w)                                              \
@@ -23,7 +24,7 @@ static inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref);
 /* The kernel's feeder gets "no such page" from its maps; here it has to be looked up. */
 static inline void *cell_at(struct umn_walk *w, uint32_t ref, uint32_t cell)
 {
-	uint32_t segment = ref >> UMN_CELL_BITS;
+	uint32_t segment = ref / UMN_CELLS_PER_SEGMENT;
 
 	if (cell >= UMN_LOAD(&w->memory->pages[segment]) * UMN_CELLS_PER_PAGE)
 		return NULL;
@@ -32,12 +33,12 @@ static inline void *cell_at(struct umn_walk *w, uint32_t ref, uint32_t cell)
 
 static inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref)
 {
-	return cell_at(w, ref, ref & UMN_CELL_MASK & ~(UMN_CELLS_PER_CHUNK - 1));
+	return cell_at(w, ref, ref % UMN_CELLS_PER_SEGMENT & ~(UMN_CELLS_PER_CHUNK - 1));
 }
 
 static inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref)
 {
-	return cell_at(w, ref, ref & UMN_CELL_MASK);
+	return cell_at(w, ref, ref % UMN_CELLS_PER_SEGMENT);
 }
 
 void umn_memory_add(struct umn_memory *memory, void *segment, uint32_t pages)

@@ -10,7 +10,7 @@
  *	UMN_LOAD(p), UMN_STORE(p, v)	single-copy atomic, no order
  *	UMN_OPAQUE(v)			hides from the compiler what it knows of v
  *	UMN_REPEAT(n, f, w)		calls f(i, w) for i = 0, 1, ... until it returns 1, at most n times
- *	UMN_INLINE			on functions that are to be inlined
+ *	UMN_INLINE, UMN_UNROLL		on functions that are to be inlined, loops that are to be unrolled
  *
  * with the declarations of the two functions before the include (struct umn_walk is incomplete there).
  *
@@ -26,6 +26,7 @@
 
 #include "layout.h"
 
+#define UMN_ADDRESS_MAX (UINT64_C(1) << 62)
 #define UMN_PUSH_TRIES (1u << 16)
 
 struct umn_walk {
@@ -38,9 +39,11 @@ struct umn_walk {
 	uint32_t first, last; /* the slots that this walk made pending, chained, the last one hit first */
 	uint32_t done;	      /* of each UMN_REPEAT: it came to its end */
 	uint32_t gave_up;
-	uint32_t depth;
-	uint32_t node[UMN_LEVELS];
-	uint32_t next_entry[UMN_LEVELS];
+	uint32_t enter;		    /* the node to go on with; 0: the last of those entered */
+	uint32_t depth;		    /* how many nodes were entered and not left */
+	uint32_t zero;		    /* 0; but the BPF verifier does not know, or it would follow each depth by itself */
+	uint32_t node[UMN_LEVELS];  /* these */
+	uint32_t left[UMN_LEVELS];  /* and their entries that overlap and are still to be followed, one bit each */
 };
 
 /* Invalidates one slot. Coalesces: only who sets UMN_PENDING chains the slot, so it is on the list at most once and the
@@ -75,50 +78,72 @@ static UMN_INLINE void umn_hit(struct umn_walk *w, struct umn_slot *slot, uint32
 	w->first = ref;
 }
 
-/* One step of the depth-first walk: on to the next entry that overlaps, or up. */
+/* Which of the node's entries overlap, one bit each. Without branches, for the BPF verifier's sake, which follows each way
+ * through a program; addresses are far below 2^63, so the sign of a difference tells which is greater. Entries not in use may
+ * be among them. */
+static UMN_INLINE uint32_t umn_overlapping(struct umn_walk *w, struct umn_node *node)
+{
+	uint32_t overlapping = 0, i;
+
+	UMN_UNROLL
+	for (i = 0; i < UMN_FANOUT; i++)
+		overlapping |= (uint32_t)(((UMN_LOAD(&node->start[i]) - w->end) & (w->start - UMN_LOAD(&node->end[i]))) >> 63) << i;
+	return overlapping;
+}
+
+/* The number of the lowest bit that is set in a non-zero value: BPF has no instruction for it. */
+static UMN_INLINE uint32_t umn_lowest(uint32_t bits)
+{
+	uint32_t below = (bits & -bits) - 1; /* count these */
+
+	UMN_OPAQUE(below); /* or the compiler sees what this is, and then finds no instruction */
+	below -= below >> 1 & 0x55555555;
+	below = (below & 0x33333333) + (below >> 2 & 0x33333333);
+	below = (below + (below >> 4)) & 0x0f0f0f0f;
+	return below * 0x01010101 >> 24;
+}
+
+/* One step of the depth-first walk: enter a node, or follow one entry of the node that it is in, or go up. */
 static long umn_step(uint32_t unused, struct umn_walk *w)
 {
-	uint32_t depth = w->depth & (UMN_LEVELS - 1);
-	uint32_t below = (depth + 1) & (UMN_LEVELS - 1);
-	struct umn_node *node = umn_node_at(w, w->node[depth]);
+	uint32_t depth = w->depth & (UMN_LEVELS - 1), above = (depth - 1) & (UMN_LEVELS - 1), i, ref;
+	struct umn_node *node;
 	struct umn_slot *slot;
-	uint32_t i, used, ref;
 
 	(void)unused;
-	if (!node)
-		goto give_up;
-	used = UMN_LOAD(&node->used);
-	for (i = w->next_entry[depth];; i++) {
-		UMN_OPAQUE(i); /* or the compiler turns it into pointers, whose bounds the BPF verifier cannot see */
-		if (i >= UMN_FANOUT || i >= used)
-			break;
-		if (UMN_LOAD(&node->start[i]) >= w->end || UMN_LOAD(&node->end[i]) <= w->start)
-			continue;
-		/* The owner may be reusing this entry, so ref may not belong to these bounds. Then a watch that has not
-		 * returned yet is missed, or hit without need. */
-		ref = UMN_LOAD(&node->ref[i]);
-		if (!ref)
-			continue;
-		w->next_entry[depth] = i + 1;
-		if (!UMN_LOAD(&node->level)) {
-			slot = umn_slot_at(w, ref);
-			if (!slot)
-				goto give_up;
-			umn_hit(w, slot, ref);
-			return 0;
-		}
-		if (!below)
-			goto give_up; /* deeper than any index that the owner builds */
-		w->depth = below;
-		w->node[below] = ref;
-		w->next_entry[below] = 0;
+	if (w->enter) {
+		node = umn_node_at(w, w->enter);
+		if (!node || depth != w->depth)
+			goto give_up;
+		w->node[depth] = w->enter;
+		w->left[depth] = umn_overlapping(w, node);
+		w->depth = (depth + 1) | w->zero;
+		w->enter = 0;
 		return 0;
 	}
-	if (!depth) {
-		w->done = 1;
-		return 1;
+	if (!w->left[above]) {
+		w->depth = above | w->zero;
+		w->done = !above;
+		return !above;
 	}
-	w->depth = depth - 1;
+	i = umn_lowest(w->left[above]);
+	w->left[above] &= w->left[above] - 1;
+	node = umn_node_at(w, w->node[above]);
+	if (!node || i >= UMN_FANOUT)
+		goto give_up;
+	/* The owner may have reused this entry, so ref may not belong to the bounds that were looked at. Then a watch that had
+	 * not returned when this change began is missed, or hit without need. */
+	ref = UMN_LOAD(&node->ref[i]);
+	if (!ref)
+		return 0;
+	if (UMN_LOAD(&node->level)) {
+		w->enter = ref;
+		return 0;
+	}
+	slot = umn_slot_at(w, ref);
+	if (!slot)
+		goto give_up;
+	umn_hit(w, slot, ref);
 	return 0;
 give_up:
 	w->gave_up = 1;
@@ -171,12 +196,13 @@ static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 	uint32_t phase = UMN_LOAD(&header->phase) & 1;
 	int wake = 0;
 
+	if (w->end > UMN_ADDRESS_MAX)
+		w->end = UMN_ADDRESS_MAX; /* "the whole address space" ends at ~0 */
 	if (__sync_fetch_and_add(&header->readers[phase], 1) == UINT64_MAX)
 		w->gave_up = 1; /* cannot be; but using the result makes it an ordered operation in BPF */
-	/* 0, but the BPF verifier must not know, or it would follow each way through the index by itself. */
-	w->depth = UMN_LOAD(&header->zero);
-	w->node[0] = UMN_LOAD(&header->root);
-	if (w->node[0]) {
+	w->depth = w->zero = UMN_LOAD(&header->zero);
+	w->enter = UMN_LOAD(&header->root);
+	if (w->enter) {
 		UMN_REPEAT(steps, umn_step, w);
 		if (!w->done)
 			w->gave_up = 1;

@@ -3,10 +3,10 @@
  * The watch table's layout in shared memory.
  *
  * This is the one place where the BPF program, the C core and the Cython module meet. A table is a sequence of
- * segments; a segment is an array of 4096-byte pages (a BPF array map, or plain memory). Page 0 of segment 0 is the
- * header; every other 512-byte chunk is a node of the index, or 16 slots, or free.
+ * segments; a segment is an array of 64 pages of 4096 bytes (a BPF array map, or plain memory). Page 0 of segment 0 is
+ * the header; every other 512-byte chunk is a node of the index, or 16 slots, or free.
  *
- * A reference names a 32-byte cell: segment in the top 7 bits, cell in the low 25. 0 is "none" (it would be the header).
+ * A reference is the number of a 32-byte cell, counted through all segments. 0 is "none" (it would be the header).
  */
 #ifndef UMN_LAYOUT_H
 #define UMN_LAYOUT_H
@@ -20,10 +20,9 @@
 #define UMN_CELLS_PER_CHUNK (UMN_CHUNK / UMN_CELL)
 #define UMN_CHUNKS_PER_PAGE (UMN_PAGE / UMN_CHUNK)
 
-#define UMN_CELL_BITS 25
-#define UMN_SEGMENTS 128u /* 1 << (32 - UMN_CELL_BITS) */
-#define UMN_CELL_MASK ((1u << UMN_CELL_BITS) - 1)
-#define UMN_SEGMENT_PAGES_MAX ((1u << UMN_CELL_BITS) / UMN_CELLS_PER_PAGE)
+#define UMN_SEGMENT_PAGES 64u
+#define UMN_SEGMENTS 2048u /* at most: half a GiB, some six million regions */
+#define UMN_CELLS_PER_SEGMENT (UMN_SEGMENT_PAGES * UMN_CELLS_PER_PAGE)
 
 #define UMN_FANOUT 25u
 #define UMN_LEVELS 8u /* a power of two: the BPF program masks with it */
@@ -92,6 +91,6 @@ struct umn_slot {
 UMN_STATIC_ASSERT(sizeof(struct umn_header) == 256, "header: four cache lines");
 UMN_STATIC_ASSERT(sizeof(struct umn_node) <= UMN_CHUNK, "a node fits in a chunk");
 UMN_STATIC_ASSERT(sizeof(struct umn_slot) == UMN_CELL, "a slot is a cell");
-UMN_STATIC_ASSERT(UMN_SEGMENTS == 1u << (32 - UMN_CELL_BITS), "a reference has 32 bits");
+UMN_STATIC_ASSERT((uint64_t)UMN_SEGMENTS * UMN_CELLS_PER_SEGMENT <= UINT32_MAX, "a reference has 32 bits");
 
 #endif

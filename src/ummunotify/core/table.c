@@ -26,7 +26,6 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#define FIRST_PAGES 16u	 /* 64 KiB */
 #define UNDERFULL 6u	 /* a node with fewer entries is merged with a neighbour ... */
 #define MERGED_MAX 18u	 /* ... if both together have at most this many */
 #define WAIT_YIELDS 1000u
@@ -115,12 +114,12 @@ struct entry {
 
 static struct chunk *chunk_at(struct umn_table *t, uint32_t ref)
 {
-	return &t->segments[ref >> UMN_CELL_BITS].chunks[(ref & UMN_CELL_MASK) / UMN_CELLS_PER_CHUNK];
+	return &t->segments[ref / UMN_CELLS_PER_SEGMENT].chunks[ref % UMN_CELLS_PER_SEGMENT / UMN_CELLS_PER_CHUNK];
 }
 
 static void *cell_at(struct umn_table *t, uint32_t ref)
 {
-	return t->segments[ref >> UMN_CELL_BITS].memory + (size_t)(ref & UMN_CELL_MASK) * UMN_CELL;
+	return t->segments[ref / UMN_CELLS_PER_SEGMENT].memory + (size_t)(ref % UMN_CELLS_PER_SEGMENT) * UMN_CELL;
 }
 
 static struct umn_node *node_at(struct umn_table *t, uint32_t ref)
@@ -131,13 +130,12 @@ static struct umn_node *node_at(struct umn_table *t, uint32_t ref)
 /* The slot's region, or NULL if a ref from shared memory is not that of a slot. */
 static struct umn_region *region_at(struct umn_table *t, uint32_t ref)
 {
-	uint32_t segment = ref >> UMN_CELL_BITS, cell = ref & UMN_CELL_MASK;
 	struct umn_region *regions;
 
-	if (segment >= t->segment_count || cell >= t->segments[segment].pages * UMN_CELLS_PER_PAGE)
+	if (ref / UMN_CELLS_PER_SEGMENT >= t->segment_count)
 		return NULL;
 	regions = chunk_at(t, ref)->regions;
-	return regions ? &regions[cell % UMN_CELLS_PER_CHUNK] : NULL;
+	return regions ? &regions[ref % UMN_CELLS_PER_CHUNK] : NULL;
 }
 
 static struct umn_slot *slot_of(struct umn_region *region)
@@ -691,11 +689,11 @@ static void tidy(struct umn_table *t)
 	struct chunk *chunk;
 
 	for (uint32_t i = 0; t->untidy && i < TIDY_CHUNKS && can_change(t); i++) {
-		segment = t->tidy_from >> UMN_CELL_BITS;
-		c = (t->tidy_from & UMN_CELL_MASK) / UMN_CELLS_PER_CHUNK;
+		segment = t->tidy_from / UMN_CELLS_PER_SEGMENT;
+		c = t->tidy_from % UMN_CELLS_PER_SEGMENT / UMN_CELLS_PER_CHUNK;
 		if (c == t->segments[segment].pages * UMN_CHUNKS_PER_PAGE) {
 			t->untidy = segment + 1 < t->segment_count;
-			t->tidy_from = (segment + 1) << UMN_CELL_BITS;
+			t->tidy_from = (segment + 1) * UMN_CELLS_PER_SEGMENT;
 			continue;
 		}
 		chunk = &t->segments[segment].chunks[c];
@@ -736,21 +734,15 @@ struct umn_table *umn_table_new(uint64_t max_regions)
 	return t;
 }
 
-/* Each segment adds an eighth of what there is: little is allocated in vain, and 128 segments are more than 32-bit references
- * can tell apart. */
 uint32_t umn_table_next_pages(struct umn_table *t)
 {
-	uint32_t i, pages = 0;
+	uint32_t pages;
 
 	if (!lock(t))
 		return 0;
-	for (i = 0; i < t->segment_count; i++)
-		pages += t->segments[i].pages;
+	pages = t->segment_count < UMN_SEGMENTS ? UMN_SEGMENT_PAGES : 0;
 	unlock(t);
-	if (i == UMN_SEGMENTS)
-		return 0;
-	pages /= 8;
-	return pages < FIRST_PAGES ? FIRST_PAGES : pages > UMN_SEGMENT_PAGES_MAX ? UMN_SEGMENT_PAGES_MAX : pages;
+	return pages;
 }
 
 int umn_table_add_segment(struct umn_table *t, void *memory, uint32_t pages)
@@ -758,7 +750,7 @@ int umn_table_add_segment(struct umn_table *t, void *memory, uint32_t pages)
 	struct chunk *chunks;
 	uint32_t segment, i;
 
-	if (!pages || pages > UMN_SEGMENT_PAGES_MAX)
+	if (pages != UMN_SEGMENT_PAGES)
 		return -EINVAL;
 	chunks = calloc((size_t)pages * UMN_CHUNKS_PER_PAGE, sizeof *chunks);
 	if (!chunks)
@@ -778,7 +770,7 @@ int umn_table_add_segment(struct umn_table *t, void *memory, uint32_t pages)
 		t->header = memory;
 	/* Descending, so that the lowest is taken first. Page 0 of segment 0 is the header. */
 	for (i = pages * UMN_CHUNKS_PER_PAGE; i-- > (segment ? 0 : UMN_CHUNKS_PER_PAGE);)
-		free_chunk(t, segment << UMN_CELL_BITS | i * UMN_CELLS_PER_CHUNK);
+		free_chunk(t, segment * UMN_CELLS_PER_SEGMENT + i * UMN_CELLS_PER_CHUNK);
 	t->segment_count++;
 	unlock(t);
 	return 0;
@@ -868,8 +860,9 @@ void umn_table_renew(struct umn_table *t, struct umn_region *region)
 /* Queues every watched region. */
 static void queue_all(struct umn_table *t)
 {
-	uint32_t s, c, i, chunks, state;
 	struct umn_region *region;
+	uint32_t s, c, i, state;
+	bool just_hit = false;
 
 	/* A feeder that gave up may have lost its chain: slots that are pending but on no list. Such a slot is pending before
 	 * and after the feeders of now have left and the list was taken. */
@@ -879,12 +872,11 @@ static void queue_all(struct umn_table *t)
 			t->unsound = !synchronize(t);
 			take_list(t);
 		}
-		for (s = 0; s < t->segment_count; s++) {
-			chunks = t->segments[s].pages * UMN_CHUNKS_PER_PAGE;
-			for (c = 0; c < chunks; c++)
+		for (s = 0; s < t->segment_count; s++)
+			for (c = 0; c < t->segments[s].pages * UMN_CHUNKS_PER_PAGE; c++)
 				for (i = 0; t->segments[s].chunks[c].regions && i < UMN_CELLS_PER_CHUNK; i++) {
 					region = &t->segments[s].chunks[c].regions[i];
-					if (region->place != WATCHED || region->queued)
+					if (region->place != WATCHED)
 						continue;
 					if (!after) {
 						region->leftover = load(&region->slot->state) & UMN_PENDING;
@@ -892,13 +884,20 @@ static void queue_all(struct umn_table *t)
 					}
 					state = __sync_fetch_and_or(&slot_of(region)->state,
 								    UMN_INVALID | UMN_PENDING | UMN_MULTIPLE);
-					if ((state & UMN_PENDING) && !region->leftover)
-						continue; /* just hit: it comes by the list */
+					if (region->queued)
+						continue;
+					if ((state & UMN_PENDING) && !region->leftover) {
+						just_hit = true; /* it comes by the list */
+						continue;
+					}
 					store(&slot_of(region)->thread, 0);
 					store(&slot_of(region)->syscall, -1);
 					queue_insert(t->queue.previous, region);
 				}
-		}
+	}
+	if (just_hit) {
+		t->unsound |= !synchronize(t);
+		take_list(t);
 	}
 }
 
@@ -915,7 +914,6 @@ size_t umn_table_drain(struct umn_table *t, struct umn_event *events, size_t roo
 		return 0;
 	/* First the generation, then the list: see umn_invalidate. */
 	generation = load(&t->header->generation);
-	overflow = load(&t->header->overflow);
 	/* Some of the changes up to this generation may have hit a region that another feeder had just made pending and has not put
 	 * on the list yet. They have to be reported now: their feeders are done, and so perhaps are the changes. */
 	if (generation != t->settled) {
@@ -924,6 +922,7 @@ size_t umn_table_drain(struct umn_table *t, struct umn_event *events, size_t roo
 		else
 			t->unsound = true;
 	}
+	overflow = load(&t->header->overflow); /* after those feeders are done */
 	take_list(t);
 	if (overflow != t->overflow_seen || t->unsound) {
 		t->overflow_seen = overflow;

@@ -65,7 +65,7 @@ struct umn_event {
 /* Makes a table with no memory: add a segment before use. NULL: out of memory. */
 struct umn_table *umn_table_new(uint64_t max_regions);
 
-/* How many 4096-byte pages the next segment should have; 0: no further segment can be added. */
+/* How many 4096-byte pages the next segment has to have; 0: no further segment can be added. */
 uint32_t umn_table_next_pages(struct umn_table *table);
 
 /* Adds a segment: zeroed, page-aligned memory that feeders see as the segment with the next number already. The table takes

@@ -20,17 +20,21 @@ from ..bpf import libbpf
 from .base import UnavailableError
 
 PAGE = 4096
-SEGMENTS = 128
+CELLS_PER_PAGE = 128
+SEGMENT_PAGES = 64
+SEGMENTS = 2048
 """As core/layout.h has them."""
 
-TABLES = 64
+TABLES = 16
 """Notifiers in one process."""
+
+_STEPS_MAX = 1 << 23
 
 _KVM_CREATE_VM = 0xAE01
 _TABLE = struct.Struct("=QII")  # struct table in watch.bpf.c
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
-_CONTROL = struct.Struct("=II")
+_CONTROL = struct.Struct("=IIQII")  # struct control
 
 PROBES = ("kvm",)
 """Best first."""
@@ -50,8 +54,11 @@ def _why(error: OSError) -> UnavailableError:
 class Maps:
     """The kernel side: the maps, the loaded programs and what they are attached to."""
 
-    def __init__(self, tables: int = TABLES) -> None:
-        """Load. Raises UnavailableError."""
+    def __init__(self, tables: int = TABLES, steps_foreign: int = _STEPS_MAX) -> None:
+        """Load. `steps_foreign` bounds the work for a table on behalf of a change that may be another process's.
+
+        Raises UnavailableError.
+        """
         self.fds: dict[str, int] = {}
         data = resources.files("ummunotify.bpf").joinpath("watch.bpf.o").read_bytes()
         try:
@@ -69,8 +76,10 @@ class Maps:
         except OSError as error:
             raise _why(error) from error
         self.free = list(range(tables - 1, -1, -1))
+        self.fed: dict[int, int] = {}  # table: its address space
         self.used = 0
         self.handshakes = 0
+        self.steps_foreign = steps_foreign
 
     def attach(self) -> None:
         """Attach the probe. Raises UnavailableError."""
@@ -104,25 +113,28 @@ class Maps:
             self._put_control()
         return table
 
-    def add_segment(self, table: int, number: int, pages: int) -> int:
-        """Make segment `number` of the table. The map's descriptor, which the caller closes. OSError."""
-        fd = libbpf.create_map(
-            libbpf.MapType.ARRAY,
-            "umn_segment",
-            4,
-            PAGE,
-            pages,
-            libbpf.MapFlag.MMAPABLE | libbpf.MapFlag.INNER_MAP,
-        )
+    def add_segments(self, table: int, first: int, count: int) -> list[int]:
+        """Make the table's segments from number `first` on. The maps' descriptors, which the caller closes. OSError."""
+        fds: list[int] = []
         try:
+            for _ in range(count):
+                fds.append(
+                    libbpf.create_map(
+                        libbpf.MapType.ARRAY, "umn_segment", 4, PAGE, SEGMENT_PAGES, libbpf.MapFlag.MMAPABLE
+                    )
+                )
             mm, following, cells = self._get_table(table)
             # First the bound on a walk's steps, then the memory that a longer walk may be in.
-            self._put_table(table, mm, following, cells + pages * (PAGE // 32))
-            libbpf.map_update(self.fds["segments"], _U32.pack(table * SEGMENTS + number), _U32.pack(fd))
+            self._put_table(table, mm, following, cells + count * SEGMENT_PAGES * CELLS_PER_PAGE)
+            libbpf.map_update_batch(
+                self.fds["segments"],
+                [(_U32.pack(table * SEGMENTS + first + i), _U32.pack(fd)) for i, fd in enumerate(fds)],
+            )
         except BaseException:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
             raise
-        return fd
+        return fds
 
     def add_ring(self, table: int) -> int:
         """Make the table's wake-up. The map's descriptor, which the caller closes. OSError."""
@@ -153,6 +165,8 @@ class Maps:
         first = self._first(mm)
         self._put_table(table, mm, first, cells)
         libbpf.map_update(self.fds["owners"], _U64.pack(mm), _U32.pack(table + 1))
+        self.fed[table] = mm
+        self._put_control()
         return True
 
     def drop(self, table: int, segments: int, ring: bool) -> None:
@@ -176,6 +190,8 @@ class Maps:
                     if first == table + 1:
                         self._put_table(previous, mm, following, cells)
                         break
+        self.fed.pop(table, None)
+        self._put_control()
         # Not `next`: a program may be on its way through it to another table of this address space.
         self._put_table(table, 0, following, 0)
         for number in range(segments):
@@ -202,7 +218,11 @@ class Maps:
         libbpf.map_update(self.fds["tables"], _U32.pack(table), _TABLE.pack(mm, following, cells))
 
     def _put_control(self) -> None:
-        libbpf.map_update(self.fds["control"], _U32.pack(0), _CONTROL.pack(self.used, self.handshakes))
+        only, mm = 0, 0
+        if len(self.fed) == 1:
+            only, mm = next((table + 1, mm) for table, mm in self.fed.items())
+        value = _CONTROL.pack(self.used, self.handshakes, mm, only, self.steps_foreign)
+        libbpf.map_update(self.fds["control"], _U32.pack(0), value)
 
 
 def _duplicate(fd: int) -> int:
@@ -293,6 +313,7 @@ class BpfFeed:
         self.name = "bpf:kvm"
         self._process = _process
         self._segments = 0
+        self._prepared: list[int] = []  # descriptors of the last of them, not mapped yet; the last one first
         self._ring: tuple[int, _core.Ring] | None = None
         self._closed = False
         with self._process.lock:
@@ -306,8 +327,13 @@ class BpfFeed:
 
     def add_segment(self, pages: int) -> int:
         with self._process.lock:
-            fd = self._maps.add_segment(self._table, self._segments, pages)
-            self._segments += 1
+            if not self._prepared:
+                # Each such step waits for running programs (see Maps.drop), so the steps grow with the table.
+                count = max(1, self._segments // 8)
+                self._prepared = self._maps.add_segments(self._table, self._segments, count)
+                self._prepared.reverse()
+                self._segments += count
+            fd = self._prepared.pop()
         try:
             # The mapping keeps the map: one descriptor less.
             return _core.map_shared(fd, pages * PAGE)
@@ -356,14 +382,16 @@ class BpfFeed:
             try:
                 self._maps.drop(self._table, self._segments, self._ring is not None)
             finally:
-                self._close_ring()
+                self._close_fds()
                 self._process.leave()
 
     def abandon(self) -> None:
         self._closed = True
-        self._close_ring()
+        self._close_fds()
 
-    def _close_ring(self) -> None:
+    def _close_fds(self) -> None:
+        while self._prepared:
+            os.close(self._prepared.pop())
         if self._ring is not None:
             self._ring[1].close()
             os.close(self._ring[0])
