@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(RUN)ruff check
 	$(RUN)ruff format --check
 	$(RUN)mypy src tests benchmarks
-	$(RUN)python -m mypy.stubtest ummunotify
+	$(RUN)python -m mypy.stubtest $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/ummunotify/*.pyi)))
 	$(RUN)lint-imports
 
 packages:

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, binding=False
+# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, autotestdict=False
 """The native part: a watch table and its regions. See core/table.h for what it rests on."""
 
 cimport cython

@@ -101,9 +101,7 @@ class Notifier(_core.WatchTable):
             except OSError as error:
                 if self.closed:
                     raise
-                raise TooManyRegionsError(
-                    f"the table cannot grow by {pages * PAGE >> 10} KiB ({error})"
-                ) from error
+                raise TooManyRegionsError(f"the table cannot grow by {pages * PAGE >> 10} KiB ({error})") from error
             try:
                 self._add_segment(address, pages)
             except BaseException:
@@ -253,9 +251,7 @@ def _abandon_all() -> None:
 os.register_at_fork(after_in_child=_abandon_all)
 
 
-def open(
-    source: str | None = None, *, probe: str | None = None, max_regions: int | None = None
-) -> Notifier:
+def open(source: str | None = None, *, probe: str | None = None, max_regions: int | None = None) -> Notifier:
     """Open a notifier for this process's memory, fed by the best source that works here.
 
     `source` (`bpf`) and `probe` (`kvm`) insist on one; where both are left out, the environment variable

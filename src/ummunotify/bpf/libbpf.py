@@ -1,28 +1,14 @@
 """A thin, typed binding of the parts of libbpf that load and attach BPF programs.
 
-This is the slow, privileged path: it runs once when a source starts, so it is plain Python over
-:mod:`ctypes`. Nothing here runs when memory is unmapped. The library is loaded at the first use
-of anything in this module, never at import.
+This is the slow, privileged path: it runs once when a source starts, so it is plain Python over ctypes. The library
+is loaded at the first use of anything here, never at import.
 
-**Errors.** Every failure of libbpf or of the kernel is a :class:`BpfError`, which is an
-:class:`OSError`: ``errno`` says why, ``call`` says what was attempted and ``log`` holds what libbpf
-and the kernel's verifier had to say. Nothing is printed.
+Every failure of libbpf or of the kernel is a `BpfError`. Nothing is printed: libbpf has one log function per process,
+and this module installs its own at the first use and takes it back at exit; messages that are not about this module's
+calls go to the function that was there before.
 
-**Threads.** All functions may be called from any thread. Distinct objects can be used at the same
-time; operations on one object (its programs and links included) wait for each other, so closing
-an object that another thread is using is safe. The GIL is released while libbpf works.
-
-**Fork.** A :class:`BpfObject`, with its programs and links, belongs to the process that made it.
-A child of ``fork`` inherits copies of the file descriptors. It can only ``close()`` the objects,
-which gives up the child's copies and leaves the parent's attachments in place; every other
-operation raises :class:`BpfError` (EBADF). File descriptors as such (what ``create_map``, ``map_fd``
-and ``fd`` return) can be used by whoever holds them.
-
-**File descriptors.** All are close-on-exec. What is attached stays attached while any process holds
-a file descriptor of its link, also after ``close()`` here.
-
-libbpf has one log function per process. This module installs its own at the first use and takes
-it back at exit; messages that are not about this module's calls go to the function that was there before.
+All functions may be called from any thread, and release the GIL while libbpf works. File descriptors are plain
+numbers, close-on-exec, and can be used by any process that gets them.
 """
 
 from __future__ import annotations
@@ -31,37 +17,11 @@ import atexit
 import ctypes
 import enum
 import errno
+import fcntl
 import os
 import threading
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-__all__ = [
-    "BpfError",
-    "BpfLink",
-    "BpfObject",
-    "BpfProgram",
-    "LibraryMissingError",
-    "MapFlag",
-    "MapInfo",
-    "MapType",
-    "ProgramInfo",
-    "UpdateFlag",
-    "Variable",
-    "btf_available",
-    "create_map",
-    "enable_statistics",
-    "libbpf_version",
-    "map_delete",
-    "map_info",
-    "map_lookup",
-    "map_update",
-    "program_info",
-]
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 # Version 1 of the ABI. Versions 0.x report errors differently and are not supported.
 _SONAME = "libbpf.so.1"
@@ -75,15 +35,12 @@ _FIRST_LIBBPF_ERRNO = 4000
 _ENOTSUPP = 524
 
 
-# --------------------------------------------------------------------------------------- errors
-
-
 class BpfError(OSError):
     """A call of libbpf or of the kernel's BPF interface failed.
 
-    ``errno`` is the error number: usually the kernel's, from 4000 on one of libbpf's own.
-    ``call`` says what was attempted. ``log`` is the end of what libbpf and the verifier wrote
-    during the call (up to 64 KiB, may be empty); ``str()`` shows its last lines.
+    `errno` is the error number: usually the kernel's, from 4000 on one of libbpf's own.
+    `call` says what was attempted. `log` is the end of what libbpf and the verifier wrote
+    during the call (up to 64 KiB, may be empty); `str()` shows its last lines.
     """
 
     def __init__(self, number: int, call: str, log: str = "") -> None:
@@ -126,8 +83,6 @@ def _describe_errno(number: int) -> str:
     return os.strerror(number)
 
 
-# ------------------------------------------------------------------------------ calling the library
-
 _POINTER = ctypes.c_void_p
 _STRING = ctypes.c_char_p
 _INT = ctypes.c_int
@@ -140,30 +95,15 @@ _BOOL = ctypes.c_bool
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "libbpf_version_string": (_STRING,),
     "libbpf_strerror": (_INT, _INT, _STRING, _SIZE),
-    "libbpf_num_possible_cpus": (_INT,),
     "bpf_object__open_mem": (_POINTER, _STRING, _SIZE, _POINTER),
     "bpf_object__load": (_INT, _POINTER),
     "bpf_object__close": (None, _POINTER),
-    "bpf_object__btf": (_POINTER, _POINTER),
     "bpf_object__find_program_by_name": (_POINTER, _POINTER, _STRING),
-    "bpf_object__next_program": (_POINTER, _POINTER, _POINTER),
     "bpf_object__find_map_by_name": (_POINTER, _POINTER, _STRING),
-    "bpf_program__name": (_STRING, _POINTER),
-    "bpf_program__section_name": (_STRING, _POINTER),
     "bpf_program__fd": (_INT, _POINTER),
-    "bpf_program__autoload": (_BOOL, _POINTER),
     "bpf_program__set_autoload": (_INT, _POINTER, _BOOL),
-    "bpf_program__autoattach": (_BOOL, _POINTER),
-    "bpf_program__set_autoattach": (None, _POINTER, _BOOL),
-    "bpf_program__attach": (_POINTER, _POINTER),
-    "bpf_program__attach_raw_tracepoint": (_POINTER, _POINTER, _STRING),
-    "bpf_program__attach_kprobe": (_POINTER, _POINTER, _BOOL, _STRING),
-    "bpf_link__fd": (_INT, _POINTER),
-    "bpf_link__destroy": (_INT, _POINTER),
     "bpf_map__fd": (_INT, _POINTER),
     "bpf_map__set_max_entries": (_INT, _POINTER, _U32),
-    "bpf_map__initial_value": (_POINTER, _POINTER, _POINTER),
-    "bpf_map__set_initial_value": (_INT, _POINTER, _STRING, _SIZE),
     "bpf_map_create": (_INT, _INT, _STRING, _U32, _U32, _U32, _POINTER),
     "bpf_map_update_elem": (_INT, _INT, _STRING, _STRING, _U64),
     "bpf_map_lookup_elem_flags": (_INT, _INT, _STRING, _POINTER, _U64),
@@ -172,9 +112,6 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
     "bpf_raw_tracepoint_open": (_INT, _STRING, _INT),
     "bpf_enable_stats": (_INT, _INT),
-    "btf__type_cnt": (_U32, _POINTER),
-    "btf__type_by_id": (_POINTER, _POINTER, _U32),
-    "btf__name_by_offset": (_STRING, _POINTER, _U32),
 }
 
 # int (*)(enum libbpf_print_level, const char *format, va_list). A va_list is passed as one pointer
@@ -286,12 +223,10 @@ def _load_library() -> _Library:
     return _library
 
 
-def _invoke(
-    function: str, *arguments: object, undo: Callable[[int], object] | None = None
-) -> tuple[Any, int, str]:
+def _invoke(function: str, *arguments: object, undo: Callable[[int], object] | None = None) -> tuple[Any, int, str]:
     """Call a function of libbpf; return its result, errno and what it logged.
 
-    ``undo`` gets the result of a successful call during which a signal handler raised an
+    `undo` gets the result of a successful call during which a signal handler raised an
     exception (KeyboardInterrupt): the exception goes on, and the result would be lost.
     """
     c_function = _load_library()[function]
@@ -314,7 +249,7 @@ def _call(
 ) -> int:
     """Call a function that can fail; the one place where a failed call becomes an exception.
 
-    libbpf reports failure as a negative errno, or as NULL with ``errno`` set.
+    libbpf reports failure as a negative errno, or as NULL with `errno` set.
     """
     result, number, log = _invoke(function, *arguments, undo=undo)
     if result is None:
@@ -329,10 +264,6 @@ def _get(function: str, *arguments: object) -> Any:
     return _invoke(function, *arguments)[0]
 
 
-def _destroy_link(pointer: int) -> None:
-    _get("bpf_link__destroy", pointer)
-
-
 def _close_object(pointer: int) -> None:
     _get("bpf_object__close", pointer)
 
@@ -344,45 +275,17 @@ def _c_string(text: str) -> bytes:
     return encoded
 
 
-# ------------------------------------------------------------------------------ maps, as plain fds
-
-
 class MapType(enum.IntEnum):
-    """Kinds of BPF maps (the kernel's numbers; the functions here take any other as an int)."""
+    """The kinds of maps that are made one by one; the object file declares the others."""
 
-    HASH = 1
     ARRAY = 2
-    PERCPU_HASH = 5
-    PERCPU_ARRAY = 6
-    LRU_HASH = 9
-    LRU_PERCPU_HASH = 10
-    ARRAY_OF_MAPS = 12
-    HASH_OF_MAPS = 13
     RINGBUF = 27
 
 
 class MapFlag(enum.IntFlag):
-    """Flags of :func:`create_map`."""
+    """Flags of `create_map`."""
 
-    NO_PREALLOC = 1 << 0
-    RDONLY = 1 << 3
-    WRONLY = 1 << 4
-    RDONLY_PROG = 1 << 7
-    WRONLY_PROG = 1 << 8
     MMAPABLE = 1 << 10
-    INNER_MAP = 1 << 12
-
-
-class UpdateFlag(enum.IntEnum):
-    """What :func:`map_update` may do: create or replace, only create, only replace."""
-
-    ANY = 0
-    NOEXIST = 1
-    EXIST = 2
-
-
-# Kinds whose values user space sees as one array over all possible CPUs, each padded to 8 bytes.
-_PERCPU_TYPES = frozenset({MapType.PERCPU_HASH, MapType.PERCPU_ARRAY, MapType.LRU_PERCPU_HASH, 21})
 
 
 class _MapCreateOpts(ctypes.Structure):
@@ -400,52 +303,14 @@ class _MapCreateOpts(ctypes.Structure):
     )
 
 
-class _MapInfo(ctypes.Structure):
-    # The beginning of the kernel's struct bpf_map_info; the kernel fills in what fits.
-    _fields_ = (
-        ("type", _U32),
-        ("id", _U32),
-        ("key_size", _U32),
-        ("value_size", _U32),
-        ("max_entries", _U32),
-        ("map_flags", _U32),
-        ("name", ctypes.c_char * 16),
-    )
-
-
-@dataclass(frozen=True)
-class MapInfo:
-    """What the kernel says about a map. ``value_size`` is that of one CPU for a per-CPU map."""
-
-    id: int
-    type: int
-    name: str
-    key_size: int
-    value_size: int
-    max_entries: int
-    flags: int
-
-
 def create_map(
-    map_type: MapType | int,
-    name: str,
-    key_size: int,
-    value_size: int,
-    max_entries: int,
-    flags: MapFlag | int = 0,
-    *,
-    inner_map_fd: int | None = None,
+    map_type: MapType, name: str, key_size: int, value_size: int, max_entries: int, flags: MapFlag | int = 0
 ) -> int:
     """Create a BPF map and return its file descriptor, which the caller closes.
 
-    The kernel keeps 15 characters of ``name`` and admits letters, digits, ``_`` and ``.``. A map of
-    maps needs ``inner_map_fd``: a map like those that it will hold, needed only during the call.
-    Raises :class:`BpfError`: EPERM without CAP_BPF, EINVAL for attributes that make no sense, ENOMEM.
-    Thread-safe. The file descriptor is close-on-exec and can be used by any process that gets it.
+    Raises BpfError: EPERM without CAP_BPF, EINVAL for attributes that make no sense, ENOMEM.
     """
-    options = _MapCreateOpts(
-        sz=ctypes.sizeof(_MapCreateOpts), inner_map_fd=inner_map_fd or 0, map_flags=flags
-    )
+    options = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=flags)
     return _call(
         f"create map {name!r}",
         "bpf_map_create",
@@ -459,67 +324,22 @@ def create_map(
     )
 
 
-def _info_by_fd(doing: str, fd: int, info: ctypes.Structure) -> int:
-    """Fill ``info`` in; return how much of it this kernel knows."""
-    size = _U32(ctypes.sizeof(info))
-    _call(doing, "bpf_obj_get_info_by_fd", fd, ctypes.byref(info), ctypes.byref(size))
-    return size.value
+def map_update(fd: int, key: bytes, value: bytes) -> None:
+    """Store `value` under `key`; in a map of maps the value is a map's descriptor as 4 native bytes.
 
-
-def map_info(fd: int) -> MapInfo:
-    """Describe the map behind ``fd``.
-
-    Raises :class:`BpfError`: EBADFD (sic) for a bad descriptor, EINVAL for one
-    that is not BPF's. The kernel does not say of which kind an object is: the caller must know that it is a map.
-    Thread-safe; needs no privilege; works in any process that holds the descriptor.
+    The sizes have to be the map's. Raises BpfError: E2BIG if the map is full or the array shorter.
     """
-    info = _MapInfo()
-    _info_by_fd(f"describe map (fd {fd})", fd, info)
-    return MapInfo(
-        id=info.id,
-        type=info.type,
-        name=info.name.decode(errors="replace"),
-        key_size=info.key_size,
-        value_size=info.value_size,
-        max_entries=info.max_entries,
-        flags=info.map_flags,
-    )
-
-
-def _check_sizes(fd: int, key: bytes, value_size: int | None) -> None:
-    """Raise ValueError unless the sizes are the map's: the kernel reads and writes those, unasked."""
-    info = map_info(fd)
-    if len(key) != info.key_size:
-        raise ValueError(f"map {info.name!r}: keys have {info.key_size} bytes, not {len(key)}")
-    if value_size is None:
-        return
-    expected = info.value_size
-    if info.type in _PERCPU_TYPES:
-        cpus = _call("count the CPUs", "libbpf_num_possible_cpus")
-        expected = (expected + 7) // 8 * 8 * cpus
-    if value_size != expected:
-        raise ValueError(f"map {info.name!r}: values have {expected} bytes, not {value_size}")
-
-
-def map_update(fd: int, key: bytes, value: bytes, flags: UpdateFlag | int = UpdateFlag.ANY) -> None:
-    """Store ``value`` under ``key``; in a map of maps the value is a map's fd as 4 native bytes.
-
-    Raises :class:`ValueError` if a size is not the map's, and :class:`BpfError`: EEXIST or ENOENT
-    as ``flags`` ask for, E2BIG if the map is full or the array shorter, EPERM if it is read-only.
-    Thread-safe; works in any process that holds the descriptor.
-    """
-    _check_sizes(fd, key, len(value))
-    _call(f"update map (fd {fd})", "bpf_map_update_elem", fd, key, value, flags)
+    _call("update a map", "bpf_map_update_elem", fd, key, value, 0)
 
 
 def map_update_batch(fd: int, items: list[tuple[bytes, bytes]]) -> None:
     """Store several values in one call; in a map of maps that means one wait for running programs.
 
-    Raises :class:`BpfError`; some may have been stored then. Thread-safe.
+    Raises BpfError; some may have been stored then.
     """
     count = _U32(len(items))
     _call(
-        "update map elements",
+        "update a map",
         "bpf_map_update_batch",
         fd,
         b"".join(key for key, _ in items),
@@ -530,28 +350,15 @@ def map_update_batch(fd: int, items: list[tuple[bytes, bytes]]) -> None:
 
 
 def map_lookup(fd: int, key: bytes, value_size: int) -> bytes:
-    """Return the value under ``key``; for a per-CPU map the values of all possible CPUs in a row.
-
-    Raises :class:`ValueError` if a size is not the map's, and :class:`BpfError`: ENOENT if there is
-    no such key. Thread-safe; works in any process that holds the descriptor.
-    """
-    _check_sizes(fd, key, value_size)
+    """Return the value under `key`. The sizes have to be the map's. Raises BpfError: ENOENT if there is no such key."""
     value = ctypes.create_string_buffer(value_size)
-    _call(f"look up in map (fd {fd})", "bpf_map_lookup_elem_flags", fd, key, value, 0)
+    _call("look up in a map", "bpf_map_lookup_elem_flags", fd, key, value, 0)
     return value.raw
 
 
 def map_delete(fd: int, key: bytes) -> None:
-    """Remove ``key``.
-
-    Raises :class:`ValueError` if its size is not the map's, and :class:`BpfError`: ENOENT if there
-    is no such key, EINVAL for an array. Thread-safe; works in any process that holds the descriptor.
-    """
-    _check_sizes(fd, key, None)
-    _call(f"delete from map (fd {fd})", "bpf_map_delete_elem", fd, key)
-
-
-# ------------------------------------------------------------------------------ programs, as fds
+    """Remove `key`. Raises BpfError: ENOENT if there is no such key."""
+    _call("delete from a map", "bpf_map_delete_elem", fd, key)
 
 
 class _ProgramInfo(ctypes.Structure):
@@ -596,49 +403,34 @@ class _ProgramInfo(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class ProgramInfo:
-    """What the kernel says about a loaded program.
+class ProgramInfo(NamedTuple):
+    """What the kernel says about a loaded program."""
 
-    ``recursion_misses`` counts the runs that the kernel's recursion guard skipped, always.
-    ``run_cnt`` and ``run_time_ns`` grow only while statistics are on (:func:`enable_statistics`).
-    """
-
-    id: int
-    type: int
-    name: str
     run_time_ns: int
+    """This and the next grow only while statistics are on."""
     run_cnt: int
     recursion_misses: int
+    """Runs that the kernel's recursion guard skipped."""
 
 
 def program_info(fd: int) -> ProgramInfo:
-    """Describe the program behind ``fd``.
+    """Describe the program behind `fd`. Needs no privilege.
 
-    Raises :class:`BpfError`: EBADFD (sic) for a bad descriptor, EINVAL for one that is not BPF's,
-    EOPNOTSUPP if the kernel does not count recursion misses (before 5.12): no count must
-    not be taken for none missed. The caller must know that the descriptor is a program's.
-    Thread-safe; needs no privilege; works in any process that holds the descriptor.
+    Raises BpfError; EOPNOTSUPP if the kernel does not count what it skips (before 5.12): no count must not be taken
+    for none skipped.
     """
-    doing = f"describe program (fd {fd})"
-    info = _ProgramInfo()
-    if _info_by_fd(doing, fd, info) < ctypes.sizeof(info):
-        raise BpfError(errno.EOPNOTSUPP, f"{doing}: the kernel does not count recursion misses")
-    return ProgramInfo(
-        id=info.id,
-        type=info.type,
-        name=info.name.decode(errors="replace"),
-        run_time_ns=info.run_time_ns,
-        run_cnt=info.run_cnt,
-        recursion_misses=info.recursion_misses,
-    )
+    info, size = _ProgramInfo(), _U32(ctypes.sizeof(_ProgramInfo))
+    _call("describe a program", "bpf_obj_get_info_by_fd", fd, ctypes.byref(info), ctypes.byref(size))
+    if size.value < ctypes.sizeof(info):
+        raise BpfError(errno.EOPNOTSUPP, "describe a program: the kernel does not count recursion misses")
+    return ProgramInfo(info.run_time_ns, info.run_cnt, info.recursion_misses)
 
 
 def raw_tracepoint_open(tracepoint: str, program_fd: int) -> int:
     """Attach a program to a raw tracepoint; return the link's descriptor, which the caller closes.
 
     The program stays attached until the last copy of the descriptor is closed, in whatever process.
-    Raises :class:`BpfError`: ENOENT if the kernel has no such tracepoint, EPERM without CAP_BPF and CAP_PERFMON.
+    Raises `BpfError`: ENOENT if the kernel has no such tracepoint, EPERM without CAP_BPF and CAP_PERFMON.
     """
     return _call(
         f"attach to raw tracepoint {tracepoint!r}",
@@ -652,7 +444,7 @@ def raw_tracepoint_open(tracepoint: str, program_fd: int) -> int:
 def enable_statistics() -> int:
     """Make the kernel count and time the runs of all programs until the returned fd is closed.
 
-    This costs every BPF program on the machine some time. Raises :class:`BpfError`: EPERM without
+    This costs every BPF program on the machine some time. Raises `BpfError`: EPERM without
     CAP_SYS_ADMIN. Thread-safe; the descriptor is close-on-exec and valid in any process.
     """
     return _call("enable statistics", "bpf_enable_stats", 0, undo=os.close)
@@ -667,23 +459,12 @@ def btf_available() -> bool:
 
 
 def libbpf_version() -> str:
-    """The version of the loaded library, such as ``v1.1``.
+    """The version of the loaded library, such as `v1.1`.
 
-    Raises :class:`LibraryMissingError`. Thread-safe and fork-safe.
+    Raises `LibraryMissingError`. Thread-safe and fork-safe.
     """
     version: bytes = _get("libbpf_version_string")
     return version.decode()
-
-
-# ------------------------------------------------------------------------------ objects
-
-
-class Variable(NamedTuple):
-    """Where a global variable of the BPF object lives: its section's map, offset and size."""
-
-    map_name: str
-    offset: int
-    size: int
 
 
 class _ObjectOpenOpts(ctypes.Structure):
@@ -691,49 +472,18 @@ class _ObjectOpenOpts(ctypes.Structure):
     _fields_ = (("sz", _SIZE), ("object_name", _STRING))
 
 
-class _BtfType(ctypes.Structure):
-    _fields_ = (("name_off", _U32), ("info", _U32), ("size", _U32))
-
-
-class _BtfSectionEntry(ctypes.Structure):
-    _fields_ = (("type", _U32), ("offset", _U32), ("size", _U32))
-
-
-_BTF_KIND_DATASEC = 15
-_DATA_SECTIONS = (".rodata", ".data", ".bss")
-
-
 class BpfObject:
-    """A compiled BPF object file: its maps and its programs.
+    """A compiled BPF object file, for as long as it takes to load it.
 
-    Constructing it parses the file; nothing is in the kernel before :meth:`load`. What has to be
-    chosen before (sizes, which programs, initial values) can only be set in between.
-
-    Errors are :class:`BpfError`: EBADF after :meth:`close` and in a forked child, ENOENT for the
-    name of a program, map or variable that is not there. Thread-safe. After a fork the child may only
-    :meth:`close` it. An object that is dropped without ``close()`` warns (ResourceWarning) and closes.
+    Nothing is in the kernel before `load`; which programs and how large maps has to be said before. What is to stay
+    is then duplicated as file descriptors, and the object is closed. To be used by one thread.
     """
 
-    _pointer: int | None = None  # for __del__, when __init__ raised
-
-    def __init__(self, data: bytes, name: str = "ummunotify") -> None:
-        """Parse ``data``, the contents of an ELF file.
-
-        The kernel's names of the data sections begin with the first letters of ``name``.
-        Raises :class:`LibraryMissingError` and :class:`BpfError` (4001, or EINVAL in some versions
-        of libbpf, for what is not a BPF object; the log says more).
-        """
-        if not isinstance(data, bytes):
-            raise TypeError(f"a BPF object is bytes, not {type(data).__name__}")
-        self._pid = os.getpid()
-        self._lock = threading.RLock()
-        self._links: weakref.WeakSet[BpfLink] = weakref.WeakSet()
-        self._loaded = False
+    def __init__(self, data: bytes, name: str) -> None:
+        """Parse `data`, the contents of an ELF file. Raises LibraryMissingError, BpfError for what is not one."""
         self._data = data  # libbpf may look at it until the object is closed
-        options = _ObjectOpenOpts(
-            sz=ctypes.sizeof(_ObjectOpenOpts), object_name=_c_string(name)
-        )
-        self._pointer = _call(
+        options = _ObjectOpenOpts(sz=ctypes.sizeof(_ObjectOpenOpts), object_name=_c_string(name))
+        self._pointer: int | None = _call(
             f"open BPF object {name!r}",
             "bpf_object__open_mem",
             data,
@@ -742,364 +492,56 @@ class BpfObject:
             undo=_close_object,
         )
 
-    def __enter__(self) -> BpfObject:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if self._pointer is not None:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+    def close(self) -> None:
+        """Close it with its descriptors. May be called more than once."""
+        pointer, self._pointer = self._pointer, None
+        if pointer is not None:
+            _close_object(pointer)
 
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else "loaded" if self._loaded else "open"
-        return f"<BpfObject {state}>"
+    def set_max_entries(self, name: str, max_entries: int) -> None:
+        """Set the size of a map. Raises BpfError: ENOENT, EBUSY after load."""
+        _call(f"set the size of map {name!r}", "bpf_map__set_max_entries", self._map(name), max_entries)
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._pointer is None
-
-    @contextmanager
-    def _using(self) -> Iterator[int]:
-        """The C pointer, with the guarantee that it stays valid inside."""
-        if os.getpid() != self._pid:
-            raise BpfError(errno.EBADF, f"use of a BpfObject of process {self._pid}")
-        with self._lock:
-            if self._pointer is None:
-                raise BpfError(errno.EBADF, "use of a closed BpfObject")
-            yield self._pointer
+    def set_autoload(self, name: str, autoload: bool) -> None:
+        """Choose whether `load` loads a program. Raises BpfError: ENOENT, EINVAL after load."""
+        _call(f"choose program {name!r}", "bpf_program__set_autoload", self._program(name), autoload)
 
     def load(self) -> None:
         """Create the maps and load the programs that are to be loaded.
 
-        Raises :class:`BpfError`: EPERM without CAP_BPF and CAP_PERFMON; EACCES or EINVAL with the
-        verifier's log if it refuses a program; EINVAL if called twice. After a failure only
-        :meth:`close` makes sense.
+        Raises BpfError: EPERM without CAP_BPF and CAP_PERFMON; EACCES or EINVAL with the verifier's log if it refuses
+        a program. After a failure only `close` makes sense.
         """
-        with self._using() as pointer:
-            _call("load BPF object", "bpf_object__load", pointer)
-            self._loaded = True
-
-    def close(self) -> None:
-        """Close the links, maps and programs. Does nothing the second time; raises nothing.
-
-        What others hold descriptors of lives on. In a forked child this gives up the child's copies.
-        """
-        with self._closing() as usable:
-            for link in list(self._links):
-                link.close()
-            pointer, self._pointer = self._pointer, None
-            if pointer is not None and usable:
-                _close_object(pointer)
-                self._data = b""
-
-    @contextmanager
-    def _closing(self) -> Iterator[bool]:
-        """Wait for other threads; tell whether what the C pointers point to is intact.
-
-        It may not be in a forked child, if a thread of the parent was in libbpf at the fork: that
-        thread does not exist here and will never finish. Then it is better to leak.
-        """
-        usable = self._lock.acquire(blocking=os.getpid() == self._pid)
-        try:
-            yield usable
-        finally:
-            if usable:
-                self._lock.release()
-
-    # -- maps and variables
-
-    def _map(self, pointer: int, name: str) -> int:
-        doing = f"find map {name!r}"
-        return _call(doing, "bpf_object__find_map_by_name", pointer, _c_string(name))
+        _call("load BPF object", "bpf_object__load", self._open())
 
     def map_fd(self, name: str) -> int:
-        """The descriptor of a map. It is this object's: duplicate it to keep it longer.
+        """A new descriptor of a map, which the caller closes. Raises BpfError: ENOENT, EBADF before load."""
+        fd = _get("bpf_map__fd", self._map(name))
+        if fd < 0:
+            raise BpfError(errno.EBADF, f"get map {name!r}: it is not created")
+        return _duplicate(fd)
 
-        Raises :class:`BpfError`: EBADF before :meth:`load`, ENOENT.
-        """
-        with self._using() as pointer:
-            c_map = self._map(pointer, name)
-            fd = int(_get("bpf_map__fd", c_map)) if self._loaded else -1
-            if fd < 0:
-                raise BpfError(errno.EBADF, f"map {name!r} is not created")
-            return fd
+    def program_fd(self, name: str) -> int:
+        """A new descriptor of a program, which the caller closes. Raises BpfError: ENOENT, also if it is not loaded."""
+        return _duplicate(_call(f"get program {name!r}", "bpf_program__fd", self._program(name)))
 
-    def set_max_entries(self, name: str, max_entries: int) -> None:
-        """Set the size of a map, before :meth:`load`.
-
-        Raises :class:`BpfError`: EBUSY after load, ENOENT.
-        """
-        with self._using() as pointer:
-            _call(
-                f"set max_entries of map {name!r} to {max_entries}",
-                "bpf_map__set_max_entries",
-                self._map(pointer, name),
-                max_entries,
-            )
-
-    def initial_value(self, name: str) -> bytes:
-        """What a data section (a map such as ``.rodata``, ``.data``, ``.bss``) will start with.
-
-        Raises :class:`BpfError`: EINVAL for a map that is not a data section or after load, ENOENT.
-        """
-        with self._using() as pointer:
-            return self._initial_value(pointer, name)
-
-    def _initial_value(self, pointer: int, name: str) -> bytes:
-        doing = f"get the initial value of map {name!r}"
-        c_map = self._map(pointer, name)
-        if self._loaded:
-            # libbpf would show its own copy, which the program no longer shares.
-            raise BpfError(errno.EINVAL, f"{doing}: the object is loaded")
-        size = _SIZE(0)
-        address = _get("bpf_map__initial_value", c_map, ctypes.byref(size))
-        if address is None:
-            raise BpfError(errno.EINVAL, f"{doing}: it is not a data section")
-        return ctypes.string_at(address, size.value)
-
-    def set_initial_value(self, name: str, value: bytes) -> None:
-        """Set what a whole data section starts with, before :meth:`load`.
-
-        Raises :class:`BpfError`: EINVAL for a wrong size, another kind of map, or after load; ENOENT.
-        """
-        with self._using() as pointer:
-            _call(
-                f"set the initial value of map {name!r}",
-                "bpf_map__set_initial_value",
-                self._map(pointer, name),
-                value,
-                len(value),
-            )
-
-    def variable(self, name: str) -> Variable:
-        """Find a global variable by its name in the source, from the object's type information.
-
-        Raises :class:`BpfError`: ENOENT if there is none in a data section.
-        """
-        with self._using() as pointer:
-            return self._variable(pointer, name)
-
-    def _variable(self, pointer: int, name: str) -> Variable:
-        wanted = name.encode()
-        btf = _get("bpf_object__btf", pointer)
-        count = _get("btf__type_cnt", btf) if btf else 0
-        for number in range(1, count):
-            address = _get("btf__type_by_id", btf, number)
-            section = _BtfType.from_address(address)
-            if (section.info >> 24) & 0x1F != _BTF_KIND_DATASEC:
-                continue
-            map_name = _get("btf__name_by_offset", btf, section.name_off).decode()
-            if not map_name.startswith(_DATA_SECTIONS):
-                continue
-            entries = (_BtfSectionEntry * (section.info & 0xFFFF)).from_address(
-                address + ctypes.sizeof(_BtfType)
-            )
-            for entry in entries:
-                variable = _BtfType.from_address(_get("btf__type_by_id", btf, entry.type))
-                if _get("btf__name_by_offset", btf, variable.name_off) == wanted:
-                    return Variable(map_name, entry.offset, entry.size)
-        raise BpfError(errno.ENOENT, f"find variable {name!r}")
-
-    def set_variable(self, name: str, value: bytes) -> None:
-        """Set the initial value of one global variable, before :meth:`load`.
-
-        Raises :class:`ValueError` for a wrong size, :class:`BpfError`: EINVAL after load, ENOENT.
-        """
-        with self._using() as pointer:
-            where = self._variable(pointer, name)
-            if len(value) != where.size:
-                raise ValueError(f"variable {name!r} has {where.size} bytes, not {len(value)}")
-            section = bytearray(self._initial_value(pointer, where.map_name))
-            section[where.offset : where.offset + where.size] = value
-            self.set_initial_value(where.map_name, bytes(section))
-
-    # -- programs
-
-    def program(self, name: str) -> BpfProgram:
-        """The program with this (function) name. Raises :class:`BpfError`: ENOENT."""
-        with self._using() as pointer:
-            found = _call(
-                f"find program {name!r}",
-                "bpf_object__find_program_by_name",
-                pointer,
-                _c_string(name),
-            )
-            return BpfProgram(self, found)
-
-    def programs(self) -> list[BpfProgram]:
-        """All programs of the object, in its order."""
-        found: list[BpfProgram] = []
-        with self._using() as pointer:
-            current = _get("bpf_object__next_program", pointer, None)
-            while current is not None:
-                found.append(BpfProgram(self, current))
-                current = _get("bpf_object__next_program", pointer, current)
-        return found
-
-    def attach(self) -> list[BpfLink]:
-        """Attach each loaded program that has autoattach set to what its section names.
-
-        If one fails, those attached before it are detached. Raises what :meth:`BpfProgram.attach` does.
-        """
-        links: list[BpfLink] = []
-        with self._using():
-            try:
-                for program in self.programs():
-                    if program.autoload and program.autoattach:
-                        links.append(program.attach())
-            except BaseException:
-                for link in links:
-                    link.close()
-                raise
-        return links
-
-
-class BpfProgram:
-    """A program of a :class:`BpfObject`, which it keeps alive and whose rules it shares.
-
-    Errors are :class:`BpfError`: EBADF if the object is closed or belongs to a parent process.
-    Made by :meth:`BpfObject.program`. Thread-safe.
-    """
-
-    def __init__(self, owner: BpfObject, pointer: int) -> None:
-        self._owner = owner
-        self._pointer = pointer  # valid as long as the owner is open
-        self.name: str = _get("bpf_program__name", pointer).decode()
-        self.section: str = _get("bpf_program__section_name", pointer).decode()
-
-    def __repr__(self) -> str:
-        return f"<BpfProgram {self.name} ({self.section})>"
-
-    @property
-    def fd(self) -> int:
-        """The program's descriptor, which is the object's. Raises ENOENT if it is not loaded."""
-        with self._owner._using():
-            return _call(f"get the fd of program {self.name!r}", "bpf_program__fd", self._pointer)
-
-    @property
-    def autoload(self) -> bool:
-        """Whether :meth:`BpfObject.load` loads it."""
-        with self._owner._using():
-            return bool(_get("bpf_program__autoload", self._pointer))
-
-    def set_autoload(self, autoload: bool) -> None:
-        """Choose whether :meth:`BpfObject.load` loads it. Raises EINVAL after load."""
-        with self._owner._using():
-            _call(
-                f"set autoload of program {self.name!r}",
-                "bpf_program__set_autoload",
-                self._pointer,
-                autoload,
-            )
-
-    @property
-    def autoattach(self) -> bool:
-        """Whether :meth:`BpfObject.attach` attaches it."""
-        with self._owner._using():
-            return bool(_get("bpf_program__autoattach", self._pointer))
-
-    def set_autoattach(self, autoattach: bool) -> None:
-        """Choose whether :meth:`BpfObject.attach` attaches it."""
-        with self._owner._using():
-            _get("bpf_program__set_autoattach", self._pointer, autoattach)
-
-    def info(self) -> ProgramInfo:
-        """What the kernel says about it, statistics included; see :func:`program_info`."""
-        with self._owner._using():
-            return program_info(self.fd)
-
-    def attach(self) -> BpfLink:
-        """Attach it to what its section name says.
-
-        Raises EINVAL if it is not loaded, EOPNOTSUPP or ESRCH if libbpf cannot attach such a section
-        by itself, otherwise what the kernel says.
-        """
-        return self._attach("its section's target", "bpf_program__attach")
-
-    def attach_raw_tracepoint(self, tracepoint: str) -> BpfLink:
-        """Attach it to a raw tracepoint. Raises ENOENT if the kernel has no such tracepoint."""
-        return self._attach(
-            f"raw tracepoint {tracepoint!r}",
-            "bpf_program__attach_raw_tracepoint",
-            _c_string(tracepoint),
-        )
-
-    def attach_kprobe(self, function: str, retprobe: bool = False) -> BpfLink:
-        """Attach it to the entry of a kernel function, or to its return.
-
-        Raises ENOENT if there is no such function or the kernel has no kprobes (the log tells them
-        apart), EADDRNOTAVAIL or EINVAL if the function cannot be probed.
-        """
-        return self._attach(
-            f"kernel function {function!r}",
-            "bpf_program__attach_kprobe",
-            retprobe,
-            _c_string(function),
-        )
-
-    def _attach(self, target: str, c_function: str, *arguments: object) -> BpfLink:
-        with self._owner._using():
-            pointer = _call(
-                f"attach program {self.name!r} to {target}",
-                c_function,
-                self._pointer,
-                *arguments,
-                undo=_destroy_link,
-            )
-            link = BpfLink(self._owner, pointer)
-            self._owner._links.add(link)
-            return link
-
-
-class BpfLink:
-    """An attachment of a program. Made by the ``attach`` methods of :class:`BpfProgram`.
-
-    The program stays attached until the last descriptor of the link is closed, in whatever process.
-    Closing the object closes its links; the link keeps the object alive. Thread-safe. After
-    a fork the child may only :meth:`close` it.
-    """
-
-    def __init__(self, owner: BpfObject, pointer: int) -> None:
-        self._owner = owner
-        self._pointer: int | None = pointer
-        self._fd = int(_get("bpf_link__fd", pointer))
-
-    def __enter__(self) -> BpfLink:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if self._pointer is not None:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
-
-    def __repr__(self) -> str:
-        return "<BpfLink closed>" if self.closed else f"<BpfLink fd={self._fd}>"
-
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called, on the link or on its object."""
-        return self._pointer is None
-
-    @property
-    def fd(self) -> int:
-        """The link's descriptor, which is the link's. Raises :class:`BpfError` (EBADF) once closed."""
+    def _open(self) -> int:
         if self._pointer is None:
-            raise BpfError(errno.EBADF, "use of a closed BpfLink")
-        return self._fd
+            raise BpfError(errno.EBADF, "use a closed BpfObject")
+        return self._pointer
 
-    def close(self) -> None:
-        """Detach, unless somebody else holds the link too. Does nothing the second time.
+    def _map(self, name: str) -> int:
+        return _call(f"find map {name!r}", "bpf_object__find_map_by_name", self._open(), _c_string(name))
 
-        Raises nothing. In a forked child this gives up the child's copy.
-        """
-        with self._owner._closing() as usable:
-            pointer, self._pointer = self._pointer, None
-            if pointer is not None and usable:
-                _destroy_link(pointer)
+    def _program(self, name: str) -> int:
+        return _call(f"find program {name!r}", "bpf_object__find_program_by_name", self._open(), _c_string(name))
+
+
+def _duplicate(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)

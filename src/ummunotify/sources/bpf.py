@@ -70,8 +70,8 @@ class Maps:
                         loaded.set_max_entries(name, tables)
                     loaded.load()
                     for name in ("segments", "rings", "tables", "owners", "handshakes", "control"):
-                        self.fds[name] = _duplicate(loaded.map_fd(name))
-                    self.fds["program"] = _duplicate(loaded.program("kvm").fd)
+                        self.fds[name] = loaded.map_fd(name)
+                    self.fds["program"] = loaded.program_fd("kvm")
                 undo.pop_all()
         except OSError as error:
             raise _why(error) from error
@@ -103,9 +103,7 @@ class Maps:
     def take(self) -> int:
         """A number for a new table. Raises UnavailableError."""
         if not self.free:
-            raise UnavailableError(
-                f"all {self.used} tables are in use", "close notifiers that are no longer needed"
-            )
+            raise UnavailableError(f"all {self.used} tables are in use", "close notifiers that are no longer needed")
         table = self.free.pop()
         self._put_table(table, 0, 0, 0)
         if table >= self.used:
@@ -209,9 +207,7 @@ class Maps:
             return 0
 
     def _get_table(self, table: int) -> tuple[int, int, int]:
-        mm, following, cells = _TABLE.unpack(
-            libbpf.map_lookup(self.fds["tables"], _U32.pack(table), _TABLE.size)
-        )
+        mm, following, cells = _TABLE.unpack(libbpf.map_lookup(self.fds["tables"], _U32.pack(table), _TABLE.size))
         return mm, following, cells
 
     def _put_table(self, table: int, mm: int, following: int, cells: int) -> None:
@@ -223,10 +219,6 @@ class Maps:
             only, mm = next((table + 1, mm) for table, mm in self.fed.items())
         value = _CONTROL.pack(self.used, self.handshakes, mm, only, self.steps_foreign)
         libbpf.map_update(self.fds["control"], _U32.pack(0), value)
-
-
-def _duplicate(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 def create_vm() -> int:
@@ -396,5 +388,3 @@ class BpfFeed:
             self._ring[1].close()
             os.close(self._ring[0])
             self._ring = None
-
-
