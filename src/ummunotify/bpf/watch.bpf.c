@@ -221,6 +221,7 @@ static __always_inline void feed_mm(uint64_t mm, struct change *change)
 enum scope { NOBODY, OWN, ANYBODY };
 
 #define PF_IO_WORKER 0x00000010
+#define PF_MEMALLOC 0x00000800 /* reclaiming or compacting memory, anybody's, to get some for itself */
 #define PF_USER_WORKER 0x00004000
 #define PF_KTHREAD 0x00200000
 #define TS_COMPAT 0x0002 /* in a 32-bit system call: other numbers */
@@ -271,8 +272,8 @@ static __always_inline enum scope scope_of_fork(struct change *change, uint64_t 
  * current task is an ordinary one, inside a 64-bit system call that can change no other address space, and the change lies
  * in what that system call was told to change.
  *
- * The last condition is for what the kernel does on the side: reclaim, or work that other system calls left behind for this
- * task. "Inside" is pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is
+ * The last condition is for what the kernel does on the side: work that other system calls left behind for this task. A fork
+ * or mprotect can also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside" is pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is
  * done on the way out.
  */
 static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change)
@@ -351,7 +352,7 @@ int kvm(uint64_t *args)
 	regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	mm = (uint64_t)task->mm;
 	change.steps = ctl->steps_foreign;
-	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) &&
+	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
 		scope = scope_of(task, regs, &change);
