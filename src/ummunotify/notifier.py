@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from . import _core, sources
+from . import sources
+from ._core import WatchTable, test_page, unmap
 from .errors import SourceUnavailableError, TooManyRegionsError
 from .sources.base import Feed, UnavailableError
 from .types import Invalidation
@@ -21,7 +22,7 @@ from .types import Invalidation
 PAGE = 4096
 
 
-class Notifier(_core.WatchTable):
+class Notifier(WatchTable):
     """Tells which of the watched ranges of this process's memory were changed. Made by `ummunotify.open`.
 
     All methods may be called from any number of threads. None holds the GIL while it waits.
@@ -52,10 +53,10 @@ class Notifier(_core.WatchTable):
 
     def _prove(self) -> None:
         """Nothing is trusted until a change of our own was seen."""
-        page = _core.test_page()
+        page = test_page()
         region = self.watch((page, PAGE))
         before = region.valid
-        _core.unmap(page, PAGE)
+        unmap(page, PAGE)
         seen = not region.valid and self.changed
         events = self._drain()
         region.close()
@@ -105,7 +106,7 @@ class Notifier(_core.WatchTable):
             try:
                 self._add_segment(address, pages)
             except BaseException:
-                _core.unmap(address, pages * PAGE)
+                unmap(address, pages * PAGE)
                 raise
 
     def read(self, timeout: float | None = 0.0) -> list[Invalidation]:
@@ -175,11 +176,11 @@ class Notifier(_core.WatchTable):
         return fd
 
     def _nudge(self) -> None:
-        page = _core.test_page()
+        page = test_page()
         try:
             region = self.watch((page, PAGE))
         finally:
-            _core.unmap(page, PAGE)
+            unmap(page, PAGE)
         region.close()
 
     def _check(self) -> None:

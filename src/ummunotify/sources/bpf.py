@@ -15,7 +15,7 @@ import struct
 import threading
 from importlib import resources
 
-from .. import _core
+from .._core import Ring, map_shared, show_secret, skipped_runs
 from ..bpf import libbpf
 from .base import UnavailableError
 
@@ -306,7 +306,7 @@ class BpfFeed:
         self._process = _process
         self._segments = 0
         self._prepared: list[int] = []  # descriptors of the last of them, not mapped yet; the last one first
-        self._ring: tuple[int, _core.Ring] | None = None
+        self._ring: tuple[int, Ring] | None = None
         self._closed = False
         with self._process.lock:
             self._maps = self._process.enter()
@@ -315,7 +315,7 @@ class BpfFeed:
             except BaseException:
                 self._process.leave()
                 raise
-        self._skipped = _core.skipped_runs(self._maps.fds["program"])
+        self._skipped = skipped_runs(self._maps.fds["program"])
 
     def add_segment(self, pages: int) -> int:
         with self._process.lock:
@@ -328,7 +328,7 @@ class BpfFeed:
             fd = self._prepared.pop()
         try:
             # The mapping keeps the map: one descriptor less.
-            return _core.map_shared(fd, pages * PAGE)
+            return map_shared(fd, pages * PAGE)
         finally:
             os.close(fd)
 
@@ -337,7 +337,7 @@ class BpfFeed:
             try:
                 secret = self._maps.expect(self._table)
                 try:
-                    _core.show_secret(secret)
+                    show_secret(secret)
                 finally:
                     seen = self._maps.settle(self._table, secret)
             except OSError as error:
@@ -352,7 +352,7 @@ class BpfFeed:
             if self._ring is None:
                 fd = self._maps.add_ring(self._table)
                 try:
-                    self._ring = fd, _core.Ring(fd)
+                    self._ring = fd, Ring(fd)
                 except BaseException:
                     os.close(fd)
                     raise
@@ -363,7 +363,7 @@ class BpfFeed:
             self._ring[1].clear()
 
     def doubtful(self) -> bool:
-        before, self._skipped = self._skipped, _core.skipped_runs(self._maps.fds["program"])
+        before, self._skipped = self._skipped, skipped_runs(self._maps.fds["program"])
         return self._skipped != before
 
     def close(self) -> None:
