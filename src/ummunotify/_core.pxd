@@ -47,6 +47,9 @@ cdef extern from "core/table.h" nogil:
     uint64_t umn_generation(const umn_header *header)
 
 
+cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1
+
+
 cdef class Region:
     cdef WatchTable _table
     cdef umn_region *_region

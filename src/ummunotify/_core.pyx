@@ -5,14 +5,14 @@ cimport cython
 from cpython.buffer cimport (
     PyBUF_ANY_CONTIGUOUS,
     PyBuffer_Release,
-    PyObject_CheckBuffer,
     PyObject_GetBuffer,
     Py_buffer,
 )
 from cpython.object cimport PyObject, PyObject_GenericGetAttr
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EBADF, EDQUOT, ENOSPC, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 import os
@@ -55,14 +55,68 @@ cdef enum:
     PAGE = 4096
     ROOM = 128
     FIRST_OWN_COOKIE_BIT = 63
+    DL_CPU = 1
+    DL_CUDA_HOST = 3
 
 cdef str CHANGED = sys.intern("changed")
 cdef str VALID = sys.intern("valid")
 cdef uint64_t user_limit = umn_user_limit()
 
 
+cdef struct dl_tensor:
+    void *data
+    int32_t device_type, device_id
+    int32_t ndim
+    uint8_t code, bits
+    uint16_t lanes
+    int64_t *shape
+    int64_t *strides  # in elements; may be NULL
+    uint64_t byte_offset
+
+
+cdef uint64_t compact_length(shape, strides, uint64_t item) except? 0:
+    """In bytes; all of them next to each other, in whatever order. `strides` are in bytes; None: in C's order."""
+    cdef uint64_t length = item
+    for stride, n in sorted(zip(strides or shape, shape)):
+        if strides is not None and n > 1 and stride != length:
+            raise InvalidBufferError("its elements do not lie next to each other")
+        length *= n
+    return length
+
+
+cdef bint array_range(object what, uint64_t *address, uint64_t *length) except -1:
+    """The same for what is not a buffer but has __array_interface__ or is a DLPack tensor. False: it is neither."""
+    cdef dl_tensor *tensor
+    cdef uint64_t item
+
+    interface = getattr(what, "__array_interface__", None)
+    if interface is not None:
+        data, kind = interface.get("data"), interface["typestr"]
+        if type(data) is not tuple:
+            raise InvalidBufferError("its __array_interface__ does not say where its data is")
+        item = int(kind[2:].partition("[")[0])
+        if kind[1] == "U":
+            item *= 4
+        address[0] = data[0]
+        length[0] = compact_length(interface["shape"], interface.get("strides"), item)
+        return True
+    if hasattr(what, "__dlpack_device__"):
+        device = what.__dlpack_device__()[0]
+        if device not in (DL_CPU, DL_CUDA_HOST):
+            raise InvalidBufferError(f"it is not in this process's memory but on a device (of DLPack's type {device:d})")
+        capsule = what.__dlpack__()
+        tensor = <dl_tensor *>PyCapsule_GetPointer(capsule, "dltensor")
+        item = tensor.bits * tensor.lanes // 8
+        shape = [tensor.shape[i] for i in range(tensor.ndim)]
+        strides = [tensor.strides[i] * item for i in range(tensor.ndim)] if tensor.strides is not NULL else None
+        address[0] = <uintptr_t>tensor.data + tensor.byte_offset
+        length[0] = compact_length(shape, strides, item)
+        return True
+    return False
+
+
 cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
-    """The bytes that a buffer, or a pair (address, length), occupies now."""
+    """The bytes that a buffer, an array, or a pair (address, length) occupies now."""
     cdef Py_buffer view
     cdef uint64_t address, length
 
@@ -70,23 +124,26 @@ cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
         if len(<tuple>what) != 2:
             raise TypeError(f"expected a buffer or a pair (address, length), not {what!r}")
         try:
-            address = operator_index((<tuple>what)[0])
-            length = operator_index((<tuple>what)[1])
+            address = (<tuple>what)[0]
+            length = (<tuple>what)[1]
         except OverflowError:
-            raise InvalidRangeError(
-                operator_index(what[0]), operator_index(what[1]), "not an address and a length in 64 bits"
-            ) from None
-    elif PyObject_CheckBuffer(what):
-        try:
-            PyObject_GetBuffer(what, &view, PyBUF_ANY_CONTIGUOUS)
-        except (BufferError, ValueError) as error:
-            raise InvalidBufferError(f"cannot watch this {type(what).__name__}: {error}") from error
-        address = <uintptr_t>view.buf
-        length = view.len
-        # Released at once: watching neither keeps the memory alive nor hinders its owner from freeing it.
-        PyBuffer_Release(&view)
+            raise InvalidRangeError(int(what[0]), int(what[1]), "not an address and a length in 64 bits") from None
     else:
-        raise TypeError(f"expected a buffer or a pair (address, length), not {type(what).__name__}")
+        try:
+            try:
+                PyObject_GetBuffer(what, &view, PyBUF_ANY_CONTIGUOUS)
+                address = <uintptr_t>view.buf
+                length = view.len
+                # Released at once: watching neither keeps the memory alive nor hinders its owner from freeing it.
+                PyBuffer_Release(&view)
+            except (BufferError, TypeError, ValueError):
+                # Not a buffer, or of a kind of elements that buffers cannot have.
+                if not array_range(what, &address, &length):
+                    raise
+        except TypeError:
+            raise TypeError(f"expected a buffer or a pair (address, length), not {type(what).__name__}") from None
+        except Exception as error:
+            raise InvalidBufferError(f"cannot watch this {type(what).__name__}: {error}") from error
     if not length:
         raise InvalidRangeError(address, length, "it is empty")
     if address + length < address:
