@@ -272,9 +272,9 @@ static __always_inline enum scope scope_of_fork(struct change *change, uint64_t 
  * current task is an ordinary one, inside a 64-bit system call that can change no other address space, and the change lies
  * in what that system call was told to change.
  *
- * The last condition is for what the kernel does on the side: work that other system calls left behind for this task. A fork
- * or mprotect can also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside" is pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is
- * done on the way out.
+ * The last condition is for what the kernel does on the side: work that other system calls left behind for this task. Any
+ * system call may also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside" is
+ * pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is done on the way out.
  */
 static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change)
 {
