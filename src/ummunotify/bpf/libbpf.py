@@ -338,15 +338,22 @@ def map_update_batch(fd: int, items: list[tuple[bytes, bytes]]) -> None:
     Raises BpfError; some may have been stored then.
     """
     count = _U32(len(items))
-    _call(
-        "update a map",
-        "bpf_map_update_batch",
-        fd,
-        b"".join(key for key, _ in items),
-        b"".join(value for _, value in items),
-        ctypes.byref(count),
-        None,
-    )
+    try:
+        _call(
+            "update a map",
+            "bpf_map_update_batch",
+            fd,
+            b"".join(key for key, _ in items),
+            b"".join(value for _, value in items),
+            ctypes.byref(count),
+            None,
+        )
+    except BpfError as error:
+        if error.errno != _ENOTSUPP:
+            raise
+        # Maps of maps can do this since Linux 5.19.
+        for key, value in items:
+            map_update(fd, key, value)
 
 
 def map_lookup(fd: int, key: bytes, value_size: int) -> bytes:
