@@ -1,10 +1,10 @@
 """Find out, without losing an event, that memory was unmapped behind your back.
 
-    with ummunotify.open() as umn:
-        region = umn.watch(buffer)
-        ...
-        if not region.valid:
-            ...  # the addresses no longer hold what was registered
+with ummunotify.open() as umn:
+    region = umn.watch(buffer)
+    ...
+    if not region.valid:
+        ...  # the addresses no longer hold what was registered
 """
 
 from ._core import Region
@@ -19,6 +19,7 @@ from .errors import (
     TooManyRegionsError,
     UmmunotifyError,
     UnknownRegionError,
+    UnknownSourceError,
 )
 from .notifier import Notifier, open
 from .types import Invalidation
@@ -37,5 +38,6 @@ __all__ = [
     "TooManyRegionsError",
     "UmmunotifyError",
     "UnknownRegionError",
+    "UnknownSourceError",
     "open",
 ]

@@ -6,7 +6,7 @@ When one is raised nothing has changed: no region was added, removed or renewed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class UmmunotifyError(Exception):
@@ -59,9 +59,12 @@ class ForkedError(ClosedError):
 
     def __init__(self) -> None:
         super().__init__(
-            "this notifier was opened before a fork and watches the parent process; "
-            "open another one in the child"
+            "this notifier was opened before a fork and watches the parent process; open another one in the child"
         )
+
+
+class UnknownSourceError(UmmunotifyError, ValueError):
+    """A source or a probe that there is not, asked for by an argument or by UMMUNOTIFY_SOURCE."""
 
 
 class SourceUnavailableError(UmmunotifyError, RuntimeError):
@@ -74,3 +77,33 @@ class SourceUnavailableError(UmmunotifyError, RuntimeError):
         tried = "; ".join(f"{source}: {reason}" for source, reason in reasons.items())
         super().__init__(f"no source of invalidations is available ({tried or 'none was tried'})")
         self.reasons = dict(reasons)
+
+
+class RegistrarError(UmmunotifyError):
+    """A registrar was used wrongly (closed, in a forked child, a handle that is not its own)."""
+
+
+class RegistrarUnavailableError(RegistrarError):
+    """This registrar cannot work here: a missing package, device, permission or kernel feature."""
+
+
+class RegistrationError(RegistrarError):
+    """The memory was not registered."""
+
+
+class RegistrationLimitError(RegistrationError):
+    """The memory was not registered because a limit is reached; deregistering other helps."""
+
+
+class DeregistrationError(RegistrarError):
+    """Memory that nobody uses could not be deregistered. It counts as registered; flushing or closing the cache tries again.
+
+    `errors` is what the registrar raised, once for each registration.
+    """
+
+    def __init__(self, errors: Sequence[Exception]) -> None:
+        super().__init__(
+            f"{len(errors)} registrations could not be deregistered and stay registered until the cache is flushed or closed "
+            f"with success; the first error: {errors[0]}"
+        )
+        self.errors = list(errors)

@@ -259,7 +259,7 @@ def open(source: str | None = None, *, probe: str | None = None, max_regions: in
     UMMUNOTIFY_SOURCE (`bpf` or `bpf:kvm`) may name them. `max_regions` limits how many regions can be watched
     at a time, and so the memory that is used; without it memory is the limit.
 
-    Raises SourceUnavailableError, which says of each source why not; ValueError for an unknown name.
+    Raises SourceUnavailableError, which says of each source why not, and UnknownSourceError.
     """
     reasons: dict[str, str] = {}
     for candidate in sources.candidates(source, probe):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..errors import UnknownSourceError
 from .base import Feed
 
 ENVIRONMENT = "UMMUNOTIFY_SOURCE"
@@ -37,7 +38,7 @@ def every() -> list[Candidate]:
 def candidates(source: str | None = None, probe: str | None = None) -> list[Candidate]:
     """The sources to try, best first; all of them, or what the arguments or the environment insist on.
 
-    Raises ValueError for a name that there is not.
+    Raises UnknownSourceError.
     """
     origin = ""
     if source is None and probe is None and (named := os.environ.get(ENVIRONMENT)):
@@ -47,11 +48,10 @@ def candidates(source: str | None = None, probe: str | None = None) -> list[Cand
     chosen = [
         candidate
         for candidate in _ALL
-        if source in (None, candidate.name.partition(":")[0])
-        and probe in (None, candidate.name.partition(":")[2])
+        if source in (None, candidate.name.partition(":")[0]) and probe in (None, candidate.name.partition(":")[2])
     ]
     if not chosen:
         wanted = ":".join(part for part in (source or "*", probe) if part)
         known = ", ".join(candidate.name for candidate in _ALL)
-        raise ValueError(f"there is no source {wanted!r}{origin}; there are {known}")
+        raise UnknownSourceError(f"there is no source {wanted!r}{origin}; there are {known}")
     return chosen
