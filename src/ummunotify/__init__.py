@@ -7,14 +7,21 @@ with ummunotify.open() as umn:
         ...  # the addresses no longer hold what was registered
 """
 
+from ._cache import Registration
 from ._core import Region
+from .cache import CacheStats, RegistrationCache
 from .errors import (
     ClosedError,
     CookieInUseError,
+    DeregistrationError,
     ForkedError,
     InvalidBufferError,
     InvalidCookieError,
     InvalidRangeError,
+    RegistrarError,
+    RegistrarUnavailableError,
+    RegistrationError,
+    RegistrationLimitError,
     SourceUnavailableError,
     TooManyRegionsError,
     UmmunotifyError,
@@ -25,8 +32,10 @@ from .notifier import Notifier, open
 from .types import Invalidation
 
 __all__ = [
+    "CacheStats",
     "ClosedError",
     "CookieInUseError",
+    "DeregistrationError",
     "ForkedError",
     "InvalidBufferError",
     "InvalidCookieError",
@@ -34,10 +43,22 @@ __all__ = [
     "Invalidation",
     "Notifier",
     "Region",
+    "RegistrarError",
+    "RegistrarUnavailableError",
+    "Registration",
+    "RegistrationCache",
+    "RegistrationError",
+    "RegistrationLimitError",
     "SourceUnavailableError",
     "TooManyRegionsError",
     "UmmunotifyError",
     "UnknownRegionError",
     "UnknownSourceError",
+    "get_include",
     "open",
 ]
+
+
+def get_include() -> str:
+    """The directory for a C compiler's -I: for `#include "core/cache.h"`, and Cython's `cimport ummunotify`."""
+    return __path__[0]

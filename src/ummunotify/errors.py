@@ -96,14 +96,15 @@ class RegistrationLimitError(RegistrationError):
 
 
 class DeregistrationError(RegistrarError):
-    """Memory that nobody uses could not be deregistered. It counts as registered; flushing or closing the cache tries again.
+    """Memory that nobody uses could not be deregistered.
 
-    `errors` is what the registrar raised, once for each registration.
+    It counts as registered; flushing or closing the cache tries again. `errors` is what the registrar raised, once for
+    each registration.
     """
 
     def __init__(self, errors: Sequence[Exception]) -> None:
         super().__init__(
-            f"{len(errors)} registrations could not be deregistered and stay registered until the cache is flushed or closed "
-            f"with success; the first error: {errors[0]}"
+            f"{len(errors)} registrations could not be deregistered ({errors[0]}); they count as registered until it "
+            "succeeds: flush or close the cache to try again"
         )
         self.errors = list(errors)

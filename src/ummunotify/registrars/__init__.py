@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from ..errors import UmmunotifyError
+from ..errors import (
+    RegistrarError,
+    RegistrarUnavailableError,
+    RegistrationError,
+    RegistrationLimitError,
+)
 
 __all__ = [
     "Registrar",
@@ -21,7 +26,23 @@ Handle = TypeVar("Handle")
 
 
 class Registrar(Protocol[Handle]):
-    """Two methods are all it takes to write a registrar."""
+    """Two methods are all it takes to write a registrar.
+
+    The registration cache calls them from several threads at once, and takes from the exceptions of `register` what to
+    do: RegistrationLimitError, and OSError with an error number of that sense (ENOMEM, EAGAIN, ENOSPC, ...), make it
+    deregister others and try again.
+
+    A registrar may have these attributes too, which the cache reads when it is made:
+
+    - `granularity`, a number of bytes, a power of two; 1 if it is missing. The cache registers whole multiples of it,
+      at multiples of it. Where whole pages are pinned anyway, the page size makes more accesses hits; but a device
+      can then reach what else is on these pages.
+    - `merge`; False if it is missing. If it is true, memory that overlaps registrations that are not in use is
+      registered in one piece with them.
+    - `max_length`, in bytes; unlimited if it is missing. What is merged gets no longer.
+    - `overlap`; True if it is missing. If it is false, memory cannot be registered twice at the same time. The cache
+      then merges too, and fails where what overlaps is in use.
+    """
 
     def register(self, address: int, length: int) -> Handle:
         """Pin `length` bytes at `address`; the result is what I/O then names them by.
@@ -33,19 +54,3 @@ class Registrar(Protocol[Handle]):
     def deregister(self, handle: Handle) -> None:
         """Undo `register`. If this raises, the memory counts as still registered."""
         ...
-
-
-class RegistrarError(UmmunotifyError):
-    """A registrar was used wrongly (closed, in a forked child, a handle that is not its own)."""
-
-
-class RegistrarUnavailableError(RegistrarError):
-    """This registrar cannot work here: a missing package, device, permission or kernel feature."""
-
-
-class RegistrationError(RegistrarError):
-    """The memory was not registered."""
-
-
-class RegistrationLimitError(RegistrationError):
-    """The memory was not registered because a limit is reached; deregistering other helps."""

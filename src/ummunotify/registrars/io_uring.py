@@ -70,6 +70,11 @@ class IoUringRegistrar:
     Raises RegistrarUnavailableError if the kernel refuses io_uring, ValueError for a bad number of slots.
     """
 
+    # For the cache; see Registrar. The kernel pins whole pages.
+    granularity = mmap.PAGESIZE
+    max_length = 1 << 30
+    merge = True
+
     def __init__(self, slots: int = 1024) -> None:
         if not 1 <= slots <= MAX_SLOTS:
             raise ValueError(f"slots is {slots}; an io_uring has 1 to {MAX_SLOTS} buffer slots")
