@@ -8,6 +8,9 @@ from typing import NoReturn
 
 import pytest
 
+# NumPy's threads would come with the import and go with a fork, and tests count threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 def require(feature: str, reason: str) -> NoReturn:
     """Skip the test, because `feature` is missing here.

@@ -206,6 +206,7 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
                 if self._closed:
                     self._drop_range()  # it was closed meanwhile
                 self._changed.notify_all()
+            self._deregister_or_warn()
 
     def _drop_stale(self) -> None:
         if self._must_open:
@@ -234,6 +235,7 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
 
     def _register_range(self, low: int, high: int, start: int, end: int) -> Registration[Handle]:
         for _ in range(_TRIES):
+            self._check_open()
             registration = self._register_once(low, high, start, end)
             if registration is not None:
                 return registration
