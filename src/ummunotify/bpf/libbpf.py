@@ -110,6 +110,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map_delete_elem": (_INT, _INT, _STRING),
     "bpf_map_update_batch": (_INT, _INT, _STRING, _STRING, _POINTER, _POINTER),
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
+    "bpf_prog_test_run_opts": (_INT, _INT, _POINTER),
     "bpf_raw_tracepoint_open": (_INT, _STRING, _INT),
     "bpf_enable_stats": (_INT, _INT),
 }
@@ -431,6 +432,32 @@ def program_info(fd: int) -> ProgramInfo:
     if size.value < ctypes.sizeof(info):
         raise BpfError(errno.EOPNOTSUPP, "describe a program: the kernel does not count recursion misses")
     return ProgramInfo(info.run_time_ns, info.run_cnt, info.recursion_misses)
+
+
+class _TestRunOpts(ctypes.Structure):
+    _fields_ = (
+        ("sz", _SIZE),
+        ("data_in", _POINTER),
+        ("data_out", _POINTER),
+        ("data_size_in", _U32),
+        ("data_size_out", _U32),
+        ("ctx_in", _STRING),
+        ("ctx_out", _POINTER),
+        ("ctx_size_in", _U32),
+        ("ctx_size_out", _U32),
+        ("retval", _U32),
+        ("repeat", _INT),
+        ("duration", _U32),
+        ("flags", _U32),
+        ("cpu", _U32),
+        ("batch_size", _U32),
+    )
+
+
+def program_run(fd: int, arguments: bytes) -> None:
+    """Run a raw tracepoint's program once as if the tracepoint was hit with these arguments. Raises BpfError."""
+    options = _TestRunOpts(sz=ctypes.sizeof(_TestRunOpts), ctx_in=arguments, ctx_size_in=len(arguments))
+    _call("run a program", "bpf_prog_test_run_opts", fd, ctypes.byref(options))
 
 
 def raw_tracepoint_open(tracepoint: str, program_fd: int) -> int:

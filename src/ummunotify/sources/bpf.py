@@ -28,7 +28,11 @@ SEGMENTS = 2048
 TABLES = 16
 """Notifiers in one process."""
 
+TABLES_PER_PROCESS = 256
+"""As many as a change looks at: TABLES_PER_MM_MAX in watch.bpf.c."""
+
 _STEPS_MAX = 1 << 23
+_U64_MAX = (1 << 64) - 1
 
 _KVM_CREATE_VM = 0xAE01
 _TABLE = struct.Struct("=QII")  # struct table in watch.bpf.c
@@ -40,15 +44,41 @@ PROBES = ("kvm",)
 """Best first."""
 
 
+_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
+
+
+def _may_load() -> bool:
+    """False if the kernel would refuse in any case: known without loading libbpf, which takes milliseconds."""
+    with open("/proc/self/status") as status:
+        capabilities = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    return bool(
+        capabilities >> _CAP_SYS_ADMIN & 1 or (capabilities >> _CAP_BPF & 1 and capabilities >> _CAP_PERFMON & 1)
+    )
+
+
+def _not_permitted() -> UnavailableError:
+    return UnavailableError(
+        "loading BPF programs is not permitted",
+        "run as root or with CAP_BPF and CAP_PERFMON, or have an administrator run the daemon",
+    )
+
+
 def _why(error: OSError) -> UnavailableError:
     if isinstance(error, libbpf.LibraryMissingError):
         return UnavailableError("libbpf is not installed", "install libbpf1 (Debian) or libbpf (Fedora)")
     if error.errno in (errno.EPERM, errno.EACCES):
-        return UnavailableError(
-            "loading BPF programs is not permitted",
-            "run as root or with CAP_BPF and CAP_PERFMON, or have an administrator run the daemon",
-        )
+        return _not_permitted()
     return UnavailableError(str(error).splitlines()[0], "")
+
+
+def create_segment() -> int:
+    """Memory for a table. A map's descriptor; OSError."""
+    return libbpf.create_map(libbpf.MapType.ARRAY, "umn_segment", 4, PAGE, SEGMENT_PAGES, libbpf.MapFlag.MMAPABLE)
+
+
+def create_ring() -> int:
+    """A wake-up. A map's descriptor; OSError."""
+    return libbpf.create_map(libbpf.MapType.RINGBUF, "umn_wake", 0, 0, PAGE)
 
 
 class Maps:
@@ -60,6 +90,8 @@ class Maps:
         Raises UnavailableError.
         """
         self.fds: dict[str, int] = {}
+        if not _may_load():
+            raise _not_permitted()
         data = Path(libbpf.__file__).with_name("watch.bpf.o").read_bytes()
         try:
             with contextlib.ExitStack() as undo:
@@ -116,29 +148,39 @@ class Maps:
         fds: list[int] = []
         try:
             for _ in range(count):
-                fds.append(
-                    libbpf.create_map(
-                        libbpf.MapType.ARRAY, "umn_segment", 4, PAGE, SEGMENT_PAGES, libbpf.MapFlag.MMAPABLE
-                    )
-                )
-            mm, following, cells = self._get_table(table)
-            # First the bound on a walk's steps, then the memory that a longer walk may be in.
-            self._put_table(table, mm, following, cells + count * SEGMENT_PAGES * CELLS_PER_PAGE)
-            libbpf.map_update_batch(
-                self.fds["segments"],
-                [(_U32.pack(table * SEGMENTS + first + i), _U32.pack(fd)) for i, fd in enumerate(fds)],
-            )
+                fds.append(create_segment())
+            self.allow(table, count)
+            self.put_segments([(table, first + i, fd) for i, fd in enumerate(fds)])
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
         return fds
 
+    def allow(self, table: int, count: int) -> None:
+        """Let a walk of the table take the steps that `count` more segments need; before they are put in."""
+        mm, following, cells = self._get_table(table)
+        self._put_table(table, mm, following, cells + count * SEGMENT_PAGES * CELLS_PER_PAGE)
+
+    def put_segments(self, items: list[tuple[int, int, int]]) -> None:
+        """Of several tables: (table, number, the map's descriptor), all at the price of one. OSError.
+
+        The kernel returns only when no program can be using what was there before.
+        """
+        libbpf.map_update_batch(
+            self.fds["segments"],
+            [(_U32.pack(table * SEGMENTS + number), _U32.pack(fd)) for table, number, fd in items],
+        )
+
+    def put_rings(self, items: list[tuple[int, int]]) -> None:
+        """The same for (table, the map's descriptor)."""
+        libbpf.map_update_batch(self.fds["rings"], [(_U32.pack(table), _U32.pack(fd)) for table, fd in items])
+
     def add_ring(self, table: int) -> int:
         """Make the table's wake-up. The map's descriptor, which the caller closes. OSError."""
-        fd = libbpf.create_map(libbpf.MapType.RINGBUF, "umn_wake", 0, 0, PAGE)
+        fd = create_ring()
         try:
-            libbpf.map_update(self.fds["rings"], _U32.pack(table), _U32.pack(fd))
+            self.put_rings([(table, fd)])
         except BaseException:
             os.close(fd)
             raise
@@ -160,6 +202,8 @@ class Maps:
         mm, _, cells = self._get_table(table)
         if not mm:
             return False
+        if list(self.fed.values()).count(mm) >= TABLES_PER_PROCESS:
+            raise UnavailableError(f"this process has {TABLES_PER_PROCESS} notifiers", "close some of them")
         first = self._first(mm)
         self._put_table(table, mm, first, cells)
         libbpf.map_update(self.fds["owners"], _U64.pack(mm), _U32.pack(table + 1))
@@ -173,6 +217,15 @@ class Maps:
         The kernel returns from each deletion in a map of maps only when no program can be using what was deleted
         (maybe_wait_bpf_programs in kernel/bpf/syscall.c), so the number can be given to another table.
         """
+        self.unlink(table)
+        for number in range(segments):
+            libbpf.map_delete(self.fds["segments"], _U32.pack(table * SEGMENTS + number))
+        if ring:
+            libbpf.map_delete(self.fds["rings"], _U32.pack(table))
+        self.free.append(table)
+
+    def unlink(self, table: int) -> None:
+        """Stop feeding the table. Programs may be on their way through it until its segments are replaced."""
         mm, following, _ = self._get_table(table)
         if mm:
             first = self._first(mm)
@@ -192,11 +245,10 @@ class Maps:
         self._put_control()
         # Not `next`: a program may be on its way through it to another table of this address space.
         self._put_table(table, 0, following, 0)
-        for number in range(segments):
-            libbpf.map_delete(self.fds["segments"], _U32.pack(table * SEGMENTS + number))
-        if ring:
-            libbpf.map_delete(self.fds["rings"], _U32.pack(table))
-        self.free.append(table)
+
+    def doubt(self) -> None:
+        """Everything of every table may be invalid: to the program, one more change, of all addresses."""
+        libbpf.program_run(self.fds["program"], struct.pack("=QQ", 0, _U64_MAX))
 
     def _first(self, mm: int) -> int:
         try:
@@ -221,13 +273,10 @@ class Maps:
         libbpf.map_update(self.fds["control"], _U32.pack(0), value)
 
 
-def create_vm() -> int:
-    """An empty virtual machine, which subscribes this address space to MMU notifications.
-
-    Its descriptor; the subscription lasts until it is closed everywhere. Raises UnavailableError.
-    """
+def open_kvm() -> int:
+    """A descriptor of /dev/kvm. Raises UnavailableError."""
     try:
-        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise UnavailableError(
             "there is no /dev/kvm",
@@ -238,12 +287,17 @@ def create_vm() -> int:
         raise UnavailableError(
             f"/dev/kvm cannot be opened ({error.strerror})", "become a member of its group (kvm)"
         ) from error
+
+
+def create_vm(kvm: int) -> int:
+    """An empty virtual machine, which subscribes this address space to MMU notifications.
+
+    Its descriptor; the subscription lasts until it is closed everywhere. Raises UnavailableError.
+    """
     try:
         return fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
     except OSError as error:
         raise UnavailableError(f"KVM cannot create a virtual machine ({error.strerror})", "") from error
-    finally:
-        os.close(kvm)
 
 
 class _Process:
@@ -261,7 +315,11 @@ class _Process:
             maps = Maps()
             try:
                 maps.attach()
-                self.vm = create_vm()
+                kvm = open_kvm()
+                try:
+                    self.vm = create_vm(kvm)
+                finally:
+                    os.close(kvm)
             except BaseException:
                 maps.close()
                 raise
