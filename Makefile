@@ -5,10 +5,12 @@ MAKEFLAGS += --no-builtin-rules
 VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/
-BPF_CFLAGS := -target bpfel-freestanding -mcpu=v3 -O2 -g -fno-stack-protector -Wall -Wextra -Wno-unused-parameter \
-	-idirafter /usr/include
-# Relative names only, so that the object is the same wherever it is built.
-BPF_COMPILE := cd src/ummunotify/bpf && $(abspath $(RUN))/python -m ziglang cc $(BPF_CFLAGS) -c watch.bpf.c -o
+# No path of the machine gets into the object, so it is the same wherever it is built.
+BPF_COMPILE = cd src/ummunotify/bpf && \
+	zig=$$($(abspath $(RUN))/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent)') && \
+	ZIG_GLOBAL_CACHE_DIR=$$(mktemp -d $(abspath $(VENV))/zig.XXXXXX) $$zig/zig cc -target bpfel-freestanding -mcpu=v3 -O2 -g \
+	-fno-stack-protector -Wall -Wextra -Wno-unused-parameter -idirafter /usr/include \
+	-fdebug-compilation-dir=. -ffile-prefix-map=$$zig=zig -c watch.bpf.c -o
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 

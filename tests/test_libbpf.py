@@ -12,10 +12,10 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from support import require
+
 from ummunotify.bpf import libbpf
 from ummunotify.bpf.libbpf import BpfError, BpfObject, LibraryMissingError, MapFlag, MapType
-
-from support import require
 
 OBJECT = resources.files("ummunotify.bpf").joinpath("watch.bpf.o").read_bytes()
 
