@@ -47,7 +47,8 @@ struct umn_header {
 	uint32_t root;	/* node, 0: nothing is watched */
 	uint32_t phase; /* 0 or 1: which of readers[] new feeders count in */
 	uint32_t zero;	/* always 0 */
-	uint32_t unused3[9];
+	uint32_t regions; /* how many are watched, for whoever looks on */
+	uint32_t unused3[8];
 
 	/* rarely written, by both */
 	uint32_t overflow; /* feeder: one more each time that "everything may be invalid" */

@@ -816,7 +816,7 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 	region->overflow = load(&t->header->overflow);
 	store(&slot_of(region)->state, UMN_LIVE);
 	insert(t, region);
-	t->regions++;
+	store(&t->header->regions, (uint32_t)++t->regions);
 	reclaim(t);
 	tidy(t);
 	*result = region;
@@ -833,7 +833,7 @@ void umn_table_unwatch(struct umn_table *t, struct umn_region *region)
 		return;
 	remove_entry(t, region);
 	narrow_hull(t);
-	t->regions--;
+	store(&t->header->regions, (uint32_t)--t->regions);
 	if (__sync_fetch_and_and(&slot->state, ~UMN_LIVE) & UMN_PENDING)
 		take_list(t);
 	if (region->queued) {
