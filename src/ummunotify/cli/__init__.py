@@ -8,8 +8,10 @@ from importlib import metadata
 import click
 
 _COMMANDS = {
+    "daemon": "Serve notifications to users who may not load BPF programs.",
     "demo": "Show, on real pages, the error that ummunotify prevents.",
     "doctor": "Say what works on this machine, what does not, and what to do about it.",
+    "status": "Show the daemon's clients.",
 }
 
 

@@ -27,7 +27,13 @@ def _open_bpf(probe: str) -> Feed:
     return BpfFeed(probe)
 
 
-_ALL = [Candidate("bpf:kvm", lambda: _open_bpf("kvm"))]
+def _open_daemon() -> Feed:
+    from .daemon import DaemonFeed
+
+    return DaemonFeed()
+
+
+_ALL = [Candidate("bpf:kvm", lambda: _open_bpf("kvm")), Candidate("daemon:kvm", _open_daemon)]
 
 
 def every() -> list[Candidate]:

@@ -194,11 +194,15 @@ class Maps:
         self._put_control()
         return secret
 
-    def settle(self, table: int, secret: int) -> bool:
-        """Close the handshake. True if it has happened; then the table is fed from now on."""
+    def cancel(self, secret: int) -> None:
+        """Close the handshake, whatever came of it."""
         libbpf.map_delete(self.fds["handshakes"], _U64.pack(secret))
         self.handshakes -= 1
         self._put_control()
+
+    def settle(self, table: int, secret: int) -> bool:
+        """Close the handshake. True if it has happened; then the table is fed from now on."""
+        self.cancel(secret)
         mm, _, cells = self._get_table(table)
         if not mm:
             return False

@@ -1,0 +1,252 @@
+"""`ummunotify daemon`: hold the privileges for everybody else."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import logging
+import os
+import pwd
+import resource
+import shutil
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import click
+
+from ..bpf import libbpf
+from ..daemon import privileges, protocol
+from ..daemon.limits import SPARE, Limits
+from ..daemon.server import STEPS_FOREIGN, Server, event
+from ..sources.base import UnavailableError
+from ..sources.bpf import Maps, open_kvm
+
+_LISTEN_FD = 3
+_PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+
+class _Format(logging.Formatter):
+    """What the journal understands: the priority in front; the time it knows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"<{_PRIORITY.get(record.levelno, 5)}>{record.getMessage()}"
+
+
+def _log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        _Format() if "JOURNAL_STREAM" in os.environ else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
+    logger = logging.getLogger("ummunotify.daemon")
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+def _fail(what: str) -> click.ClickException:
+    return click.ClickException(what)
+
+
+def _inherited() -> socket.socket | None:
+    """The socket that systemd listens at for us, sd_listen_fds(3)."""
+    if os.environ.pop("LISTEN_PID", None) != str(os.getpid()) or not int(os.environ.pop("LISTEN_FDS", "0")):
+        return None
+    os.set_inheritable(_LISTEN_FD, False)
+    listener = socket.socket(fileno=_LISTEN_FD)
+    if listener.type != socket.SOCK_SEQPACKET:
+        raise _fail("the socket unit has to say ListenSequentialPacket=")
+    return listener
+
+
+def _bind(path: str, mode: int, group: int) -> socket.socket:
+    """Listen there, in place of a daemon that has ended. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise _fail(f"{path} is there and is not a socket")
+            try:
+                listener.connect(path)
+                raise _fail(f"a daemon listens at {path} already; stop it, or choose another --socket")
+            except ConnectionRefusedError:
+                os.unlink(path)
+        Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # Nobody may connect before the mode is what it should be.
+        mask = os.umask(0o777)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(mask)
+        os.chown(path, -1, group)
+        os.chmod(path, mode)
+        listener.listen(socket.SOMAXCONN)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _notify(state: str) -> None:
+    """sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+            sender.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+def _room(clients: int, ready: int) -> None:
+    """See that there may be enough descriptors: two for each client and each table."""
+    needed = 2 * (clients + ready) + SPARE + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Those that are on their way to clients count against this too.
+    wanted = max(needed, 65536)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if wanted < needed:
+        raise _fail(f"{clients} clients need {needed} descriptors, and {hard} are allowed (ulimit -n); see --clients")
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _mode(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    try:
+        mode = int(value, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise click.BadParameter(f"{value!r} is not a mode such as 0660")
+    return mode
+
+
+def _group(context: click.Context, parameter: click.Parameter, value: str | None) -> int:
+    try:
+        return -1 if value is None else grp.getgrnam(value).gr_gid
+    except KeyError:
+        raise click.BadParameter(f"there is no group {value!r}") from None
+
+
+def _user(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    try:
+        user = None if value is None else pwd.getpwnam(value)
+    except KeyError:
+        raise click.BadParameter(f"there is no user {value!r}") from None
+    return user and (user.pw_uid, user.pw_gid)
+
+
+@click.group("daemon", invoke_without_command=True)
+@click.option("--socket", "path", default=protocol.SOCKET, show_default=True, help="Where to listen.")
+@click.option("--mode", default="0666", show_default=True, callback=_mode, help="The socket's mode.")
+@click.option("--group", callback=_group, help="The socket's group.")
+@click.option("--user", callback=_user, help="The user to become. Left out, the user stays; privileges go.")
+@click.option("--clients", default=Limits.clients, show_default=True, type=click.IntRange(1, 65536), help="At most.")
+@click.option("--clients-per-user", default=Limits.clients_per_user, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--memory-per-user",
+    default=Limits.memory_per_user >> 20,
+    show_default="an eighth of the memory",
+    type=click.IntRange(1),
+    help="In MiB, of kernel memory for tables.",
+)
+@click.option("--ready", default=16, show_default=True, type=click.IntRange(1, 4096), help="Tables to keep ready.")
+@click.option("--kvm/--no-kvm", default=True, show_default=True, help="Give clients access to /dev/kvm.")
+@click.option("--bpf-statistics", is_flag=True, help="Let the kernel time BPF programs, all of the machine.")
+@click.option("--metrics", help="Serve figures for Prometheus at unix:PATH or 127.0.0.1:PORT.")
+@click.option("-v", "--verbose", is_flag=True, help="Log each client that comes and goes.")
+@click.pass_context
+def daemon(context: click.Context, /, **options: object) -> None:
+    """Serve notifications to users who may not load BPF programs.
+
+    Needs root, or CAP_BPF and CAP_PERFMON; gives up everything else. Ends on SIGTERM; clients that are connected
+    are told of changes as long as they live, whatever becomes of this.
+    """
+    if context.invoked_subcommand is None:
+        _serve(**options)  # type: ignore[arg-type]
+
+
+def _serve(
+    path: str,
+    mode: int,
+    group: int,
+    user: tuple[int, int] | None,
+    clients: int,
+    clients_per_user: int,
+    memory_per_user: int,
+    ready: int,
+    kvm: bool,
+    bpf_statistics: bool,
+    metrics: str | None,
+    verbose: bool,
+) -> None:
+    _log_to_stderr(logging.DEBUG if verbose else logging.INFO)
+    limits = Limits(clients, min(clients, clients_per_user), memory_per_user << 20)
+    with contextlib.ExitStack() as undo:
+        try:
+            _room(clients, ready)
+            kvm_fd = -1
+            if kvm:
+                kvm_fd = open_kvm()
+                undo.callback(os.close, kvm_fd)
+            if bpf_statistics:
+                undo.callback(os.close, libbpf.enable_statistics())
+            endpoint = None if metrics is None else undo.enter_context(_metrics_listener(metrics))
+            listener = _inherited() or _bind(path, mode, group)
+            undo.callback(listener.close)
+            privileges.drop(user)
+            maps = Maps(clients + ready, STEPS_FOREIGN)
+            undo.callback(maps.close)
+            maps.attach()
+            server = Server(listener, maps, kvm_fd, limits, ready)
+            undo.callback(server.close)
+        except UnavailableError as error:
+            raise _fail(str(error)) from None
+        except PermissionError as error:
+            raise _fail(f"{error}; run this as root, or with CAP_BPF and CAP_PERFMON") from None
+        except (OSError, ValueError) as error:
+            raise _fail(str(error)) from None
+        if endpoint is not None:
+            from ..daemon.metrics import Endpoint
+
+            Endpoint(server, endpoint)
+        event(
+            logging.INFO, "started", pid=os.getpid(), uid=os.geteuid(), socket=listener.getsockname(), clients=clients
+        )
+        _notify("READY=1")
+        server.run()
+        _notify("STOPPING=1")
+        event(logging.INFO, "stopped", clients=server.summary().clients)
+
+
+@contextlib.contextmanager
+def _metrics_listener(address: str) -> Iterator[socket.socket]:
+    try:
+        from ..daemon.metrics import listen
+    except ImportError:
+        raise _fail("--metrics needs the package prometheus-client: pip install 'ummunotify[metrics]'") from None
+    with listen(address) as listener:
+        yield listener
+
+
+@daemon.command()
+@click.option("--directory", default="/etc/systemd/system", show_default=True, help="Where the units go.")
+@click.option("--group", default="root", show_default=True, help="Who may connect, with --mode 0660.")
+@click.option("--mode", default="0666", show_default=True, callback=_mode, help="The socket's mode.")
+def install(directory: str, group: str, mode: int) -> None:
+    """Write the units for systemd, and say how to start them."""
+    program = shutil.which("ummunotify", path=os.path.dirname(sys.executable)) or shutil.which("ummunotify")
+    if program is None:
+        raise _fail("there is no command ummunotify next to this Python; install the package with pip")
+    units = resources.files("ummunotify.daemon")
+    try:
+        for name in ("ummunotify.service", "ummunotify.socket"):
+            text = units.joinpath(name).read_text()
+            for word, value in (("@PROGRAM@", program), ("@GROUP@", group), ("@MODE@", f"{mode:04o}")):
+                text = text.replace(word, value)
+            target = Path(directory, name)
+            target.write_text(text)
+            click.echo(f"wrote {target}")
+    except OSError as error:
+        raise _fail(f"cannot write the units: {error}; run this as root, or choose a --directory") from None
+    click.echo("Now: systemctl daemon-reload && systemctl enable --now ummunotify.socket")

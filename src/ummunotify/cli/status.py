@@ -1,0 +1,88 @@
+"""`ummunotify status`: what the daemon does."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..daemon import protocol
+from ..daemon.protocol import Op, Record, Request, Summary
+from ..sources.base import UnavailableError
+from ..sources.daemon import connect
+
+
+def _ask(connection: socket.socket, argument: int, size: int) -> bytes:
+    connection.send(Request(Op.STATUS, argument=argument).pack())
+    data = connection.recv(size)
+    if not data:
+        raise ConnectionError("the daemon ended the connection")
+    return data
+
+
+def _records(connection: socket.socket) -> Iterator[Record]:
+    table = 0
+    while True:
+        data = _ask(connection, table, protocol.RECORD_SIZE)
+        if len(data) < protocol.RECORD_SIZE:
+            return
+        record = Record.unpack(data)
+        yield record
+        table = record.table + 1
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):,.1f} MiB"
+
+
+@click.command("status")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def status(as_json: bool) -> None:
+    """Show the daemon's clients: their regions, invalidations and memory.
+
+    root sees all clients, other users see their own. Exits with 1 if no daemon answers.
+    """
+    try:
+        with connect() as connection:
+            summary = Summary.unpack(_ask(connection, protocol.SUMMARY, protocol.SUMMARY_SIZE))
+            records = list(_records(connection))
+    except UnavailableError as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(f"the daemon does not answer ({error}); look at its log") from None
+    if as_json:
+        clients = [record._asdict() | {"command": record.command.decode(errors="replace")} for record in records]
+        click.echo(json.dumps({"daemon": summary._asdict(), "clients": clients}, indent=2))
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(
+        f"daemon {summary.pid}: {summary.clients} of {summary.tables} clients, {summary.ready} tables ready, "
+        f"{_mib(summary.memory)} of kernel memory, up for {summary.seconds} s"
+    )
+    if summary.runs:
+        console.print(
+            f"BPF program: {summary.runs:,} runs, {summary.run_time_ns / summary.runs:.0f} ns each, "
+            f"{summary.skipped} skipped"
+        )
+    else:
+        console.print(f"BPF program: {summary.skipped} runs skipped; the kernel does not time them (--bpf-statistics)")
+    if not records:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("pid", "uid", "regions", "invalidations", "memory"):
+        table.add_column(title, justify="right")
+    table.add_column("command")
+    for r in records:
+        table.add_row(
+            str(r.pid),
+            str(r.uid),
+            f"{r.regions:,}",
+            f"{r.generation:,}",
+            _mib(r.memory),
+            ascii(r.command.decode(errors="replace"))[1:-1],
+        )
+    console.print(table)

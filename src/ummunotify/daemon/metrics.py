@@ -1,0 +1,117 @@
+"""Figures for Prometheus, in the daemon's own event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from .server import Server
+
+_CONNECTIONS = 8
+"""At a time; one more ends the oldest."""
+_REQUEST_MOST = 8192
+
+
+class _Figures(Collector):
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def collect(self) -> Iterable[Metric]:
+        summary, records, counters = self._server.summary(), self._server.records(), self._server.counters
+        for name, what, value in (
+            ("clients", "Notifiers that are open", summary.clients),
+            ("clients_limit", "Notifiers that may be open", summary.tables),
+            ("tables_ready", "Tables that wait for clients", summary.ready),
+            ("memory_bytes", "Kernel memory of all tables", summary.memory),
+            ("regions", "Watched regions of all clients", sum(record.regions for record in records)),
+            ("invalidations", "Changes that hit, of the clients that there are", sum(r.generation for r in records)),
+            ("uptime_seconds", "Since the daemon started", summary.seconds),
+        ):
+            yield GaugeMetricFamily(f"ummunotify_{name}", what, value)
+        counts: tuple[tuple[str, str, float], ...] = (
+            ("clients_served", "Notifiers that were opened", counters["came"]),
+            ("program_runs", "Runs of the BPF program, while the kernel counts them", summary.runs),
+            ("program_seconds", "Their time", summary.run_time_ns / 1e9),
+            ("program_skipped", "Runs that the kernel skipped: should be 0", summary.skipped),
+        )
+        for name, what, count in counts:
+            yield CounterMetricFamily(f"ummunotify_{name}", what, count)
+        refused = CounterMetricFamily("ummunotify_refused", "What clients were refused", labels=["why"])
+        for why in counters.keys() - {"came", "left"}:
+            refused.add_metric([why], counters[why])
+        yield refused
+
+
+def listen(address: str) -> socket.socket:
+    """A listening socket at `unix:PATH` or `HOST:PORT`, a loopback address. ValueError, OSError."""
+    kind, _, rest = address.partition(":")
+    if kind == "unix":
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(rest)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(rest)
+    else:
+        host, _, port = address.rpartition(":")
+        if host not in ("127.0.0.1", "[::1]", "localhost") or not port.isdecimal():
+            raise ValueError(f"metrics are served at unix:PATH or 127.0.0.1:PORT, not at {address!r}")
+        listener = socket.create_server(
+            (host.strip("[]"), int(port)), family=socket.AF_INET6 if "[" in host else socket.AF_INET
+        )
+    listener.listen(16)
+    return listener
+
+
+class Endpoint:
+    """Answers whatever it is asked by HTTP with the figures."""
+
+    def __init__(self, server: Server, listener: socket.socket) -> None:
+        self._server = server
+        self._listener = listener
+        self._registry = CollectorRegistry()
+        self._registry.register(_Figures(server))
+        self._open: dict[socket.socket, bytes] = {}
+        listener.setblocking(False)
+        server.watch(listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        if len(self._open) >= _CONNECTIONS:
+            self._close(next(iter(self._open)))
+        self._open[connection] = b""
+        self._server.watch(connection, lambda: self._hear(connection))
+
+    def _hear(self, connection: socket.socket) -> None:
+        if connection not in self._open:
+            return
+        try:
+            data = connection.recv(4096)
+            self._open[connection] += data
+            if data and b"\r\n\r\n" not in self._open[connection] and len(self._open[connection]) < _REQUEST_MOST:
+                return
+            if data:
+                body = generate_latest(self._registry)
+                head = (
+                    f"HTTP/1.0 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {len(body)}\r\n\r\n"
+                )
+                # A few KiB, which an empty send buffer takes at once.
+                connection.send(head.encode() + body)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._close(connection)
+
+    def _close(self, connection: socket.socket) -> None:
+        del self._open[connection]
+        self._server.unwatch(connection)
+        connection.close()

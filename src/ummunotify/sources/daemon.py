@@ -1,0 +1,244 @@
+"""The source `daemon`: the bpf source's program and maps, held by a daemon that has the privileges for them.
+
+After `bind` the daemon is on no path but growing: the kernel feeds the table through the link, which this process
+holds too, whatever becomes of the daemon. Of its own the process has an empty virtual machine, as the bpf source has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+
+from .._core import Ring, map_shared, show_secret
+from ..daemon import protocol
+from ..daemon.protocol import Op, Reply, Request, Status
+from .base import UnavailableError
+from .bpf import PAGE, create_vm, open_kvm
+
+_TIMEOUT = 30.0
+"""Seconds without an answer. Nobody else's doing can delay one for long; but the daemon may be stopped."""
+
+_REMEDY = "ask the administrator to look at `ummunotify status` and the daemon's log"
+
+
+def _refusal(status: int, value: int) -> tuple[str, str]:
+    """What and why, and what to do about it."""
+    mib = f"{value >> 20} MiB"
+    known: dict[int, tuple[str, str]] = {
+        Status.VERSION: (
+            f"the daemon speaks version {value} of the protocol, this library version {protocol.VERSION}",
+            "install the same version of ummunotify on both sides",
+        ),
+        Status.CLIENTS: (f"the daemon serves {value} notifiers, as many as it may", "raise its --clients"),
+        Status.USER_CLIENTS: (
+            f"this user has {value} notifiers open, as many as the daemon allows",
+            "close some, or raise the daemon's --clients-per-user",
+        ),
+        Status.USER_MEMORY: (
+            f"this user's tables would take more than the {mib} that the daemon allows",
+            "watch fewer regions, or raise the daemon's --memory-per-user",
+        ),
+        Status.PROCESS_CLIENTS: ("this process has too many notifiers", "close some of them"),
+        Status.UNSEEN: (
+            "the daemon's program did not see a change made for it to see",
+            "please report this with the kernel's version",
+        ),
+    }
+    return known.get(status, (f"the daemon failed ({os.strerror(value)})", _REMEDY))
+
+
+class _Machine:
+    """The process's empty virtual machine; made for the first notifier and closed with the last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.fd = -1
+
+    def enter(self, kvm: int | None) -> None:
+        """`kvm` is a descriptor of /dev/kvm. Raises UnavailableError."""
+        with self.lock:
+            if not self.users:
+                if kvm is not None:
+                    self.fd = create_vm(kvm)
+                else:
+                    kvm = open_kvm()
+                    try:
+                        self.fd = create_vm(kvm)
+                    finally:
+                        os.close(kvm)
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                self.close()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+_machine = _Machine()
+
+
+def _forget() -> None:
+    """In the child of a fork: the machine is the parent's."""
+    global _machine
+    machine, _machine = _machine, _Machine()
+    machine.close()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+class DaemonFeed:
+    """A table of the daemon's, for this process's own changes."""
+
+    name = "daemon:kvm"
+
+    def __init__(self) -> None:
+        """Raises UnavailableError."""
+        self._machine: _Machine | None = None
+        self._fds: list[int] = []  # link, wake-up
+        self._segments: list[int] = []  # descriptors of those that are not mapped yet, the last one first
+        self._ring: Ring | None = None
+        self._socket = connect()
+        try:
+            try:
+                reply, fds = self._ask(Op.HELLO)
+            except OSError as error:
+                raise _lost(error) from error
+            self._fds = fds[:2]
+            self._segments = fds[2:3]
+            kvm = fds[3] if len(fds) > 3 else None
+            try:
+                if reply.status != Status.OK or len(fds) < 3:
+                    raise UnavailableError(*_refusal(reply.status, reply.value))
+                machine = _machine
+                machine.enter(kvm)
+                self._machine = machine
+            finally:
+                if kvm is not None:
+                    os.close(kvm)
+        except BaseException:
+            self.close()
+            raise
+        self._secret = reply.value
+
+    def _ask(self, op: Op) -> tuple[Reply, list[int]]:
+        """The answer, and descriptors that the caller closes. OSError."""
+        self._socket.send(Request(op).pack(), socket.MSG_NOSIGNAL)
+        data, fds, _, _ = socket.recv_fds(
+            self._socket, protocol.REPLY_SIZE, protocol.GROW_MOST, socket.MSG_CMSG_CLOEXEC
+        )
+        reply = Reply.unpack(data) if len(data) == protocol.REPLY_SIZE else None
+        # Fewer of them: this process may not open that many.
+        if reply is None or reply.fds != len(fds):
+            for fd in fds:
+                os.close(fd)
+            if reply is None:
+                raise ConnectionResetError(errno.ECONNRESET, "the daemon ended the connection")
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return reply, fds
+
+    def add_segment(self, pages: int) -> int:
+        if not self._segments:
+            try:
+                reply, fds = self._ask(Op.GROW)
+            except ConnectionError as error:
+                raise OSError(
+                    error.errno, "the daemon that this notifier was opened with has ended; open a new one"
+                ) from error
+            if reply.status != Status.OK:
+                raise OSError(errno.ENOSPC, "; ".join(_refusal(reply.status, reply.value)))
+            self._segments = fds[::-1]
+        fd = self._segments.pop()
+        try:
+            # The mapping keeps the map: one descriptor less.
+            return map_shared(fd, pages * PAGE)
+        finally:
+            os.close(fd)
+
+    def bind(self) -> None:
+        try:
+            show_secret(self._secret)
+            reply, _ = self._ask(Op.SETTLE)
+        except OSError as error:
+            raise _lost(error) from error
+        if reply.status != Status.OK:
+            raise UnavailableError(*_refusal(reply.status, reply.value))
+
+    def wake_fd(self) -> int:
+        if self._ring is None:
+            self._ring = Ring(self._fds[1])
+        return self._fds[1]
+
+    def acknowledge(self) -> None:
+        if self._ring is not None:
+            self._ring.clear()
+
+    def doubtful(self) -> bool:
+        # The daemon looks at the count of skipped runs, and invalidates everything if it grows. The program's
+        # descriptor would let a client look too; but also run the program, and tie maps to it for good
+        # (BPF_PROG_BIND_MAP).
+        return False
+
+    def close(self) -> None:
+        self.abandon()
+        machine, self._machine = self._machine, None
+        if machine is not None:
+            machine.leave()
+
+    def abandon(self) -> None:
+        # No farewell: the daemon notices when the last copy of the socket is closed. In the child of a fork it is not.
+        self._socket.close()
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+        while self._fds:
+            os.close(self._fds.pop())
+        while self._segments:
+            os.close(self._segments.pop())
+
+
+def connect() -> socket.socket:
+    """Raises UnavailableError."""
+    path = protocol.socket_path()
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.settimeout(_TIMEOUT)
+        connection.connect(path)
+    except BaseException as error:
+        connection.close()
+        if not isinstance(error, OSError):
+            raise
+        raise UnavailableError(*_unreachable(path, error)) from error
+    return connection
+
+
+def _unreachable(path: str, error: OSError) -> tuple[str, str]:
+    match error:
+        case FileNotFoundError():
+            return f"no daemon runs here: there is no {path}", "have an administrator run `ummunotify daemon`"
+        case ConnectionRefusedError():
+            return f"nobody listens at {path}: the daemon has ended", "have an administrator start it again"
+        case PermissionError():
+            return f"the daemon's socket {path} is not for this user", "become a member of its group"
+        case TimeoutError() | BlockingIOError():
+            return f"the daemon at {path} does not answer", _REMEDY
+    return f"cannot connect to the daemon at {path} ({error.strerror or error})", _REMEDY
+
+
+def _lost(error: OSError) -> UnavailableError:
+    if isinstance(error, TimeoutError):
+        return UnavailableError("the daemon does not answer", _REMEDY)
+    if isinstance(error, ConnectionError):
+        return UnavailableError(
+            "the daemon ended the connection: it was stopped, or this user has too many of them", _REMEDY
+        )
+    return UnavailableError(f"the daemon's help came to nothing ({error.strerror or error})", "")
