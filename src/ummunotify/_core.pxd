@@ -64,6 +64,7 @@ cdef class WatchTable:
     cdef bint _forked
     cdef dict _regions
     cdef uint64_t _next_cookie
+    cdef uint64_t _max_regions
     cdef object __weakref__
 
     cdef int _check_open(self) except -1

@@ -124,10 +124,12 @@ cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
         if len(<tuple>what) != 2:
             raise TypeError(f"expected a buffer or a pair (address, length), not {what!r}")
         try:
-            address = (<tuple>what)[0]
-            length = (<tuple>what)[1]
+            address = operator_index((<tuple>what)[0])
+            length = operator_index((<tuple>what)[1])
         except OverflowError:
-            raise InvalidRangeError(int(what[0]), int(what[1]), "not an address and a length in 64 bits") from None
+            raise InvalidRangeError(
+                operator_index(what[0]), operator_index(what[1]), "not an address and a length in 64 bits"
+            ) from None
     else:
         try:
             try:
@@ -166,7 +168,13 @@ cdef class Region:
     child of a fork; it then is False.
     """
 
-    def __init__(self):
+    # With an argument, so that no caller of Region.__new__ gets one without.
+    def __cinit__(self, WatchTable table not None):
+        self._table = table
+        self._region = &umn_no_region
+        self.cookie = 0
+
+    def __init__(self, *args, **kwargs):
         raise TypeError("regions are made by Notifier.watch")
 
     def __getattribute__(self, name):
@@ -227,13 +235,15 @@ cdef class WatchTable:
     def __cinit__(self, *args, max_regions=None, **kwargs):
         cdef uint64_t limit = <uint64_t>-1
         if max_regions is not None:
+            max_regions = operator_index(max_regions)
             if max_regions < 1:
                 raise ValueError(f"max_regions must be at least 1, not {max_regions}")
-            limit = min(max_regions, limit)
+            limit = min(max_regions, limit - 1)
+        self._max_regions = limit
         self._regions = {}
         self._next_cookie = <uint64_t>1 << FIRST_OWN_COOKIE_BIT
         self._closed = True  # until there is a segment
-        self._table = umn_table_new(limit)
+        self._table = umn_table_new(limit + (limit < <uint64_t>-1))  # one more for _nudge
         if self._table is NULL:
             raise MemoryError
 
@@ -274,6 +284,26 @@ cdef class WatchTable:
     def _arm(self):
         """The next change that hits a region sends a wake-up. To be called before `_drain`."""
         umn_table_arm(self._table)
+
+    def _nudge(self):
+        """Make a change that sends a wake-up, and that nobody is told of."""
+        cdef umn_region *region
+        cdef void *page
+        cdef int error = -ENOSPC
+        while error == -ENOSPC:
+            page = umn_test_page()
+            if page is NULL:
+                raise OSError(errno, os.strerror(errno))
+            # In one go, with the GIL: so no other thread can drain it.
+            error = umn_table_watch(self._table, <uintptr_t>page, <uintptr_t>page + PAGE, 0, NULL, &region)
+            munmap(page, PAGE)
+            if not error:
+                umn_table_unwatch(self._table, region)
+            elif error == -ENOSPC:
+                self._grow()
+            else:
+                self._check_open()
+                raise OSError(-error, os.strerror(-error))
 
     def _doubt(self):
         """Something may have been missed: invalidate every region."""
@@ -395,9 +425,9 @@ cdef class WatchTable:
             cookie = number
             if cookie in self._regions:
                 raise CookieInUseError(number)
-        region = Region.__new__(Region)
-        region._table = self
-        region._region = &umn_no_region
+        if <uint64_t>len(self._regions) >= self._max_regions:
+            raise TooManyRegionsError(f"{len(self._regions)} regions are watched, and max_regions allows for no more")
+        region = Region.__new__(Region, self)
         region.cookie = cookie
         region._start = start
         region._end = end
@@ -411,9 +441,7 @@ cdef class WatchTable:
                 if error == -ENOSPC:
                     self._grow()
                 elif error == -EDQUOT:
-                    raise TooManyRegionsError(
-                        f"{len(self._regions) - 1} regions are watched, and max_regions does not allow for more"
-                    )
+                    raise TooManyRegionsError(f"the index of {len(self._regions) - 1} regions is as deep as it can be")
                 elif error == -EBADF:
                     self._check_open()
                 else:

@@ -15,11 +15,13 @@ from typing import NamedTuple, Self
 
 from . import sources
 from ._core import WatchTable, test_page, unmap
-from .errors import SourceUnavailableError, TooManyRegionsError
+from .errors import ClosedError, SourceUnavailableError, TooManyRegionsError
 from .sources.base import Feed, UnavailableError
 from .types import Invalidation
 
 PAGE = 4096
+
+_WAIT_MAX = 86400.0  # poll() takes a number of milliseconds in 32 bits
 
 
 class Notifier(WatchTable):
@@ -37,7 +39,7 @@ class Notifier(WatchTable):
         self._feed = feed
         self._growing = threading.Lock()
         self._lock = threading.RLock()  # of the next three; again and again by a signal handler that closes
-        self._waiting = 0  # threads inside `_wait`
+        self._inside = 0  # threads that use the feed, between `_enter` and `_leave`
         self._open = True
         self._closing_fd = -1  # readable once it is closed
         self._wakes = False
@@ -92,22 +94,41 @@ class Notifier(WatchTable):
         """What feeds it: `bpf:kvm`, ..."""
         return self._feed.name
 
+    def _enter(self) -> None:
+        """The feed will not be closed before `_leave`. Raises ClosedError."""
+        with self._lock:
+            if self._open:
+                self._inside += 1
+                return
+        self._drain()  # which knows the error
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and not self._open:
+                self._release()
+
     def _grow(self) -> None:
-        with self._growing:
-            pages = self._next_pages()
-            if not pages:
-                raise TooManyRegionsError("the table is as large as it can be")
-            try:
-                address = self._feed.add_segment(pages)
-            except OSError as error:
-                if self.closed:
+        self._enter()
+        try:
+            with self._growing, _making:
+                pages = self._next_pages()
+                if not pages:
+                    self._check()
+                    raise TooManyRegionsError("the table is as large as it can be")
+                try:
+                    address = self._feed.add_segment(pages)
+                except OSError as error:
+                    if self.closed:  # there is no table yet
+                        raise
+                    raise TooManyRegionsError(f"the table cannot grow by {pages * PAGE >> 10} KiB ({error})") from error
+                try:
+                    self._add_segment(address, pages)
+                except BaseException:
+                    unmap(address, pages * PAGE)
                     raise
-                raise TooManyRegionsError(f"the table cannot grow by {pages * PAGE >> 10} KiB ({error})") from error
-            try:
-                self._add_segment(address, pages)
-            except BaseException:
-                unmap(address, pages * PAGE)
-                raise
+        finally:
+            self._leave()
 
     def read(self, timeout: float | None = 0.0) -> list[Invalidation]:
         """Take what was invalidated: each region once, in the order in which they were first hit.
@@ -118,20 +139,22 @@ class Notifier(WatchTable):
         `timeout` is how long to wait for something, in seconds; None: for as long as it takes. Without
         anything in time the list is empty. Raises ClosedError, also when it is closed meanwhile.
         """
-        if self.closed:
-            return self._drain()  # which knows the error
-        if timeout == 0.0:
-            return self._take()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self.fileno()
-        while True:
-            events = self._take()
-            if events:
-                return events
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return []
-            self._wait(left)
+        self._enter()
+        try:
+            if timeout == 0.0:
+                return self._take()
+            deadline = None if timeout is None else time.monotonic() + timeout
+            self.fileno()
+            while True:
+                events = self._take()
+                if events:
+                    return events
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return []
+                self._wait(left)
+        finally:
+            self._leave()
 
     def _take(self) -> list[Invalidation]:
         if self._feed.doubtful():
@@ -143,20 +166,10 @@ class Notifier(WatchTable):
         return self._drain()
 
     def _wait(self, seconds: float | None) -> None:
-        with self._lock:
-            if not self._open:
-                return
-            self._waiting += 1
-        try:
-            poll = select.poll()
-            poll.register(self._feed.wake_fd(), select.POLLIN)
-            poll.register(self._closing_fd, select.POLLIN)
-            poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
-        finally:
-            with self._lock:
-                self._waiting -= 1
-                if not self._waiting and not self._open:
-                    self._release()
+        poll = select.poll()
+        poll.register(self._feed.wake_fd(), select.POLLIN)
+        poll.register(self._closing_fd, select.POLLIN)
+        poll.poll(None if seconds is None else min(max(0.0, seconds), _WAIT_MAX) * 1000)
 
     def fileno(self) -> int:
         """A descriptor that polls readable when there may be something to read.
@@ -165,23 +178,19 @@ class Notifier(WatchTable):
         is called, and `read` may then find nothing. Before it is first asked for, changes send no wake-ups and
         cost less. Raises ClosedError, OSError.
         """
-        self._check()
-        fd = self._feed.wake_fd()
-        if not self._wakes:
-            self._wakes = True
-            self._arm()
-            # What has been hit by now sent no wake-up; let one more change, which nobody else sees, send it.
-            if self.changed:
-                self._nudge()
-        return fd
-
-    def _nudge(self) -> None:
-        page = test_page()
+        self._enter()
         try:
-            region = self.watch((page, PAGE))
+            with _making:
+                fd = self._feed.wake_fd()
+            if not self._wakes:
+                self._wakes = True
+                self._arm()
+                # What has been hit by now sent no wake-up; let one more change, which nobody else sees, send it.
+                if self.changed:
+                    self._nudge()
+            return fd
         finally:
-            unmap(page, PAGE)
-        region.close()
+            self._leave()
 
     def _check(self) -> None:
         if self.closed:
@@ -190,19 +199,25 @@ class Notifier(WatchTable):
     async def __aiter__(self) -> AsyncIterator[Invalidation]:
         """Invalidations as they come, until the notifier is closed."""
         loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
         with contextlib.ExitStack() as undo:
-            for fd in (self.fileno(), self._closing_fd):
-                # An event loop knows each descriptor once, and several tasks may be iterating.
-                fd = os.dup(fd)
-                undo.callback(os.close, fd)
-                loop.add_reader(fd, readable.set)
-                undo.callback(loop.remove_reader, fd)
-            while not self.closed:
-                for event in self.read():
+            fds = []
+            self._enter()
+            try:
+                for fd in (self.fileno(), self._closing_fd):
+                    # An event loop knows each descriptor once, and several tasks may be iterating.
+                    fds.append(os.dup(fd))
+                    undo.callback(os.close, fds[-1])
+            finally:
+                self._leave()
+            while True:
+                try:
+                    events = self.read()
+                except ClosedError:
+                    return
+                for event in events:
                     yield event
-                readable.clear()
-                await readable.wait()
+                if not events:
+                    await _readable(loop, fds)
 
     def close(self) -> None:
         """Stop watching and release everything. May be called more than once, and while other threads read.
@@ -212,20 +227,18 @@ class Notifier(WatchTable):
         with self._lock:
             if not self._open:
                 return
-            self._open = False
             self._close_table()
+            self._open = False
             _notifiers.discard(self)
-            if self._waiting:
-                # The last of them releases the descriptors that they are polling.
+            if self._closing_fd >= 0:
                 os.eventfd_write(self._closing_fd, 1)
-            else:
+            # Else the last of those who are inside does it.
+            if not self._inside:
                 self._release()
 
     def _release(self) -> None:
         self._feed.close()
         if self._closing_fd >= 0:
-            # Readable for those who have duplicated it.
-            os.eventfd_write(self._closing_fd, 1)
             os.close(self._closing_fd)
             self._closing_fd = -1
 
@@ -233,6 +246,7 @@ class Notifier(WatchTable):
         """In the child of a fork. Takes no lock: a thread that is not here may hold it."""
         self._lock = threading.RLock()
         self._open = False
+        self._inside += 1  # for ever: nothing is left to be released
         self._abandon_table()
         self._feed.abandon()
         if self._closing_fd >= 0:
@@ -240,16 +254,32 @@ class Notifier(WatchTable):
             self._closing_fd = -1
 
 
+async def _readable(loop: asyncio.AbstractEventLoop, fds: list[int]) -> None:
+    """Until one of them is. In between the loop does not look at them, or it would spin while nobody reads."""
+    readable = asyncio.Event()
+    for fd in fds:
+        loop.add_reader(fd, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        for fd in fds:
+            loop.remove_reader(fd)
+
+
 _notifiers: weakref.WeakSet[Notifier] = weakref.WeakSet()
+
+_making = threading.RLock()
+"""Held while there are descriptors and mappings that `_abandon_all` would not find; so there is no fork meanwhile."""
 
 
 def _abandon_all() -> None:
     for notifier in list(_notifiers):
         notifier._abandon()
     _notifiers.clear()
+    _making.release()
 
 
-os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_abandon_all)
 
 
 def open(source: str | None = None, *, probe: str | None = None, max_regions: int | None = None) -> Notifier:
@@ -272,11 +302,15 @@ def open(source: str | None = None, *, probe: str | None = None, max_regions: in
 
 def _open(candidate: sources.Candidate, max_regions: int | None = None) -> Notifier:
     """Raises UnavailableError."""
-    feed = candidate.open()
-    try:
-        return Notifier(feed, max_regions=max_regions)
-    except OSError as error:
-        raise UnavailableError(f"{error}", "") from error
+    with _making:
+        feed = candidate.open()
+        try:
+            return Notifier(feed, max_regions=max_regions)
+        except BaseException as error:
+            feed.close()
+            if isinstance(error, OSError):
+                raise UnavailableError(f"{error}", "") from error
+            raise
 
 
 class Finding(NamedTuple):

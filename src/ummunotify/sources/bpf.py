@@ -6,6 +6,7 @@ file descriptors, so that the child of a fork can let go of it by closing them.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -13,6 +14,7 @@ import os
 import secrets
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from .._core import Ring, map_shared, show_secret, skipped_runs
@@ -308,10 +310,48 @@ class _Process:
     """What all notifiers of this process share; made for the first and closed with the last."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._depth = 0  # how often the thread that holds the lock has taken it
+        self._leaving: collections.deque[BpfFeed] = collections.deque()
         self.maps: Maps | None = None
         self.vm = -1
         self.feeds = 0
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+        finally:
+            self._sweep()
+
+    def retire(self, feed: BpfFeed) -> None:
+        """Close the feed: now, or when whoever holds the lock lets go of it.
+
+        This must not wait: a signal handler or the garbage collector may close a notifier at any moment, also while
+        this very thread holds the lock.
+        """
+        self._leaving.append(feed)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        # Whoever has the lock comes here after he has let go of it.
+        while self._leaving and self._lock.acquire(blocking=False):
+            try:
+                if self._depth:
+                    return
+                self._depth = 1
+                try:
+                    while self._leaving:
+                        self._leaving.popleft().drop()
+                finally:
+                    self._depth = 0
+            finally:
+                self._lock.release()
 
     def enter(self) -> Maps:
         """The caller holds the lock."""
@@ -368,17 +408,17 @@ class BpfFeed:
         self._prepared: list[int] = []  # descriptors of the last of them, not mapped yet; the last one first
         self._ring: tuple[int, Ring] | None = None
         self._closed = False
-        with self._process.lock:
+        with self._process.locked():
             self._maps = self._process.enter()
             try:
+                self._skipped = skipped_runs(self._maps.fds["program"])
                 self._table = self._maps.take()
             except BaseException:
                 self._process.leave()
                 raise
-        self._skipped = skipped_runs(self._maps.fds["program"])
 
     def add_segment(self, pages: int) -> int:
-        with self._process.lock:
+        with self._process.locked():
             if not self._prepared:
                 # Each such step waits for running programs (see Maps.drop), so the steps grow with the table.
                 count = max(1, self._segments // 8)
@@ -393,7 +433,7 @@ class BpfFeed:
             os.close(fd)
 
     def bind(self) -> None:
-        with self._process.lock:
+        with self._process.locked():
             try:
                 secret = self._maps.expect(self._table)
                 try:
@@ -408,7 +448,7 @@ class BpfFeed:
             )
 
     def wake_fd(self) -> int:
-        with self._process.lock:
+        with self._process.locked():
             if self._ring is None:
                 fd = self._maps.add_ring(self._table)
                 try:
@@ -427,15 +467,17 @@ class BpfFeed:
         return self._skipped != before
 
     def close(self) -> None:
-        with self._process.lock:
-            if self._closed:
-                return
+        if not self._closed:
             self._closed = True
-            try:
-                self._maps.drop(self._table, self._segments, self._ring is not None)
-            finally:
-                self._close_fds()
-                self._process.leave()
+            self._process.retire(self)
+
+    def drop(self) -> None:
+        """The caller holds the lock."""
+        try:
+            self._maps.drop(self._table, self._segments, self._ring is not None)
+        finally:
+            self._close_fds()
+            self._process.leave()
 
     def abandon(self) -> None:
         self._closed = True

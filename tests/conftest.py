@@ -1,0 +1,71 @@
+"""Fixtures for all test modules."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from changes import Memory, private
+from support import require
+
+import ummunotify
+from ummunotify import Notifier
+
+
+def resources() -> tuple[dict[str, str], list[str], set[str]]:
+    """Descriptors and what they are open on, the mappings that are the library's, and threads."""
+    fds = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:  # the one that listdir used
+            continue
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "bpf-" in line or "kvm" in line]
+    return fds, maps, set(os.listdir("/proc/self/task"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """Each test gives back what it took."""
+    before = resources()
+    yield
+    after = resources()
+    # A thread that was joined may still be on its way out.
+    for _ in range(100):
+        if after[:2] == before[:2] and after[2] <= before[2]:
+            break
+        gc.collect()
+        time.sleep(0.02)
+        after = resources()
+    assert after[:2] == before[:2]
+    assert after[2] <= before[2]
+
+
+@pytest.fixture(scope="session")
+def keeper() -> Iterator[Notifier]:
+    """A notifier that stays open, with which opening more takes milliseconds."""
+    try:
+        opened = ummunotify.open()
+    except ummunotify.SourceUnavailableError as error:
+        require("bpf", str(error))
+    with opened:
+        yield opened
+
+
+@pytest.fixture
+def umn(keeper: Notifier) -> Iterator[Notifier]:
+    """A notifier of the test's own."""
+    with ummunotify.open() as umn:
+        yield umn
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    """A few pages of private anonymous memory, in use."""
+    with Memory() as memory:
+        private(memory)
+        yield memory
