@@ -1,0 +1,1023 @@
+"""The table of cases: every way in which the kernel changes a mapping, and what must not count as one.
+
+It knows nothing of pytest and of notifiers: whoever can tell which pages were invalidated can run it against a source.
+
+    with Memory() as memory:
+        case.prepare(memory)
+        ...  # watch memory.count units of memory.unit bytes at memory.address
+        case.run(memory)
+        ...  # case.expected: the ranges of units that must have been invalidated, and no others
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 << 20
+COUNT = 8
+
+PROT_NONE = 0
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+MAP_FIXED = 0x10
+MAP_NORESERVE = 0x4000
+MAP_HUGETLB = 0x40000
+MAP_FIXED_NOREPLACE = 0x100000
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_DONTNEED_LOCKED, MADV_COLLAPSE = 22, 23, 24, 25
+MADV_WIPEONFORK, MADV_KEEPONFORK = 18, 19
+MADV_COLD, MADV_PAGEOUT, MADV_GUARD_INSTALL = 20, 21, 102
+SHM_REMAP = 0o40000
+PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE = 0x03, 0x08, 0x10, 0x20
+CLONE_VM, CLONE_PIDFD, CLONE_PARENT_SETTID = 0x100, 0x1000, 0x100000
+
+# System calls that libc has no function for, or whose number matters here; those of x86-64.
+NR_MUNMAP, NR_REMAP_FILE_PAGES, NR_PKEY_MPROTECT = 11, 216, 329
+NR_PROCESS_MADVISE, NR_IO_URING_SETUP, NR_IO_URING_ENTER = 440, 425, 426
+NR32_MADVISE, NR32_MUNMAP, NR32_MMAP2 = 219, 91, 192
+
+
+class MissingError(Exception):
+    """The case cannot be made on this machine; the message says why."""
+
+
+# ---- System calls ----
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_LONGS = {name: getattr(_libc, name) for name in ("mmap", "mremap", "syscall", "shmat", "sbrk", "read", "recv")}
+for _function in _LONGS.values():
+    _function.restype = ctypes.c_long
+
+
+def call(name: str, *arguments: int) -> int:
+    """A function of libc that takes numbers and addresses, and fails with -1."""
+    function = _LONGS.get(name) or getattr(_libc, name)
+    result = int(function(*(ctypes.c_long(argument) for argument in arguments)))
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
+
+
+def syscall(number: int, *arguments: int) -> int:
+    if platform.machine() != "x86_64":
+        raise MissingError("the numbers of system calls are those of x86-64")
+    return call("syscall", number, *arguments)
+
+
+@contextlib.contextmanager
+def missing_if(*numbers: int) -> Iterator[None]:
+    """A kernel that does not know how to do this answers with one of these errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in numbers:
+            raise MissingError(str(error)) from error
+        raise
+
+
+UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def map_at(address: int, length: int, flags: int = ANONYMOUS, fd: int = -1, prot: int = READ_WRITE) -> None:
+    """Map there, over what is there."""
+    call("mmap", address, length, prot, flags | MAP_FIXED, fd, 0)
+
+
+def madvise(address: int, length: int, advice: int) -> None:
+    with missing_if(errno.EINVAL) if advice > 20 else contextlib.nullcontext():
+        call("madvise", address, length, advice)
+
+
+def load(address: int) -> int:
+    return ctypes.c_ubyte.from_address(address).value
+
+
+def store(address: int, value: int = 1) -> None:
+    ctypes.c_ubyte.from_address(address).value = value
+
+
+def machine_code(code: str) -> Callable[..., int]:
+    """A function in machine code, given in hexadecimal."""
+    if platform.machine() != "x86_64":
+        raise MissingError("the code is for x86-64")
+    data = bytes.fromhex(code)
+    address = call("mmap", 0, PAGE, READ_WRITE | mmap.PROT_EXEC, ANONYMOUS, -1, 0)
+    ctypes.memmove(address, data, len(data))
+    function: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 5)(address)
+    return lambda *arguments: function(*arguments, *[0] * (5 - len(arguments)))
+
+
+_codes: dict[str, Callable[..., int]] = {}
+
+
+def run_code(code: str, *arguments: int) -> int:
+    """Its result; the code stays mapped. Raises OSError."""
+    function = _codes.get(code) or _codes.setdefault(code, machine_code(code))
+    result = function(*arguments)
+    if -4096 < result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+# mov eax, edi; push rbx; mov ebx, esi; mov r10d, edx; mov edx, ecx; mov ecx, r10d; mov esi, r8d; mov edi, -1; int 0x80;
+# pop rbx; ret: a 32-bit system call (number, a, b, c, d), its fifth argument -1
+INT_80 = "89f853 89f3 4189d2 89ca 4489d1 4489c6 bfffffffff cd80 5b c3"
+# mov eax, 58; syscall; test eax, eax; jnz out; mov eax, 11; syscall; xor edi, edi; mov eax, 60; syscall; out: ret:
+# vfork, and munmap(a, b) in the child, which then exits
+VFORK_MUNMAP = "b83a000000 0f05 85c0 7510 b80b000000 0f05 31ff b83c000000 0f05 c3"
+# xor r10d, r10d; xor r8d, r8d; mov eax, 56; syscall; test eax, eax; jnz out; xor edi, edi; mov eax, 60; syscall;
+# out: ret: clone(flags, stack, parent_tid, 0, 0), and the child exits; with a stack of 0 it does not need one
+CLONE_EXIT = "4531d2 4531c0 b838000000 0f05 85c0 7509 31ff b83c000000 0f05 c3"
+# mov eax, 57; syscall; test eax, eax; jnz out; again: mov eax, 34; syscall; jmp again; out: ret:
+# fork, and the child does nothing until it is killed. Unlike os.fork this leaves all of the parent's memory alone.
+FORK_PAUSE = "b839000000 0f05 85c0 7509 b822000000 0f05 ebf7 c3"
+
+
+# ---- Memory to be changed ----
+
+
+class Memory:
+    """`count` units of memory, with room that is reserved on both sides."""
+
+    def __init__(self) -> None:
+        self.undo = contextlib.ExitStack()
+        self.unit = PAGE
+        self.count = COUNT
+        self.address = 0
+        self.fd = -1
+        """The file that is mapped."""
+        self.elsewhere = 0
+        """`count` units that are mapped and not watched."""
+        self._reserved = range(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.undo.close()
+
+    @property
+    def length(self) -> int:
+        return self.count * self.unit
+
+    def at(self, unit: int) -> int:
+        return self.address + unit * self.unit
+
+    def reserve(self) -> None:
+        """Find the addresses, with as much room on both sides."""
+        length = 3 * self.length
+        base = call("mmap", 0, length + self.unit, PROT_NONE, ANONYMOUS | MAP_NORESERVE, -1, 0)
+        self.undo.callback(call, "munmap", base, length + self.unit)
+        base = -(-base // self.unit) * self.unit
+        self.address = base + self.length
+        self._reserved = range(base, base + length, self.unit)
+
+    def map(self, flags: int = ANONYMOUS, fd: int = -1, prot: int = READ_WRITE) -> None:
+        map_at(self.address, self.length, flags, fd, prot)
+
+    def touch(self) -> None:
+        for unit in range(self.count):
+            store(self.at(unit), unit + 1)
+
+    def fill(self) -> None:
+        """Reserve again what is unmapped now, or somebody else may be given those addresses."""
+        for address in self._reserved:
+            with contextlib.suppress(FileExistsError):
+                flags = ANONYMOUS | MAP_FIXED_NOREPLACE | MAP_NORESERVE
+                call("mmap", address, self._reserved.step, PROT_NONE, flags, -1, 0)
+
+    def open(self, fd: int) -> int:
+        self.undo.callback(os.close, fd)
+        return fd
+
+    def child(self, pid: int) -> int:
+        """Kill it in the end."""
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+        self.undo.callback(kill)
+        return pid
+
+
+Act = Callable[[Memory], None]
+
+
+def private(m: Memory) -> None:
+    """Private anonymous memory, in use."""
+    untouched(m)
+    m.touch()
+
+
+def untouched(m: Memory) -> None:
+    m.reserve()
+    m.map()
+    # Or the kernel's choice of huge pages would decide what a change is.
+    with contextlib.suppress(OSError):
+        call("madvise", m.address, m.length, mmap.MADV_NOHUGEPAGE)
+
+
+def shared(m: Memory) -> None:
+    """Shared anonymous memory."""
+    m.reserve()
+    m.map(mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+    m.touch()
+
+
+def memfd(m: Memory) -> None:
+    """A file in memory, mapped shared."""
+    m.reserve()
+    m.fd = m.open(os.memfd_create("changes"))
+    os.ftruncate(m.fd, m.length)
+    m.map(mmap.MAP_SHARED, m.fd)
+    m.touch()
+
+
+def private_file(m: Memory) -> None:
+    """A file in memory, mapped privately and read."""
+    m.reserve()
+    m.fd = m.open(os.memfd_create("changes"))
+    os.write(m.fd, b"content" * m.length)
+    os.ftruncate(m.fd, m.length)
+    m.map(mmap.MAP_PRIVATE, m.fd)
+    for unit in range(m.count):
+        load(m.at(unit))
+
+
+def disk_file(m: Memory) -> None:
+    """A file on a disk, written back, mapped shared and read."""
+    m.reserve()
+    m.fd, name = tempfile.mkstemp(dir="/var/tmp")
+    m.undo.callback(os.close, m.fd)
+    os.unlink(name)
+    os.write(m.fd, bytes(range(1, 256)) * (m.length // 255 + 1))
+    os.ftruncate(m.fd, m.length)
+    os.fsync(m.fd)
+    m.map(mmap.MAP_SHARED, m.fd)
+    for unit in range(m.count):
+        load(m.at(unit))
+
+
+def forked(m: Memory) -> None:
+    """Private memory that a child shares until one of the two writes to it."""
+    private(m)
+    m.child(run_code(FORK_PAUSE))
+
+
+def locked_forked(m: Memory) -> None:
+    """The same, locked; and read-only, so that only making it writable breaks the sharing."""
+    private(m)
+    call("mprotect", m.address, m.length, mmap.PROT_READ)
+    call("mlock", m.address, m.length)
+    m.child(run_code(FORK_PAUSE))
+
+
+def zero_page(m: Memory) -> None:
+    """Private memory that was read and never written."""
+    untouched(m)
+    for unit in range(m.count):
+        load(m.at(unit))
+
+
+def two_mappings(m: Memory) -> None:
+    private(m)
+    call("mprotect", m.at(3), 2 * m.unit, mmap.PROT_READ)
+
+
+def locked(m: Memory) -> None:
+    private(m)
+    with missing_if(errno.ENOMEM, errno.EPERM):
+        call("mlock", m.address, m.length)
+
+
+def with_elsewhere(prepare: Act) -> Act:
+    """As much memory more."""
+
+    def both(m: Memory) -> None:
+        prepare(m)
+        m.elsewhere = call("mmap", 0, m.length, READ_WRITE, ANONYMOUS, -1, 0)
+        m.undo.callback(call, "munmap", m.elsewhere, m.length)
+
+    return both
+
+
+def with_neighbours(m: Memory) -> None:
+    """Memory on both sides, too."""
+    private(m)
+    for address in (m.at(-1), m.at(m.count)):
+        map_at(address, m.unit)
+        store(address)
+
+
+def with_room(m: Memory) -> None:
+    """Nothing behind it, so that it can grow."""
+    private(m)
+    call("munmap", m.at(m.count), 2 * m.unit)
+
+
+def system_v(m: Memory) -> None:
+    """A System V segment."""
+    m.reserve()
+    segment = call("shmget", 0, m.length, 0o600)
+    try:
+        call("munmap", m.address, m.length)
+        call("shmat", segment, m.address, 0)
+    finally:
+        call("shmctl", segment, 0, 0)
+    m.touch()
+
+
+def huge(m: Memory) -> None:
+    """One transparent huge page; the units are parts of it."""
+    m.unit = HUGE_PAGE
+    m.count = 1
+    m.reserve()
+    m.map()
+    with missing_if(errno.EINVAL):
+        call("madvise", m.address, m.length, mmap.MADV_HUGEPAGE)
+    store(m.address)
+    smaps = Path("/proc/self/smaps").read_text()
+    here = smaps[smaps.index(f"{m.address:x}-") :]
+    if int(here[here.index("AnonHugePages:") :].split()[1]) * 1024 != HUGE_PAGE:
+        raise MissingError("the kernel gave no transparent huge page")
+    m.unit = HUGE_PAGE // COUNT
+    m.count = COUNT
+
+
+def hugetlb(flags: int) -> Act:
+    def prepare(m: Memory) -> None:
+        reserved = Path("/proc/sys/vm/nr_hugepages")
+        m.unit = HUGE_PAGE
+        m.count = 3
+        before = int(reserved.read_text())
+        with contextlib.suppress(PermissionError):
+            reserved.write_text(str(before + m.count))
+            m.undo.callback(reserved.write_text, str(before))
+        m.reserve()
+        with missing_if(errno.ENOMEM, errno.EINVAL):
+            if flags & mmap.MAP_ANONYMOUS:
+                m.map(flags | MAP_HUGETLB)
+            else:
+                m.fd = m.open(os.memfd_create("changes", os.MFD_HUGETLB))
+                os.ftruncate(m.fd, m.length)
+                m.map(flags, m.fd)
+        m.touch()
+
+    return prepare
+
+
+def below_4_gib(m: Memory) -> None:
+    """Mapped by a 32-bit system call."""
+    pid = os.fork()
+    if pid == 0:
+        run_code(INT_80, 20)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        raise MissingError("this kernel has no 32-bit system calls")
+    with missing_if(errno.ENOSYS):
+        base = run_code(INT_80, NR32_MMAP2, 0, 3 * m.length, READ_WRITE, ANONYMOUS) & 0xFFFFFFFF
+    m.undo.callback(call, "munmap", base, 3 * m.length)
+    m.address = base + m.length
+    assert m.address < 1 << 32
+    m.touch()
+
+
+def program_break(m: Memory) -> None:
+    """Memory at the end of the heap."""
+    end = call("sbrk", 0)
+    # A unit more, so that the neighbour is not the allocator's.
+    m.address = -(-end // PAGE) * PAGE + m.unit
+    with missing_if(errno.ENOMEM):
+        call("brk", m.at(m.count))
+
+    def restore() -> None:
+        if call("sbrk", 0) == m.address:
+            call("brk", end)
+
+    m.undo.callback(restore)
+    m.touch()
+
+
+# ---- What is done to it ----
+
+
+def in_thread(act: Act) -> Act:
+    """By another thread."""
+
+    def run(m: Memory) -> None:
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                act(m)
+                m.fill()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    return run
+
+
+def in_child(act: Act) -> Act:
+    """By a child process, which has a copy of everything."""
+
+    def run(m: Memory) -> None:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                act(m)
+                status = 0
+            except MissingError:
+                status = 77
+            except BaseException as error:
+                os.write(2, f"{error!r}\n".encode())
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status == 77:
+            raise MissingError("the child was not able to do it")
+        assert status == 0, status
+
+    return run
+
+
+def fallocate(m: Memory, mode: int, first: int, last: int) -> None:
+    with missing_if(errno.EOPNOTSUPP, errno.ENOSYS):
+        call("fallocate", m.fd, mode, first * m.unit, (last - first) * m.unit)
+
+
+def read_into(m: Memory) -> None:
+    """The kernel writes to unit 3."""
+    source, sink = os.pipe()
+    try:
+        os.write(sink, b"data")
+        assert call("read", source, m.at(3) + 100, 4) == 4
+    finally:
+        os.close(source)
+        os.close(sink)
+
+
+def direct_read(m: Memory) -> None:
+    """A device writes to unit 3."""
+    fd, name = tempfile.mkstemp(dir="/var/tmp")
+    try:
+        os.write(fd, b"data" * PAGE)
+        os.fsync(fd)
+        with missing_if(errno.EINVAL):
+            direct = os.open(name, os.O_RDONLY | os.O_DIRECT)
+        try:
+            assert call("read", direct, m.at(3), PAGE) == PAGE
+        finally:
+            os.close(direct)
+    finally:
+        os.close(fd)
+        os.unlink(name)
+
+
+def direct_write(m: Memory) -> None:
+    """Past the page cache, into unit 3 of the file."""
+    with missing_if(errno.EINVAL):
+        fd = os.open(f"/proc/self/fd/{m.fd}", os.O_RDWR | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, m.unit) as data:
+            data.write(b"new" * (m.unit // 3))
+            assert os.pwritev(fd, [data], 3 * m.unit) == m.unit
+    finally:
+        os.close(fd)
+
+
+def clone_exit(flags: int, tid_address: int) -> None:
+    """A fork that gets the child's number written to an address."""
+    pid = run_code(CLONE_EXIT, flags | signal.SIGCHLD, 0, tid_address)
+    os.waitpid(pid, 0)
+    if flags & CLONE_PIDFD:
+        os.close(ctypes.c_int.from_address(tid_address).value)
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def write_to(pid: int, address: int) -> None:
+    """process_vm_writev."""
+    data = ctypes.create_string_buffer(b"data")
+    ours, theirs = _IoVec(ctypes.addressof(data), 4), _IoVec(address, 4)
+    with missing_if(errno.EPERM, errno.ENOSYS):
+        call("process_vm_writev", pid, ctypes.addressof(ours), 1, ctypes.addressof(theirs), 1, 0)
+
+
+def write_to_parent(m: Memory) -> None:
+    write_to(os.getppid(), m.at(3))
+
+
+def poke_parent(m: Memory) -> None:
+    """As a debugger does."""
+    try:
+        fd = os.open(f"/proc/{os.getppid()}/mem", os.O_RDWR)
+    except PermissionError as error:
+        raise MissingError(str(error)) from error
+    os.pwrite(fd, b"data", m.at(3))
+
+
+def process_madvise(pid: int, address: int, length: int, advice: int) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        vector = _IoVec(address, length)
+        with missing_if(errno.EPERM, *UNKNOWN):
+            syscall(NR_PROCESS_MADVISE, pidfd, ctypes.addressof(vector), 1, advice, 0)
+    finally:
+        os.close(pidfd)
+
+
+def shrink_heap(m: Memory) -> None:
+    if call("sbrk", 0) != m.at(m.count):
+        raise MissingError("the allocator has moved the heap's end meanwhile")
+    call("brk", m.address)
+
+
+def attach_over(m: Memory) -> None:
+    segment = call("shmget", 0, 2 * m.unit, 0o600)
+    try:
+        call("shmat", segment, m.at(3), SHM_REMAP)
+    finally:
+        call("shmctl", segment, 0, 0)
+
+
+def merge(m: Memory) -> None:
+    """Kernel samepage merging finds that all units are equal."""
+    settings = {name: Path("/sys/kernel/mm/ksm", name) for name in ("run", "pages_to_scan")}
+    for unit in range(m.count):
+        ctypes.memset(m.at(unit), 0x5A, m.unit)
+    with missing_if(errno.EINVAL):
+        call("madvise", m.address, m.length, mmap.MADV_MERGEABLE)
+    m.undo.callback(call, "madvise", m.address, m.length, mmap.MADV_UNMERGEABLE)
+    for path, value in ((settings["pages_to_scan"], "10000"), (settings["run"], "1")):
+        with missing_if(errno.EACCES, errno.ENOENT):
+            m.undo.callback(path.write_text, path.read_text())
+            path.write_text(value)
+    while int(Path("/proc/self/ksm_merging_pages").read_text()) < m.count:
+        time.sleep(0.01)
+
+
+def there_and_back(m: Memory) -> None:
+    for protection in (mmap.PROT_READ, PROT_NONE, READ_WRITE):
+        call("mprotect", m.address, m.length, protection)
+        call("mprotect", m.at(2), m.unit, READ_WRITE)
+
+
+def with_key(m: Memory) -> None:
+    for protection in (mmap.PROT_READ, READ_WRITE):
+        with missing_if(errno.ENOSYS):
+            syscall(NR_PKEY_MPROTECT, m.address, m.length, protection, -1)
+
+
+def use(m: Memory) -> None:
+    for unit in range(m.count):
+        store(m.at(unit), load(m.at(unit)) + 1)
+
+
+def advise_harmlessly(m: Memory) -> None:
+    for advice in (
+        mmap.MADV_NORMAL,
+        mmap.MADV_RANDOM,
+        mmap.MADV_SEQUENTIAL,
+        mmap.MADV_WILLNEED,
+        mmap.MADV_DONTFORK,
+        mmap.MADV_DOFORK,
+        MADV_WIPEONFORK,
+        MADV_KEEPONFORK,
+        mmap.MADV_DONTDUMP,
+        mmap.MADV_DODUMP,
+        mmap.MADV_HUGEPAGE,
+        mmap.MADV_NOHUGEPAGE,
+        MADV_COLD,
+        MADV_POPULATE_READ,
+        MADV_POPULATE_WRITE,
+    ):
+        with contextlib.suppress(OSError):
+            call("madvise", m.address, m.length, advice)
+
+
+def lock_and_unlock(m: Memory) -> None:
+    with missing_if(errno.ENOMEM, errno.EPERM):
+        call("mlock", m.address, m.length)
+    call("munlock", m.address, m.length)
+
+
+def change_neighbours(m: Memory) -> None:
+    for address in (m.at(-1), m.at(m.count)):
+        madvise(address, m.unit, mmap.MADV_DONTNEED)
+        call("munmap", address, m.unit)
+
+
+def fail(m: Memory) -> None:
+    """Calls that the kernel refuses."""
+    for name, *arguments in (
+        ("munmap", m.address + 1, m.length),
+        ("mremap", m.address, m.length, m.length, MREMAP_FIXED, m.elsewhere),
+        ("mmap", m.address, m.length, READ_WRITE, ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0),
+        ("madvise", m.address, m.length, 99),
+        ("mprotect", m.address, m.length, 1 << 20),
+        ("shmat", -1, m.address, SHM_REMAP),
+    ):
+        try:
+            call(str(name), *(int(argument) for argument in arguments))
+        except OSError:
+            continue
+        raise AssertionError(f"{name} did not fail")
+
+
+def map_and_unmap(m: Memory) -> None:
+    for _ in range(10):
+        address = call("mmap", 0, m.length, READ_WRITE, ANONYMOUS, -1, 0)
+        store(address)
+        call("munmap", address, m.length)
+
+
+def start_process(m: Memory) -> None:
+    subprocess.run(["/bin/true"], check=True)
+    os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+    subprocess.run(["/bin/true"], check=True, preexec_fn=os.getpid)
+
+
+def start_thread(m: Memory) -> None:
+    thread = threading.Thread(target=use, args=(m,))
+    thread.start()
+    thread.join()
+
+
+def remap_elsewhere(m: Memory, first: int, last: int, flags: int = 0) -> None:
+    length = (last - first) * m.unit
+    with missing_if(errno.EINVAL) if flags else contextlib.nullcontext():
+        call("mremap", m.at(first), length, length, MREMAP_MAYMOVE | MREMAP_FIXED | flags, m.elsewhere)
+
+
+# ---- io_uring, as little of it as does one operation ----
+
+
+class _Sqe(ctypes.Structure):
+    _fields_ = (
+        ("opcode", ctypes.c_ubyte),
+        ("flags", ctypes.c_ubyte),
+        ("ioprio", ctypes.c_uint16),
+        ("fd", ctypes.c_int32),
+        ("off", ctypes.c_uint64),
+        ("addr", ctypes.c_uint64),
+        ("len", ctypes.c_uint32),
+        ("advice", ctypes.c_uint32),
+        ("rest", ctypes.c_uint64 * 4),
+    )
+
+
+def io_uring(sqe: _Sqe) -> None:
+    """One operation, done by a worker thread of the kernel if it likes."""
+    params = (ctypes.c_uint32 * 30)()
+    with missing_if(errno.ENOSYS, errno.EPERM):
+        ring = syscall(NR_IO_URING_SETUP, 1, ctypes.addressof(params))
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, ring)
+        # struct io_uring_params: sq_off begins at word 10, cq_off at word 20
+        submissions = undo.enter_context(mmap.mmap(ring, 4096, mmap.MAP_SHARED, offset=0))
+        completions = undo.enter_context(mmap.mmap(ring, 4096, mmap.MAP_SHARED, offset=0x8000000))
+        entries = undo.enter_context(mmap.mmap(ring, 4096, mmap.MAP_SHARED, offset=0x10000000))
+        entries[: ctypes.sizeof(sqe)] = bytes(sqe)
+        tail, array = params[11], params[16]
+        submissions[array : array + 4] = bytes(4)
+        submissions[tail : tail + 4] = (1).to_bytes(4, "little")
+        assert syscall(NR_IO_URING_ENTER, ring, 1, 1, 1, 0, 0) == 1
+        at = params[25] + 8  # the first completion's result
+        result = int.from_bytes(completions[at : at + 4], "little", signed=True)
+    if result < 0:
+        with missing_if(errno.EINVAL, errno.EOPNOTSUPP):
+            raise OSError(-result, os.strerror(-result))
+
+
+def uring_madvise(m: Memory) -> None:
+    io_uring(_Sqe(opcode=25, addr=m.at(2), len=2 * m.unit, advice=mmap.MADV_DONTNEED))
+
+
+def uring_punch(m: Memory) -> None:
+    io_uring(_Sqe(opcode=17, fd=m.fd, off=2 * m.unit, addr=2 * m.unit, len=PUNCH_HOLE))
+
+
+def uring_read(m: Memory) -> None:
+    """A worker thread writes to unit 3."""
+    source, sink = os.pipe()
+    try:
+        os.write(sink, b"data")
+        io_uring(_Sqe(opcode=22, flags=1 << 4, fd=source, off=-1 & (1 << 64) - 1, addr=m.at(3), len=4))
+    finally:
+        os.close(source)
+        os.close(sink)
+
+
+# ---- The table ----
+
+ALL = ((0, COUNT),)
+
+
+class Case(NamedTuple):
+    name: str
+    prepare: Act
+    act: Act
+    expected: tuple[tuple[int, int], ...]
+    """The ranges of units that are invalidated; unit -1 is the one before, `count` the one behind the memory."""
+    exact: bool = True
+    """The kernel makes one change of each range; else more, with the same outcome."""
+    needless: tuple[tuple[int, int], ...] = ()
+    """What the kernel may invalidate together with it."""
+
+    def run(self, memory: Memory) -> None:
+        self.act(memory)
+        memory.fill()
+
+
+CHANGES = (
+    # by an unmapping call of the process itself
+    Case("munmap", private, lambda m: void(call("munmap", m.address, m.length)), ALL),
+    Case("munmap, never touched", untouched, lambda m: void(call("munmap", m.address, m.length)), ALL),
+    Case("munmap, the system call", private, lambda m: void(syscall(NR_MUNMAP, m.address, m.length)), ALL),
+    Case("munmap of a part", private, lambda m: void(call("munmap", m.at(2), 2 * m.unit)), ((2, 4),)),
+    Case("munmap of less than a page", private, lambda m: void(call("munmap", m.at(2), 100)), ((2, 3),)),
+    Case("munmap of several mappings", two_mappings, lambda m: void(call("munmap", m.at(1), 6 * m.unit)), ((1, 7),)),
+    Case("munmap and more around it", private, lambda m: void(call("munmap", m.at(-1), 12 * m.unit)), ((-1, 9),)),
+    Case("munmap of shared memory", shared, lambda m: void(call("munmap", m.address, m.length)), ALL),
+    Case("munmap of a file", memfd, lambda m: void(call("munmap", m.at(1), m.unit)), ((1, 2),)),
+    Case("munmap of locked memory", locked, lambda m: void(call("munmap", m.at(1), m.unit)), ((1, 2),)),
+    Case("munmap by a vfork child", private, lambda m: void(run_code(VFORK_MUNMAP, m.at(2), 2 * m.unit)), ((2, 4),)),
+    Case(
+        "munmap, a 32-bit system call",
+        below_4_gib,
+        lambda m: void(run_code(INT_80, NR32_MUNMAP, m.at(2), 2 * m.unit)),
+        ((2, 4),),
+    ),
+    Case("mremap moves it", with_elsewhere(private), lambda m: remap_elsewhere(m, 0, m.count), ALL, exact=False),
+    Case("mremap moves a part", with_elsewhere(private), lambda m: remap_elsewhere(m, 2, 4), ((2, 4),), exact=False),
+    Case(
+        "mremap leaves it mapped",
+        with_elsewhere(private),
+        lambda m: remap_elsewhere(m, 2, 4, MREMAP_DONTUNMAP),
+        ((2, 4),),
+    ),
+    Case(
+        "mremap moves other memory over it",
+        with_elsewhere(private),
+        lambda m: void(call("mremap", m.elsewhere, 2 * m.unit, 2 * m.unit, MREMAP_MAYMOVE | MREMAP_FIXED, m.at(2))),
+        ((2, 4),),
+    ),
+    Case(
+        "mremap shrinks it",
+        private,
+        lambda m: void(call("mremap", m.address, m.length, 5 * m.unit, 0)),
+        ((5, COUNT),),
+    ),
+    Case("mmap over it", private, lambda m: map_at(m.at(2), 2 * m.unit), ((2, 4),)),
+    Case(
+        "mmap of shared memory over it",
+        private,
+        lambda m: map_at(m.at(2), 2 * m.unit, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS),
+        ((2, 4),),
+    ),
+    Case("mmap of a file over it", memfd, lambda m: map_at(m.at(2), 2 * m.unit, mmap.MAP_SHARED, m.fd), ((2, 4),)),
+    Case(
+        "remap_file_pages",
+        shared,
+        lambda m: void(syscall(NR_REMAP_FILE_PAGES, m.at(2), m.unit, 0, 5, 0)),
+        ((2, 3),),
+    ),
+    Case("brk", program_break, shrink_heap, ALL),
+    Case("shmdt", system_v, lambda m: void(call("shmdt", m.address)), ALL),
+    Case("shmat over it", private, attach_over, ((3, 5),)),
+    # by advice
+    Case("madvise DONTNEED", private, lambda m: madvise(m.at(2), 2 * m.unit, mmap.MADV_DONTNEED), ((2, 4),)),
+    Case("madvise FREE", private, lambda m: madvise(m.at(2), 2 * m.unit, mmap.MADV_FREE), ((2, 4),)),
+    Case("madvise REMOVE", memfd, lambda m: madvise(m.at(2), 2 * m.unit, mmap.MADV_REMOVE), ((2, 4),), exact=False),
+    Case(
+        "madvise DONTNEED_LOCKED",
+        locked,
+        lambda m: madvise(m.at(2), 2 * m.unit, MADV_DONTNEED_LOCKED),
+        ((2, 4),),
+    ),
+    Case("madvise PAGEOUT", private_file, lambda m: madvise(m.at(2), 2 * m.unit, MADV_PAGEOUT), ((2, 4),), exact=False),
+    Case("madvise GUARD_INSTALL", private, lambda m: madvise(m.at(2), 2 * m.unit, MADV_GUARD_INSTALL), ((2, 4),)),
+    Case(
+        "madvise DONTNEED, a 32-bit system call",
+        below_4_gib,
+        lambda m: void(run_code(INT_80, NR32_MADVISE, m.at(2), 2 * m.unit, mmap.MADV_DONTNEED)),
+        ((2, 4),),
+    ),
+    Case(
+        "process_madvise by itself",
+        private,
+        lambda m: process_madvise(os.getpid(), m.at(2), 2 * m.unit, mmap.MADV_DONTNEED),
+        ((2, 4),),
+    ),
+    Case(
+        "process_madvise by another process",
+        private_file,
+        in_child(lambda m: process_madvise(os.getppid(), m.at(2), 2 * m.unit, MADV_PAGEOUT)),
+        ((2, 4),),
+        exact=False,
+    ),
+    Case("io_uring madvise", private, uring_madvise, ((2, 4),)),
+    # by a change of the file
+    Case("ftruncate", memfd, lambda m: os.ftruncate(m.fd, 5 * m.unit), ((5, COUNT),), exact=False),
+    Case("ftruncate within a page", memfd, lambda m: os.ftruncate(m.fd, 5 * m.unit + 9), ((6, COUNT),), exact=False),
+    Case(
+        "ftruncate by another process",
+        memfd,
+        in_child(lambda m: os.ftruncate(m.fd, 5 * m.unit)),
+        ((5, COUNT),),
+        exact=False,
+    ),
+    Case("ftruncate of a private mapping", private_file, lambda m: os.ftruncate(m.fd, 0), ALL, exact=False),
+    Case(
+        "truncate by opening",
+        memfd,
+        lambda m: os.close(os.open(f"/proc/self/fd/{m.fd}", os.O_RDWR | os.O_TRUNC)),
+        ALL,
+        exact=False,
+    ),
+    Case("a hole is punched", memfd, lambda m: fallocate(m, PUNCH_HOLE, 2, 4), ((2, 4),), exact=False),
+    Case(
+        "a hole is punched by another process",
+        memfd,
+        in_child(lambda m: fallocate(m, PUNCH_HOLE, 2, 4)),
+        ((2, 4),),
+        exact=False,
+    ),
+    Case("io_uring punches a hole", memfd, uring_punch, ((2, 4),), exact=False),
+    Case("ftruncate on a disk", disk_file, lambda m: os.ftruncate(m.fd, 5 * m.unit), ((5, COUNT),), False, ALL),
+    Case("a hole is punched on a disk", disk_file, lambda m: fallocate(m, PUNCH_HOLE, 2, 4), ((2, 4),), False, ALL),
+    Case(
+        "a hole is punched on a disk by another process",
+        disk_file,
+        in_child(lambda m: fallocate(m, PUNCH_HOLE, 2, 4)),
+        ((2, 4),),
+        False,
+        ALL,
+    ),
+    Case("a range collapses", disk_file, lambda m: fallocate(m, COLLAPSE_RANGE, 2, 4), ((2, COUNT),), False, ALL),
+    Case("a range is inserted", disk_file, lambda m: fallocate(m, INSERT_RANGE, 2, 4), ((2, COUNT),), False, ALL),
+    Case("a range is zeroed", disk_file, lambda m: fallocate(m, ZERO_RANGE, 2, 4), ((2, 4),), False, ALL),
+    Case("a direct write to the file", disk_file, direct_write, ((3, 4),), False, ALL),
+    Case("a direct write by another process", disk_file, in_child(direct_write), ((3, 4),), False, ALL),
+    # by copying on write
+    Case("a write after a fork", forked, lambda m: store(m.at(3)), ((3, 4),)),
+    Case("read() after a fork", forked, read_into, ((3, 4),)),
+    Case("a direct read after a fork", forked, direct_read, ((3, 4),)),
+    Case("io_uring reads after a fork", forked, uring_read, ((3, 4),)),
+    Case(
+        "clone writes the child's number",
+        private,
+        lambda m: clone_exit(CLONE_PARENT_SETTID, m.at(3)),
+        ((3, 4),),
+        False,
+        ALL,
+    ),
+    Case(
+        "clone writes the child's pidfd",
+        private,
+        lambda m: clone_exit(CLONE_PIDFD, m.at(3) + 8),
+        ((3, 4),),
+        False,
+        ALL,
+    ),
+    Case("process_vm_writev on itself", forked, lambda m: write_to(os.getpid(), m.at(3)), ((3, 4),)),
+    Case("process_vm_writev by a child", private, in_child(write_to_parent), ((3, 4),)),
+    Case("a debugger's write", private, in_child(poke_parent), ((3, 4),)),
+    Case(
+        "madvise POPULATE_WRITE after a fork",
+        forked,
+        lambda m: madvise(m.at(3), m.unit, MADV_POPULATE_WRITE),
+        ((3, 4),),
+    ),
+    Case("mlock after a fork", forked, lambda m: void(call("mlock", m.at(3), m.unit)), ((3, 4),)),
+    Case(
+        "mprotect of locked memory after a fork",
+        locked_forked,
+        lambda m: void(call("mprotect", m.at(2), 2 * m.unit, READ_WRITE)),
+        ((2, 4),),
+        exact=False,
+    ),
+    Case("the first write to the zero page", zero_page, lambda m: store(m.at(3)), ((3, 4),)),
+    Case("the first write to a private mapping", private_file, lambda m: store(m.at(3)), ((3, 4),)),
+    # huge pages
+    Case(
+        "munmap of a part of a huge page", huge, lambda m: void(call("munmap", m.at(2), m.unit)), ((2, 3),), False, ALL
+    ),
+    Case(
+        "madvise DONTNEED of a part of a huge page",
+        huge,
+        lambda m: madvise(m.at(2), m.unit, mmap.MADV_DONTNEED),
+        ((2, 3),),
+        False,
+        ALL,
+    ),
+    Case("munmap of a huge page", huge, lambda m: void(call("munmap", m.address, m.length)), ALL),
+    Case(
+        "munmap of hugetlb memory",
+        hugetlb(ANONYMOUS),
+        lambda m: void(call("munmap", m.at(1), m.unit)),
+        ((1, 2),),
+    ),
+    Case(
+        "madvise DONTNEED of hugetlb memory",
+        hugetlb(ANONYMOUS),
+        lambda m: madvise(m.at(1), m.unit, mmap.MADV_DONTNEED),
+        ((1, 2),),
+    ),
+    Case(
+        "a hole is punched in hugetlb memory",
+        hugetlb(mmap.MAP_SHARED),
+        lambda m: fallocate(m, PUNCH_HOLE, 1, 2),
+        ((1, 2),),
+        exact=False,
+    ),
+    Case(
+        "ftruncate of hugetlb memory",
+        hugetlb(mmap.MAP_SHARED),
+        lambda m: os.ftruncate(m.fd, m.unit),
+        ((1, 3),),
+        exact=False,
+    ),
+)
+
+
+def void(_: object) -> None:
+    """For a lambda: no result."""
+
+
+NO_CHANGES = (
+    Case("reading and writing", private, use, ()),
+    Case("reading and writing a file", memfd, use, ()),
+    Case("the first use", untouched, Memory.touch, ()),
+    Case("fork", private, in_child(lambda m: None), ()),
+    Case("fork, and the child writes", private, in_child(use), ()),
+    Case("fork, and the child unmaps it", private, in_child(lambda m: void(call("munmap", m.address, m.length))), ()),
+    Case("fork, without libc", private, lambda m: clone_exit(0, 0), ()),
+    Case("vfork", with_neighbours, lambda m: void(run_code(VFORK_MUNMAP, m.at(-1), m.unit)), ((-1, 0),)),
+    Case("other processes", private, start_process, ()),
+    Case("a thread", private, start_thread, ()),
+    Case("mprotect there and back", private, there_and_back, ()),
+    Case("mprotect there and back of a file", memfd, there_and_back, ()),
+    Case("pkey_mprotect there and back", private, with_key, ()),
+    Case("mlock and munlock", private, lock_and_unlock, ()),
+    Case("harmless advice", private, advise_harmlessly, ()),
+    Case("changes of the neighbours", with_neighbours, change_neighbours, ((-1, 0), (8, 9))),
+    Case("calls that fail", with_elsewhere(private), fail, ()),
+    Case("mmap and munmap elsewhere", private, map_and_unmap, ()),
+    Case(
+        "mremap elsewhere", with_elsewhere(private), lambda m: void(call("mremap", m.elsewhere, m.unit, m.unit, 1)), ()
+    ),
+    Case(
+        "mremap lets it grow", with_room, lambda m: void(call("mremap", m.address, m.length, m.length + m.unit, 0)), ()
+    ),
+    Case(
+        "mremap makes a second mapping",
+        with_elsewhere(shared),
+        lambda m: void(call("mremap", m.address, 0, m.length, MREMAP_MAYMOVE | MREMAP_FIXED, m.elsewhere)),
+        (),
+    ),
+    Case("read() into it", private, read_into, ()),
+    Case("process_vm_writev into it", private, lambda m: write_to(os.getpid(), m.at(3)), ()),
+    Case("a child writes to shared memory", shared, in_child(write_to_parent), ()),
+    Case("the file grows", memfd, lambda m: os.ftruncate(m.fd, 2 * m.length), ()),
+    Case("the file is written", memfd, lambda m: void(os.pwrite(m.fd, b"data", 3 * m.unit)), ()),
+    Case("the file's blocks are allocated", memfd, lambda m: fallocate(m, 0, 0, COUNT), ()),
+    Case("the file is unmapped by others", memfd, in_child(lambda m: void(call("munmap", m.address, m.length))), ()),
+    Case("msync", memfd, lambda m: void(call("msync", m.address, m.length, 4)), ()),
+)
+
+SLOW_CHANGES = (
+    # by the kernel itself: slow, and with settings that concern everybody
+    Case("equal pages are merged", private, merge, ALL, exact=False),
+)
+
+CASES = CHANGES + NO_CHANGES

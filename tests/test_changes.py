@@ -1,0 +1,181 @@
+"""The real kernel: each change of a mapping, and what must not count as one (the cases are in changes.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from changes import CASES, SLOW_CHANGES, Act, Case, Memory, MissingError, in_thread
+from support import require
+
+from ummunotify import Notifier, Region
+
+
+class Watched:
+    """Each unit of the memory, all of it, and its neighbours on both sides."""
+
+    def __init__(self, umn: Notifier, memory: Memory) -> None:
+        self.umn = umn
+        self.memory = memory
+        self.units = {unit: umn.watch((memory.at(unit), memory.unit)) for unit in range(-1, memory.count + 1)}
+        self.whole = umn.watch((memory.address, memory.length))
+        self.last_byte = umn.watch((memory.at(memory.count) - 1, 1))
+
+    @property
+    def all(self) -> list[Region]:
+        return [*self.units.values(), self.whole, self.last_byte]
+
+    @property
+    def invalid(self) -> set[int]:
+        return {unit for unit, region in self.units.items() if not region.valid}
+
+
+def run(case: Case, act: Act, umn: Notifier) -> None:
+    try:
+        with Memory() as memory:
+            case.prepare(memory)
+            watched = Watched(umn, memory)
+            try:
+                assert watched.invalid == set()
+                assert not umn.changed
+                act(memory)
+                memory.fill()
+                check(case, watched)
+            finally:
+                for region in watched.all:
+                    region.close()
+                umn.read()
+    except MissingError as error:
+        require("changes", f"{case.name}: {error}")
+
+
+def check(case: Case, watched: Watched) -> None:
+    expected = {unit for first, last in case.expected for unit in range(first, last)}
+    allowed = expected | {unit for first, last in case.needless for unit in range(first, last)}
+    umn, memory = watched.umn, watched.memory
+    invalid = watched.invalid
+    assert expected <= invalid, "missed"
+    assert invalid <= allowed, "invalidated without need"
+    inside = expected & set(range(memory.count))
+    assert watched.whole.valid == (not inside)
+    assert umn.changed == bool(expected)
+
+    events = {event.region: event for event in umn.read()}
+    assert not umn.changed
+    assert {unit for unit, region in watched.units.items() if region in events} == invalid
+    assert (watched.whole in events) == bool(inside)
+    # The last byte's page is the last unit's, if that is one page.
+    if not case.needless and memory.unit == 4096:
+        assert (watched.last_byte in events) == (memory.count - 1 in expected)
+    for region in watched.all:
+        if region in events:
+            event = events[region]
+            assert (event.start, event.end) != (0, 0)
+            assert region.address <= event.start < event.end <= region.address + region.length
+    if case.exact and inside:
+        event = events[watched.whole]
+        assert event.exact
+        assert (event.start, event.end) == (memory.at(min(inside)), memory.at(max(inside) + 1))
+
+
+# One notifier for all: the cases also show that they leave nothing behind in it.
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_by_the_same_thread(case: Case, keeper: Notifier) -> None:
+    run(case, case.act, keeper)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_by_another_thread(case: Case, keeper: Notifier) -> None:
+    run(case, in_thread(case.act), keeper)
+
+
+@pytest.mark.skipif("UMMUNOTIFY_SLOW" not in os.environ, reason="UMMUNOTIFY_SLOW is not set")
+@pytest.mark.parametrize("case", SLOW_CHANGES, ids=lambda case: case.name)
+def test_slow(case: Case, keeper: Notifier) -> None:
+    run(case, case.act, keeper)
+
+
+# A process with little memory that forks: in the fork the kernel reclaims pages of files, for want of page tables.
+RECLAIM = """
+import ctypes, mmap, os, sys, tempfile, ummunotify
+
+PAGE, FILE_PAGES, TABLES = 4096, 4096, 4000
+limit = sys.argv[1]
+
+def set_limit(bytes):
+    with open(limit, "w") as file:
+        file.write(str(bytes))
+
+with tempfile.TemporaryFile(dir="/var/tmp") as file:
+    file.write(b"x" * FILE_PAGES * PAGE)
+    file.flush()
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or the pages would be charged to whoever wrote them
+    mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+
+# A page in each 2 MiB, so that each needs a page table.
+sparse = mmap.mmap(-1, TABLES << 21, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+sparse.madvise(mmap.MADV_NOHUGEPAGE)
+for i in range(TABLES):
+    sparse[i << 21] = 1
+
+def present():
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(address // PAGE * 8)
+        data = pagemap.read(FILE_PAGES * 8)
+    return [data[i * 8 + 7] >= 0x80 for i in range(FILE_PAGES)]
+
+with ummunotify.open() as umn:
+    for i in range(FILE_PAGES):
+        mapped[i * PAGE]
+    regions = [umn.watch((address + i * PAGE, PAGE)) for i in range(FILE_PAGES)]
+    before = present()
+    with open(sys.argv[2]) as file:
+        set_limit(int(file.read()) + (1 << 20))
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    set_limit(-1 if "limit_in_bytes" in limit else "max")
+    after = present()
+    gone = [i for i in range(FILE_PAGES) if before[i] and not after[i]]
+    print(len(gone), sum(regions[i].valid for i in gone))
+"""
+
+
+def test_reclaim_inside_a_fork(keeper: Notifier, request: pytest.FixtureRequest) -> None:
+    controller = next(
+        (path for path in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")) if (path / "cgroup.procs").exists()),
+        None,
+    )
+    if controller is None:
+        require("cgroup", "there is no cgroup file system")
+    group = controller / f"ummunotify-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        require("cgroup", f"no group can be made: {error}")
+    request.addfinalizer(group.rmdir)
+    limit, usage = group / "memory.limit_in_bytes", group / "memory.usage_in_bytes"
+    if not limit.exists():
+        limit, usage = group / "memory.max", group / "memory.current"
+    if not limit.exists():
+        require("cgroup", "there is no memory controller")
+
+    enter = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")]
+    result = subprocess.run(
+        [*enter, sys.executable, "-c", RECLAIM, str(limit), str(usage)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    gone, missed = map(int, result.stdout.split())
+    assert gone > 0
+    assert missed == 0
