@@ -1376,7 +1376,7 @@ def no_kvm(path, *rest, **more):
 os.open = no_kvm
 before = os.listdir("/proc/self/fd")
 try:
-    ummunotify.open()
+    ummunotify.open("bpf")
 except ummunotify.SourceUnavailableError as error:
     print(error)
 assert os.listdir("/proc/self/fd") == before
@@ -1397,7 +1397,7 @@ import os, secrets, ummunotify.sources.bpf
 os.setuid(65534)
 before = os.listdir("/proc/self/fd")
 try:
-    ummunotify.open()
+    ummunotify.open("bpf")
 except ummunotify.SourceUnavailableError as error:
     print(error.reasons)
 assert os.listdir("/proc/self/fd") == before

@@ -27,6 +27,7 @@ from .errors import (
     UmmunotifyError,
     UnknownRegionError,
     UnknownSourceError,
+    UnsupportedMemoryError,
 )
 from .notifier import Notifier, open
 from .types import Invalidation
@@ -54,6 +55,7 @@ __all__ = [
     "UmmunotifyError",
     "UnknownRegionError",
     "UnknownSourceError",
+    "UnsupportedMemoryError",
     "get_include",
     "open",
 ]

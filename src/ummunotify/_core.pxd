@@ -14,7 +14,11 @@ cdef extern from "core/table.h" nogil:
         pass
     struct umn_header:
         pass
+    struct umn_source:
+        bint (*arrived)(umn_source *source) nogil
+        bint (*settle)(umn_source *source, unsigned int milliseconds) nogil
     struct umn_region:
+        umn_source *source
         uint64_t start, end
         void *user
     struct umn_event:
@@ -28,12 +32,13 @@ cdef extern from "core/table.h" nogil:
         uint32_t segments, levels, overflows
     umn_region umn_no_region
     umn_table *umn_table_new(uint64_t max_regions)
+    void umn_table_set_source(umn_table *table, umn_source *source)
     uint32_t umn_table_next_pages(umn_table *table)
     int umn_table_add_segment(umn_table *table, void *memory, uint32_t pages)
     const umn_header *umn_table_header(const umn_table *table)
     int umn_table_watch(umn_table *table, uint64_t start, uint64_t end, uint64_t cookie, void *user, umn_region **region)
     void umn_table_unwatch(umn_table *table, umn_region *region)
-    void umn_table_renew(umn_table *table, umn_region *region)
+    int umn_table_renew(umn_table *table, umn_region *region)
     size_t umn_table_drain(umn_table *table, umn_event *events, size_t room)
     bint umn_table_changed(const umn_table *table)
     void umn_table_arm(umn_table *table)
@@ -43,6 +48,8 @@ cdef extern from "core/table.h" nogil:
     void umn_table_abandon(umn_table *table)
     void umn_table_delete(umn_table *table)
     const char *umn_table_check(umn_table *table)
+    uint64_t umn_table_generation(umn_table *table)
+    bint umn_region_untouched(const umn_region *region)
     bint umn_region_valid(const umn_region *region)
     uint64_t umn_generation(const umn_header *header)
 
@@ -56,9 +63,12 @@ cdef class Region:
     cdef readonly object cookie
     cdef uint64_t _start, _end
 
+    cdef bint _settled(self) except -1
+
 
 cdef class WatchTable:
     cdef umn_table *_table
+    cdef umn_source *_source
     cdef const umn_header *_header
     cdef bint _closed
     cdef bint _forked

@@ -180,17 +180,29 @@ cdef class Region:
     def __getattribute__(self, name):
         # What users ask for all the time is answered before the type is searched for it: a third faster.
         if name is VALID:
-            return umn_region_valid(self._region)
+            return umn_region_untouched(self._region) and (self._region.source is NULL or self._settled())
         return PyObject_GenericGetAttr(self, name)
 
     @property
     def valid(self):
         """Nothing has changed the mapping since the region was watched or last renewed.
 
-        No system call, no lock; True and False are both exact at the moment of the call, but for a region
-        that may be invalidated without need. False once it is no longer watched.
+        No lock, and no system call, but one with the source `uffd`, and rarely a wait of up to 10 ms. True and False
+        are both exact at the moment of the call, but for a region that may be invalidated without need. False once
+        it is no longer watched.
         """
-        return umn_region_valid(self._region)
+        return umn_region_untouched(self._region) and (self._region.source is NULL or self._settled())
+
+    cdef bint _settled(self) except -1:
+        """umn_source.confirm, but that other threads can run while this one waits."""
+        cdef umn_region *region = self._region
+        cdef bint valid
+        if region.source.arrived(region.source):
+            return umn_region_untouched(region)
+        with nogil:
+            valid = umn_region_valid(region)
+        # It may have been unwatched meanwhile, and its place given to another.
+        return valid and self._region is region
 
     @property
     def address(self):
@@ -206,12 +218,16 @@ cdef class Region:
         """Make the region valid again, until the next change after this call.
 
         Pin the memory anew *after* this. An invalidation that was not read yet is still reported.
-        Raises UnknownRegionError if the region is no longer watched, ClosedError if the notifier is closed.
+        Raises UnknownRegionError if the region is no longer watched, ClosedError if the notifier is closed. With the
+        source `uffd` also what `watch` raises, if memory is there now that cannot be watched; it then stays invalid.
         """
+        cdef int error
         self._table._check_open()
         if self._region is &umn_no_region:
             raise UnknownRegionError(f"{self!r} is no longer watched")
-        umn_table_renew(self._table._table, self._region)
+        error = umn_table_renew(self._table._table, self._region)
+        if error:
+            raise self._table._refusal(error, self._start, self._end)
 
     def close(self):
         """Stop watching. Nothing is reported for the region afterwards. May be called more than once."""
@@ -281,6 +297,15 @@ cdef class WatchTable:
         """Add a segment. Overridden."""
         raise TooManyRegionsError("the table is full")
 
+    def _set_source(self, uintptr_t address):
+        """Where the struct umn_source is that this table needs; before anything is watched."""
+        self._source = <umn_source *>address
+        umn_table_set_source(self._table, self._source)
+
+    def _refusal(self, number, start, end):
+        """The exception for what the source refuses to watch. Overridden."""
+        return OSError(number, os.strerror(number))
+
     def _arm(self):
         """The next change that hits a region sends a wake-up. To be called before `_drain`."""
         umn_table_arm(self._table)
@@ -298,12 +323,13 @@ cdef class WatchTable:
             error = umn_table_watch(self._table, <uintptr_t>page, <uintptr_t>page + PAGE, 0, NULL, &region)
             munmap(page, PAGE)
             if not error:
+                umn_region_valid(region)  # waits for the news, if it comes late
                 umn_table_unwatch(self._table, region)
             elif error == -ENOSPC:
                 self._grow()
             else:
                 self._check_open()
-                raise OSError(-error, os.strerror(-error))
+                raise OSError(abs(error), os.strerror(abs(error)))
 
     def _doubt(self):
         """Something may have been missed: invalidate every region."""
@@ -342,7 +368,11 @@ cdef class WatchTable:
     def _close_table(self):
         """Let go of the shared memory; regions stay readable and are not valid."""
         self._closed = True
-        umn_table_close(self._table)
+        if self._source is NULL:
+            umn_table_close(self._table)
+        else:
+            with nogil:
+                umn_table_close(self._table)
         self._regions = {}
 
     def _abandon_table(self):
@@ -359,9 +389,14 @@ cdef class WatchTable:
         return None if wrong is NULL else wrong.decode()
 
     cdef int _unwatch(self, Region region) except -1:
-        umn_table_unwatch(self._table, region._region)
+        cdef umn_region *watched = region._region
         region._region = &umn_no_region
         del self._regions[region.cookie]
+        if self._source is NULL:
+            umn_table_unwatch(self._table, watched)
+        else:
+            with nogil:
+                umn_table_unwatch(self._table, watched)
         return 0
 
     # ---- for the user ----
@@ -375,17 +410,17 @@ cdef class WatchTable:
     def generation(self):
         """The number of changes so far that hit at least one region. To be compared for inequality only.
 
-        Read from mapped memory: no system call.
+        Read from mapped memory: no system call, but one with the source `uffd`.
         """
         self._check_open()
-        return umn_generation(self._header)
+        return umn_table_generation(self._table)
 
     @property
     def changed(self):
         """Has anything been invalidated since `read` last returned everything there was?
 
-        Two loads from memory: no system call, no lock. Never False when something was; it may be True with
-        nothing to read.
+        Two loads from memory: no lock, and no system call, but one with the source `uffd`. Never False when
+        something was; it may be True with nothing to read.
         """
         if umn_table_changed(self._table):
             self._check_open()
@@ -402,7 +437,8 @@ cdef class WatchTable:
 
         The region stays watched until it is closed, also if the returned object is dropped.
         Raises InvalidRangeError, InvalidBufferError, InvalidCookieError, CookieInUseError, TooManyRegionsError,
-        ClosedError. From any thread.
+        ClosedError; and with the source `uffd`, which can watch mapped private anonymous memory only,
+        UnsupportedMemoryError. From any thread.
         """
         cdef uint64_t start, end, number
         cdef Region region
@@ -435,9 +471,15 @@ cdef class WatchTable:
         self._regions[cookie] = region
         try:
             while True:
-                error = umn_table_watch(self._table, start, end, number, <void *>region, &region._region)
+                if self._source is NULL:
+                    error = umn_table_watch(self._table, start, end, number, <void *>region, &region._region)
+                else:
+                    with nogil:
+                        error = umn_table_watch(self._table, start, end, number, <void *>region, &region._region)
                 if not error:
                     return region
+                if error > 0:
+                    raise self._refusal(error, start, end)
                 if error == -ENOSPC:
                     self._grow()
                 elif error == -EDQUOT:

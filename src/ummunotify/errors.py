@@ -46,6 +46,21 @@ class UnknownRegionError(UmmunotifyError, ValueError):
     """A region that is no longer watched, or that belongs to another notifier."""
 
 
+class UnsupportedMemoryError(UmmunotifyError):
+    """Memory whose changes the source cannot see, or not all of them.
+
+    `mapping` is the one to blame, as /proc/self/maps has it, or None.
+    """
+
+    def __init__(self, address: int, length: int, mapping: str | None, reason: str) -> None:
+        where = f"{mapping}: " if mapping else ""
+        super().__init__(f"cannot watch {length} bytes at {address:#x}: {where}{reason}")
+        self.address = address
+        self.length = length
+        self.mapping = mapping
+        self.reason = reason
+
+
 class TooManyRegionsError(UmmunotifyError):
     """`max_regions` regions are watched, or the table cannot grow (the cause says why not)."""
 

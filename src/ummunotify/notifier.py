@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 from . import sources
 from ._core import WatchTable, test_page, unmap
 from .errors import ClosedError, SourceUnavailableError, TooManyRegionsError
-from .sources.base import Feed, UnavailableError
+from .sources.base import Feed, ToldFeed, UnavailableError
 from .types import Invalidation
 
 PAGE = 4096
@@ -46,6 +46,8 @@ class Notifier(WatchTable):
         _notifiers.add(self)
         try:
             self._closing_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            if isinstance(feed, ToldFeed):
+                self._set_source(feed.source_address)
             self._grow()
             feed.bind()
             self._prove()
@@ -62,7 +64,9 @@ class Notifier(WatchTable):
         seen = not region.valid and self.changed
         events = self._drain()
         region.close()
-        if not before or not seen or [event.region for event in events] != [region] or self.changed:
+        # "changed" may mean no more than that another thread is changing something.
+        left = self.changed and self._take()
+        if not before or not seen or [event.region for event in events] != [region] or left:
             raise UnavailableError(
                 "it failed its self-test: a page was unmapped and the event did not arrive as it should",
                 "please report this with the kernel's version",
@@ -93,6 +97,10 @@ class Notifier(WatchTable):
     def source(self) -> str:
         """What feeds it: `bpf:kvm`, ..."""
         return self._feed.name
+
+    def _refusal(self, number: int, start: int, end: int) -> Exception:
+        assert isinstance(self._feed, ToldFeed)
+        return self._feed.refusal(number, start, end)
 
     def _enter(self) -> None:
         """The feed will not be closed before `_leave`. Raises ClosedError."""
@@ -285,7 +293,7 @@ os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, aft
 def open(source: str | None = None, *, probe: str | None = None, max_regions: int | None = None) -> Notifier:
     """Open a notifier for this process's memory, fed by the best source that works here.
 
-    `source` (`bpf`) and `probe` (`kvm`) insist on one; where both are left out, the environment variable
+    `source` (`bpf` or `uffd`) and `probe` (`kvm`) insist on one; where both are left out, the environment variable
     UMMUNOTIFY_SOURCE (`bpf` or `bpf:kvm`) may name them. `max_regions` limits how many regions can be watched
     at a time, and so the memory that is used; without it memory is the limit.
 

@@ -48,4 +48,6 @@ class Invalidation(NamedTuple):
     def cause(self) -> str:
         """Who invalidated the region, in words: `munmap by thread 4711`."""
         call = _CALLS.get(self.syscall, f"system call {self.syscall}")
-        return f"{call} by thread {self.thread}" if self.thread else "not known"
+        if self.thread:
+            return f"{call} by thread {self.thread}"
+        return call if self.syscall >= 0 else "not known"

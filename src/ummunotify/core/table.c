@@ -76,6 +76,7 @@ struct limbo {
 struct umn_table {
 	struct umn_header *header;
 	uint64_t seen; /* the generation up to which everything was reported; one less: and something was not */
+	struct umn_source *source;
 	bool abandoned;
 
 	pthread_mutex_t lock;
@@ -191,6 +192,7 @@ static int add_slots(struct umn_table *t)
 		regions[i].ref = ref + i;
 		regions[i].slot = cell_at(t, ref + i);
 		regions[i].header = t->header;
+		regions[i].source = t->source;
 		regions[i].next = t->free_regions;
 		t->free_regions = &regions[i];
 	}
@@ -734,6 +736,45 @@ struct umn_table *umn_table_new(uint64_t max_regions)
 	return t;
 }
 
+/* The region is invalid from now on, for all that its holder can know. */
+static void hit(struct umn_table *t, struct umn_region *region)
+{
+	if (!lock(t))
+		return;
+	/* As in umn_invalidate, but that the slot goes to the queue, which is behind the lock already. */
+	if (region->place == WATCHED) {
+		if (!(__sync_fetch_and_or(&slot_of(region)->state, UMN_INVALID | UMN_PENDING | UMN_MULTIPLE) & UMN_PENDING)) {
+			store(&slot_of(region)->thread, 0);
+			store(&slot_of(region)->syscall, -1);
+			queue_insert(t->queue.previous, region);
+		}
+		__sync_fetch_and_add(&t->header->generation, 1);
+		/* With the lock held: so not while it is being closed. */
+		if (load(&t->header->armed) && __sync_lock_test_and_set(&t->header->armed, 0))
+			t->source->wake(t->source);
+	}
+	unlock(t);
+}
+
+/* The slot was untouched a moment ago. That says nothing yet: the change may be complete, its event not even queued. Once all has
+ * arrived, the slot is the answer. If something is on its way it need not be of this region, so wait a little; it mostly takes
+ * microseconds. In the end the answer is no, and is made to stay so: whoever got it may go by it. */
+static bool confirm(const struct umn_region *region)
+{
+	struct umn_source *source = region->source;
+
+	if (!source->arrived(source) && !source->settle(source, UMN_SETTLE_MILLISECONDS))
+		hit(source->table, (struct umn_region *)region);
+	return umn_region_untouched(region);
+}
+
+void umn_table_set_source(struct umn_table *t, struct umn_source *source)
+{
+	t->source = source;
+	source->confirm = confirm;
+	source->table = t;
+}
+
 uint32_t umn_table_next_pages(struct umn_table *t)
 {
 	uint32_t pages;
@@ -781,6 +822,27 @@ const struct umn_header *umn_table_header(const struct umn_table *t)
 	return t->header;
 }
 
+/* Takes the region out of the index; feeders may still be about to hit it. */
+static void forget(struct umn_table *t, struct umn_region *region)
+{
+	struct umn_slot *slot = slot_of(region);
+
+	remove_entry(t, region);
+	narrow_hull(t);
+	store(&t->header->regions, (uint32_t)--t->regions);
+	if (__sync_fetch_and_and(&slot->state, ~UMN_LIVE) & UMN_PENDING)
+		take_list(t);
+	if (region->queued) {
+		queue_remove(region);
+		__sync_fetch_and_and(&slot->state, ~(UMN_PENDING | UMN_MULTIPLE));
+	}
+	region->place = LIMBO;
+	region->next = t->fresh.regions;
+	t->fresh.regions = region;
+	reclaim(t);
+	tidy(t);
+}
+
 int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t cookie, void *user, struct umn_region **result)
 {
 	struct umn_region *region;
@@ -817,6 +879,11 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 	store(&slot_of(region)->state, UMN_LIVE);
 	insert(t, region);
 	store(&t->header->regions, (uint32_t)++t->regions);
+	/* After it can be hit: what changes as soon as the source feeds it is not missed. */
+	if (t->source && (error = t->source->watch(t->source, start, end, &region->granule))) {
+		forget(t, region);
+		goto out;
+	}
 	reclaim(t);
 	tidy(t);
 	*result = region;
@@ -827,34 +894,43 @@ out:
 
 void umn_table_unwatch(struct umn_table *t, struct umn_region *region)
 {
-	struct umn_slot *slot = slot_of(region);
+	bool invalid = !umn_region_untouched(region);
 
 	if (!lock(t))
 		return;
-	remove_entry(t, region);
-	narrow_hull(t);
-	store(&t->header->regions, (uint32_t)--t->regions);
-	if (__sync_fetch_and_and(&slot->state, ~UMN_LIVE) & UMN_PENDING)
-		take_list(t);
-	if (region->queued) {
-		queue_remove(region);
-		__sync_fetch_and_and(&slot->state, ~(UMN_PENDING | UMN_MULTIPLE));
-	}
-	region->place = LIMBO;
-	region->next = t->fresh.regions;
-	t->fresh.regions = region;
-	reclaim(t);
-	tidy(t);
+	forget(t, region);
+	/* `region` is not in use, but not reused before the lock is released. */
+	if (t->source)
+		t->source->unwatch(t->source, region->start, region->end, region->granule, invalid);
 	unlock(t);
 }
 
-void umn_table_renew(struct umn_table *t, struct umn_region *region)
+int umn_table_renew(struct umn_table *t, struct umn_region *region)
 {
+	struct umn_source *source = t->source;
+	uint32_t overflow;
+	uint8_t granule;
+	int error = 0;
+
 	if (!lock(t))
-		return;
-	store(&region->overflow, load(&t->header->overflow));
+		return 0;
+	overflow = load(&t->header->overflow);
+	/* The source may be feeding nothing of what is at these addresses now. So first the slot is made ready to be hit, then the
+	 * source told, and only then is the region valid again: until then its overflow is one that never was. */
+	store(&region->overflow, source ? overflow - 1 : overflow);
 	__sync_fetch_and_and(&slot_of(region)->state, ~UMN_INVALID);
+	if (source) {
+		error = source->watch(source, region->start, region->end, &granule);
+		if (error) {
+			__sync_fetch_and_or(&slot_of(region)->state, UMN_INVALID);
+		} else {
+			source->unwatch(source, region->start, region->end, region->granule, false);
+			region->granule = granule;
+		}
+		store(&region->overflow, overflow);
+	}
 	unlock(t);
+	return error;
 }
 
 /* Queues every watched region. */
@@ -957,7 +1033,17 @@ bool umn_table_changed(const struct umn_table *t)
 	/* In this order: a generation that was loaded earlier could equal what a drain after that leaves here for "not all". */
 	uint64_t seen = load(&t->seen);
 
-	return umn_generation(t->header) != seen;
+	return umn_generation(t->header) != seen ||
+	       (t->source && (!t->source->arrived(t->source) || umn_generation(t->header) != seen));
+}
+
+uint64_t umn_table_generation(struct umn_table *t)
+{
+	if (t->source && !t->source->arrived(t->source) && lock(t)) {
+		__sync_fetch_and_add(&t->header->generation, 1);
+		unlock(t);
+	}
+	return umn_generation(t->header);
 }
 
 void umn_table_arm(struct umn_table *t)
@@ -1008,10 +1094,30 @@ void umn_table_abandon(struct umn_table *t)
 	__atomic_store_n(&t->seen, UINT64_MAX, __ATOMIC_RELEASE);
 }
 
+/* Nothing feeds the table any more: nothing in it may be valid before, nor anything written to it after. */
+static void stop_source(struct umn_table *t)
+{
+	struct umn_region *region;
+	uint32_t s, c, i;
+
+	__sync_fetch_and_add(&t->header->overflow, 1);
+	t->source->stop(t->source);
+	for (s = 0; s < t->segment_count; s++)
+		for (c = 0; c < t->segments[s].pages * UMN_CHUNKS_PER_PAGE; c++)
+			for (i = 0; t->segments[s].chunks[c].regions && i < UMN_CELLS_PER_CHUNK; i++) {
+				region = &t->segments[s].chunks[c].regions[i];
+				if (region->place == WATCHED)
+					t->source->unwatch(t->source, region->start, region->end, region->granule,
+							   load(&region->slot->state) & UMN_INVALID);
+			}
+}
+
 void umn_table_close(struct umn_table *t)
 {
 	if (!lock(t))
 		return;
+	if (t->source && t->header)
+		stop_source(t);
 	umn_table_abandon(t);
 	unlock(t);
 }

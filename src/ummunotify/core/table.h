@@ -3,7 +3,7 @@
  * The owner's side of a watch table: watch, unwatch, check, renew and drain.
  *
  * The functions may be called by any thread; all but the checks take the table's lock, which is never held for long (but see
- * umn_table_drain on overflow). Feeders never wait for it.
+ * umn_table_drain on overflow, and a source's own watch). Feeders never wait for it.
  */
 #ifndef UMN_TABLE_H
 #define UMN_TABLE_H
@@ -20,32 +20,62 @@ extern "C" {
 #endif
 
 struct umn_table;
+struct umn_region;
+
+/* What the owner has to know of a source that must be told what is watched, and whose news of a change may come only after its
+ * address was given to another mapping. A source that the kernel tells in time has none of this. */
+struct umn_source {
+	/* Sees to it that every change of [start, end) from here on is fed. `granule` is for the source's own use. 0, or an errno
+	 * that says why it cannot; then nothing has changed. */
+	int (*watch)(struct umn_source *source, uint64_t start, uint64_t end, uint8_t *granule);
+	/* invalid: the region has been, so there may be other memory by now. */
+	void (*unwatch)(struct umn_source *source, uint64_t start, uint64_t end, uint8_t granule, bool invalid);
+	/* Has every change been fed that anybody can have known of before this call? Does not wait; one system call. */
+	bool (*arrived)(struct umn_source *source);
+	/* The same, but waits for it, for up to this long. */
+	bool (*settle)(struct umn_source *source, unsigned int milliseconds);
+	void (*wake)(struct umn_source *source); /* sends a wake-up */
+	void (*stop)(struct umn_source *source); /* once it has returned, the table is fed no more */
+	/* umn_table_set_source sets the rest. */
+	bool (*confirm)(const struct umn_region *region); /* an untouched region is valid */
+	struct umn_table *table;
+};
+#define UMN_SETTLE_MILLISECONDS 10u
 
 /* A watched region, in the owner's own memory. Valid from umn_table_watch until umn_table_unwatch. */
 struct umn_region {
 	const struct umn_slot *slot;
 	const struct umn_header *header;
+	struct umn_source *source; /* NULL: it needs nothing of what a source may need */
 	uint32_t overflow; /* header->overflow when it was watched or renewed */
 	uint32_t ref;
 	uint32_t leaf;
 	uint8_t place; /* enum place in table.c */
 	bool queued;
 	bool leftover; /* for queue_all */
+	uint8_t granule; /* the source's */
 	uint64_t start, end; /* bytes, as the caller gave them */
 	uint64_t cookie;     /* the caller's */
 	void *user;	     /* the caller's */
 	struct umn_region *next, *previous;
 };
 
-/* Nothing has changed [start, end) since the region was watched or last renewed. Two loads; no lock, no system call.
+/* No feeder has hit the region since it was watched or last renewed. Two loads; no lock, no system call.
  *
  * The first load is the answer. The second says that no feeder had to give up (see feeder.h). Neither needs an order of its
  * own: a change that has happened before this call in any way that the caller can know of, its own return from munmap or
  * another thread's message, was published before that, and coherence does the rest. */
-static inline bool umn_region_valid(const struct umn_region *region)
+static inline bool umn_region_untouched(const struct umn_region *region)
 {
 	return (__atomic_load_n(&region->slot->state, __ATOMIC_ACQUIRE) & (UMN_LIVE | UMN_INVALID)) == UMN_LIVE &&
 	       __atomic_load_n(&region->header->overflow, __ATOMIC_ACQUIRE) == __atomic_load_n(&region->overflow, __ATOMIC_RELAXED);
+}
+
+/* Nothing has changed [start, end) since the region was watched or last renewed. With most sources this is the same. For one whose
+ * news comes late, "yes" costs a system call, and rarely a wait; once it was "no" it stays so until the region is renewed. */
+static inline bool umn_region_valid(const struct umn_region *region)
+{
+	return umn_region_untouched(region) && (!region->source || region->source->confirm(region));
 }
 
 /* The counter of changes that hit at least one region; to be compared for inequality only. */
@@ -65,6 +95,9 @@ struct umn_event {
 /* Makes a table with no memory: add a segment before use. NULL: out of memory. */
 struct umn_table *umn_table_new(uint64_t max_regions);
 
+/* Before the first region is watched. The source has to outlive the table's closing. */
+void umn_table_set_source(struct umn_table *table, struct umn_source *source);
+
 /* How many 4096-byte pages the next segment has to have; 0: no further segment can be added. */
 uint32_t umn_table_next_pages(struct umn_table *table);
 
@@ -76,23 +109,28 @@ int umn_table_add_segment(struct umn_table *table, void *memory, uint32_t pages)
 const struct umn_header *umn_table_header(const struct umn_table *table);
 
 /* Watches [start, end), start < end. 0; -ENOSPC: add a segment and try again; -EDQUOT: max_regions are watched, or the index
- * is as deep as it can be; -ENOMEM; -EBADF: abandoned. On failure nothing has changed. */
+ * is as deep as it can be; -ENOMEM; -EBADF: abandoned; positive: the source's errno. On failure nothing has changed. */
 int umn_table_watch(struct umn_table *table, uint64_t start, uint64_t end, uint64_t cookie, void *user,
 		    struct umn_region **region);
 
 /* After it returns nothing is reported for the region, and the pointer is no longer valid. */
 void umn_table_unwatch(struct umn_table *table, struct umn_region *region);
 
-/* The region is valid again, until the next change after this call. A change not reported yet still will be. */
-void umn_table_renew(struct umn_table *table, struct umn_region *region);
+/* The region is valid again, until the next change after this call. A change not reported yet still will be. 0, or the source's
+ * errno; then the region is invalid for good, or until it can be renewed. */
+int umn_table_renew(struct umn_table *table, struct umn_region *region);
 
 /* Takes up to `room` events, in the order in which the regions were first hit; returns how many. Each region is reported
  * once, however often it was hit since it was last reported. After an overflow this waits until the feeders that were
  * running have left, and every region is reported. */
 size_t umn_table_drain(struct umn_table *table, struct umn_event *events, size_t room);
 
-/* Has something been invalidated since the last drain that emptied the list? No lock, no system call. */
+/* Has something been invalidated since the last drain that emptied the list? No lock, no system call; but see umn_region_valid,
+ * and drain only after the source has settled. */
 bool umn_table_changed(const struct umn_table *table);
+
+/* umn_generation, for a source whose news comes late too: counted up here if something may be on its way. */
+uint64_t umn_table_generation(struct umn_table *table);
 
 /* The next change that hits a region sends one wake-up (through whatever the feeder uses). Arm, then drain. */
 void umn_table_arm(struct umn_table *table);

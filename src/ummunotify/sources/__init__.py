@@ -33,7 +33,17 @@ def _open_daemon() -> Feed:
     return DaemonFeed()
 
 
-_ALL = [Candidate("bpf:kvm", lambda: _open_bpf("kvm")), Candidate("daemon:kvm", _open_daemon)]
+def _open_uffd() -> Feed:
+    from .uffd import UffdFeed
+
+    return UffdFeed()
+
+
+_ALL = [
+    Candidate("bpf:kvm", lambda: _open_bpf("kvm")),
+    Candidate("daemon:kvm", _open_daemon),
+    Candidate("uffd", _open_uffd),
+]
 
 
 def every() -> list[Candidate]:

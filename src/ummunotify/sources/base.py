@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class UnavailableError(Exception):
@@ -49,3 +49,14 @@ class Feed(Protocol):
 
     def abandon(self) -> None:
         """The same in the child of a fork, without disturbing the parent."""
+
+
+@runtime_checkable
+class ToldFeed(Feed, Protocol):
+    """One that has to be told what is watched, and whose news may come late: see umn_source in core/table.h."""
+
+    source_address: int
+    """Of its struct umn_source."""
+
+    def refusal(self, number: int, start: int, end: int) -> Exception:
+        """What to raise when it refuses to watch [start, end) with this errno."""
