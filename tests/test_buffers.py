@@ -77,11 +77,11 @@ def test_dlpack(notifier: ummunotify.Notifier, array: Any) -> None:
 @pytest.mark.parametrize(
     ("buffer", "length"),
     [
-        (mmap.mmap(-1, 4096), 4096),
+        (mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 4096),
         ((ctypes.c_int * 4)(), 16),
         (bytearray(5), 5),
         (memoryview(b"abcde")[1:3], 2),
-        ((4096, 7), 7),
+        ((ARRAY.ctypes.data, 7), 7),
     ],
 )
 def test_buffers(notifier: ummunotify.Notifier, buffer: Any, length: int) -> None:
@@ -90,7 +90,7 @@ def test_buffers(notifier: ummunotify.Notifier, buffer: Any, length: int) -> Non
 
 
 def test_strings_of_an_interface_have_four_bytes_a_character(notifier: ummunotify.Notifier) -> None:
-    with notifier.watch(Interface(data=(4096, False), shape=(2,), typestr="<U3")) as region:
+    with notifier.watch(Interface(data=(ARRAY.ctypes.data, False), shape=(2,), typestr="<U3")) as region:
         assert region.length == 24
 
 

@@ -652,6 +652,17 @@ def test_without_a_source_each_use_registers(registrar: Recorder, memory: int) -
     cache.close()
 
 
+def test_memory_that_cannot_be_watched(registrar: Recorder, memory: int) -> None:
+    refused = ummunotify.UnsupportedMemoryError(memory, PAGE, None, "it is a file's")
+    with RegistrationCache(registrar) as cache, mock.patch.object(Notifier, "watch", side_effect=refused):
+        with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*a file's") as warned:
+            use(cache, memory)
+        use(cache, memory)
+        assert len(warned) == 1
+        assert cache.stats.uncached == 2
+        assert registrar.live == {}
+
+
 # ---- Threads ----
 
 

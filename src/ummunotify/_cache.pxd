@@ -18,7 +18,7 @@ cdef extern from "core/cache.h" nogil:
         uint64_t bytes
         size_t leaving, kept
     struct umn_cache_stats:
-        uint64_t hits, stale
+        uint64_t hits, stale, closed
         size_t in_use
         uint64_t in_use_bytes
     umn_entry *umn_cache_acquire(umn_cache *cache, uint64_t start, uint64_t end)

@@ -141,12 +141,16 @@ cdef class CacheTable:
             raise MemoryError
         return <uintptr_t>entry
 
-    def _pin(self, uintptr_t reserved, notifier, uint64_t start, uint64_t end):
+    def _watch(self, address, length):
+        """A region of this memory; None if it cannot be watched. Overridden."""
+        raise NotImplementedError
+
+    def _pin(self, uintptr_t reserved, uint64_t start, uint64_t end):
         """Watch and register what was reserved, for a use of [start, end).
 
-        Without a notifier the registration is for this use only. None is returned if the memory changed while it was
-        registered; then it is to be deregistered like whatever else nobody uses. If this raises, nothing is reserved
-        any more.
+        If it cannot be watched, the registration is for this use only. None is returned if the memory changed while it
+        was registered; then it is to be deregistered like whatever else nobody uses. If this raises, nothing is
+        reserved any more.
         """
         cdef umn_entry *entry = <umn_entry *>reserved
         cdef const umn_region *watched = &umn_no_region
@@ -156,8 +160,8 @@ cdef class CacheTable:
         try:
             # What may fail comes first. After `register` there is nothing that could lose the handle, not even Ctrl-C.
             registration = self._use(NULL, start, end)
-            if notifier is not None:
-                region = notifier.watch((entry.start, entry.end - entry.start))
+            region = self._watch(entry.start, entry.end - entry.start)
+            if region is not None:
                 watched = region._region
                 self._entries[region] = reserved
             handle = self._register(entry.start, entry.end - entry.start)
@@ -170,7 +174,7 @@ cdef class CacheTable:
         Py_INCREF(handle)
         Py_INCREF(region)
         umn_cache_publish(self._cache, entry, watched, <void *>handle, <void *>region, region is not None)
-        # After it was published: a change that comes now is found by those who acquire it, and its event finds the entry.
+        # After it was published: whoever acquires it now finds a change by himself, and an event finds the entry.
         if region is not None and not umn_region_valid(watched):
             umn_cache_release(self._cache, entry)
             return None
@@ -240,10 +244,10 @@ cdef class CacheTable:
         return load.registrations, load.bytes, load.leaving, load.kept
 
     def _use_stats(self):
-        """Hits, stale registrations, registrations in use, bytes in use."""
+        """Hits, stale registrations, registrations for one use; registrations in use, and their bytes."""
         cdef umn_cache_stats stats
         umn_cache_get_stats(self._cache, &stats)
-        return stats.hits, stats.stale, stats.in_use, stats.in_use_bytes
+        return stats.hits, stats.stale, stats.closed, stats.in_use, stats.in_use_bytes
 
     def _range(self, what):
         """The bytes of a buffer."""

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from ._cache import CacheTable, Registration
+from ._core import Region
 from .errors import (
     ClosedError,
     DeregistrationError,
@@ -18,6 +19,7 @@ from .errors import (
     RegistrationLimitError,
     SourceUnavailableError,
     TooManyRegionsError,
+    UnsupportedMemoryError,
 )
 from .notifier import Notifier
 from .notifier import open as open_notifier
@@ -55,7 +57,7 @@ class CacheStats(NamedTuple):
     retries: int
     """How often memory changed while it was being registered, and so had to be registered again."""
     uncached: int
-    """Registrations for one use, because nothing tells of changes here."""
+    """Registrations for one use, because nothing tells of changes of that memory here."""
     failed_deregistrations: int
     """How often the registrar failed to deregister."""
     registrations: int
@@ -82,8 +84,8 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
     It uses no registration whose memory was unmapped or otherwise changed since: it watches what it registers.
 
     `registrar` is what registers; see `ummunotify.registrars.Registrar`. `notifier` is what it watches with, and reads:
-    nobody else should read from it. Left out, the cache opens one of its own. If no source of invalidations works here,
-    the cache says so with a warning (RuntimeWarning), and registers for each use.
+    nobody else should read from it. Left out, the cache opens one of its own. Memory whose changes no source can see
+    here is registered for each use; the cache says so once, with a warning (RuntimeWarning).
 
     At most `max_registrations` are registered at a time, with at most `max_bytes` in all (both at least 1). Before that
     is exceeded those are deregistered that are not in use, the least recently used ones first. The order of use is
@@ -133,15 +135,15 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
         self._evictions = 0
         self._merges = 0
         self._retries = 0
-        self._uncached = 0
         self._failed = 0
+        self._said = False
 
     def _open(self) -> None:
         self._must_open = False
         try:
             self._notifier = open_notifier()
         except SourceUnavailableError as error:
-            warnings.warn(f"memory is registered anew for each use, because {error}", RuntimeWarning, stacklevel=3)
+            self._say_once(error)
 
     def __enter__(self) -> Self:
         return self
@@ -252,7 +254,7 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
         while True:
             reserved = self._make_room(low, high)
             try:
-                registration = self._pin(reserved, self._notifier, start, end)
+                return self._pin(reserved, start, end)
             except (RegistrationLimitError, TooManyRegionsError, OSError) as error:
                 message = f"cannot register {high - low} bytes at {low:#x}: {error}"
                 if isinstance(error, OSError) and error.errno not in _LIMITS:
@@ -263,11 +265,19 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
                             raise
                         raise RegistrationLimitError(f"{message}; all that is registered is in use") from error
                 count *= 2
-            else:
-                if self._notifier is None:
-                    with self._changed:
-                        self._uncached += 1
-                return registration
+
+    def _watch(self, address: int, length: int) -> Region | None:
+        if self._notifier is not None:
+            try:
+                return self._notifier.watch((address, length))
+            except UnsupportedMemoryError as error:
+                self._say_once(error)
+        return None
+
+    def _say_once(self, error: Exception) -> None:
+        if not self._said:
+            self._said = True
+            warnings.warn(f"memory is registered anew for each use, because {error}", RuntimeWarning, stacklevel=4)
 
     def _make_room(self, low: int, high: int) -> int:
         """Wait until [low, high) can be registered, and reserve it."""
@@ -375,7 +385,7 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
     @property
     def stats(self) -> CacheStats:
         """What it has done and what it holds. Takes time in proportion to the number of registrations."""
-        hits, stale, in_use, in_use_bytes = self._use_stats()
+        hits, stale, uncached, in_use, in_use_bytes = self._use_stats()
         registrations, total, _, kept = self._load()
         return CacheStats(
             hits=hits,
@@ -384,7 +394,7 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
             evictions=self._evictions,
             merges=self._merges,
             retries=self._retries,
-            uncached=self._uncached,
+            uncached=uncached,
             failed_deregistrations=self._failed,
             registrations=registrations,
             registered_bytes=total,

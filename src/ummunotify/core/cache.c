@@ -53,7 +53,7 @@ struct cache {
 	struct umn_entry *leaving, **leaving_end; /* first come, first deregistered */
 	struct umn_entry *kept;
 	struct umn_cache_load load; /* leaving: with those that were taken */
-	uint64_t stale;
+	uint64_t stale, closed;
 	size_t count;		 /* open entries */
 	struct umn_entry **heap; /* of these; on top is that with the oldest key */
 	size_t heap_room, entries;
@@ -234,10 +234,10 @@ static bool leave_if_idle(struct cache *c, struct umn_entry *entry)
 
 static void retire(struct cache *c, struct umn_entry *entry)
 {
-	c->stale += !umn_region_valid(entry->region);
+	c->stale += !umn_region_untouched(entry->region);
 	index_remove(c, entry);
 	entry->place = RETIRED;
-	/* One operation: nobody who ends the use of it sees it neither open nor retired. */
+	/* Whoever takes the last user away after this sees that it is retired; if that was before, it leaves here. */
 	__atomic_fetch_xor(&entry->state, UMN_OPEN | UMN_RETIRED, __ATOMIC_ACQ_REL);
 	if (claim(entry, UMN_RETIRED))
 		push_leaving(c, entry);
@@ -429,10 +429,12 @@ void umn_cache_publish(struct umn_cache *cache, struct umn_entry *entry, const s
 	__atomic_store_n(&entry->stamp, c->shared.clock + 1, __ATOMIC_RELAXED);
 	/* What is used from now on is used later than this. */
 	__atomic_store_n(&c->shared.clock, c->shared.clock + 2, __ATOMIC_RELAXED);
-	if (open)
+	if (open) {
 		index_add(c, entry);
-	else
+	} else {
 		entry->place = RETIRED;
+		c->closed++;
+	}
 	/* Release: whoever finds it open finds the rest. An addition, as a hit that found the wrong entry may be counted in. */
 	__atomic_fetch_add(&entry->state, UMN_USER + (open ? UMN_OPEN : UMN_RETIRED), __ATOMIC_RELEASE);
 	pthread_mutex_unlock(&c->lock);
@@ -520,7 +522,7 @@ static void merge_entry(struct cache *c, struct umn_entry *entry, struct merge *
 	uint64_t low = entry->start < m->low ? entry->start : m->low;
 	uint64_t high = entry->end > m->high ? entry->end : m->high;
 	/* A stale one may be of memory that is no longer mapped. */
-	bool fits = high - low <= m->max_length && umn_region_valid(entry->region);
+	bool fits = high - low <= m->max_length && umn_region_untouched(entry->region);
 
 	if (!overlaps(entry, m->start, m->end) || !(fits || m->all) || !leave_if_idle(c, entry))
 		return;
@@ -624,7 +626,7 @@ void umn_cache_abandon(struct umn_cache *cache)
 	c->free = c->kept = NULL;
 	c->count = c->entries = 0;
 	c->load = (struct umn_cache_load){0};
-	c->stale = 0;
+	c->stale = c->closed = 0;
 }
 
 void umn_cache_load(struct umn_cache *cache, struct umn_cache_load *load)
@@ -643,7 +645,7 @@ void umn_cache_stats(struct umn_cache *cache, struct umn_cache_stats *stats)
 
 	pthread_mutex_lock(&c->lock);
 	hits = __atomic_load_n(&c->hits, __ATOMIC_RELAXED);
-	*stats = (struct umn_cache_stats){.stale = c->stale};
+	*stats = (struct umn_cache_stats){.stale = c->stale, .closed = c->closed};
 	for_each_entry(c, e) {
 		uint64_t state = load(&e->state);
 

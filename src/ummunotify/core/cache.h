@@ -4,7 +4,7 @@
  *
  * It watches and registers nothing itself. Whoever owns the cache does (cache.py), and calls the second half of what is
  * declared here, from any thread; that half takes the cache's lock, never for long. The first half is for everybody who does
- * I/O: acquire and release take no lock and make no system call, but for what umn_region_valid may need.
+ * I/O: acquire and release take no lock and make no system call, but for what umn_region_valid needs with some sources.
  *
  *	struct umn_entry *entry = umn_cache_acquire(cache, address, address + length);
  *
@@ -131,13 +131,14 @@ found:
 	return NULL;
 }
 
-/* Ends the use of an entry. True: there is something to deregister (umn_cache_take). */
+/* Ends the use of an entry. True: there is something to deregister (umn_cache_take). No system call. */
 static inline bool umn_cache_release(struct umn_cache *cache, struct umn_entry *entry)
 {
 	uint64_t state;
 
-	/* It went stale while it was used: as long as it is ours it can be said to be so. */
-	if (!umn_region_valid(entry->region))
+	/* It went stale while it was used: as long as it is ours it can be said to be so. This is only to deregister it soon, so the
+	 * check that costs nothing will do. */
+	if (!umn_region_untouched(entry->region))
 		cache->retire(cache, entry);
 	__atomic_store_n(&entry->stamp, __atomic_load_n(&cache->clock, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
 	/* Release: all use of the handle comes before it is deregistered by whoever finds no user. From here on the entry may
@@ -201,7 +202,8 @@ void umn_cache_load(struct umn_cache *cache, struct umn_cache_load *load);
 
 struct umn_cache_stats {
 	uint64_t hits;
-	uint64_t stale; /* went stale and were retired for it */
+	uint64_t stale; /* were retired and had gone stale */
+	uint64_t closed; /* were published without being open */
 	size_t in_use;	/* registrations */
 	uint64_t in_use_bytes;
 };
