@@ -3,6 +3,8 @@
 import ctypes
 import mmap
 import os
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +23,21 @@ def require(feature: str, reason: str) -> NoReturn:
     if feature in required or "all" in required:
         pytest.fail(f"{feature} is required here, but: {reason}", pytrace=False)
     pytest.skip(f"{feature}: {reason}")
+
+
+def in_child(function: Callable[[], object]) -> None:
+    """Run `function` in a forked child; it must not raise."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        except BaseException:  # nothing may get back into pytest's copy
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def open_fds() -> set[str]:

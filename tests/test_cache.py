@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import mmap
-import os
 import threading
 import time
 import weakref
@@ -15,7 +14,7 @@ from unittest import mock
 
 import pytest
 from registrar import Recorder
-from support import map_memory, unmap_memory
+from support import in_child, map_memory, unmap_memory
 
 import ummunotify
 from ummunotify import (
@@ -65,18 +64,6 @@ def remap(address: int, length: int = PAGE) -> None:
 def use(cache: RegistrationCache[int], address: int, length: int = PAGE) -> int:
     with cache.acquire((address, length)) as registration:
         return registration.handle
-
-
-def in_child(function: Callable[[], None]) -> None:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 # ---- Hits ----

@@ -195,12 +195,10 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
         try:
             try:
                 return self._register_range(pending.start, pending.end, start, end)
-            except RegistrationLimitError:
-                raise
             except RegistrationError:
                 if (pending.start, pending.end) == alone:
                     raise
-                # What it was merged with may have been unmapped just now.
+                # What it was merged with may have been unmapped just now, or be too much for a limit.
                 return self._register_range(*alone, start, end)
         finally:
             with self._changed:

@@ -28,9 +28,9 @@ static int lose_chain;
 
 #define THREADS 3
 #define STACK 65536
-#define PAGES 16
-#define SLOTS 256  /* of the test's own regions */
-#define CHANGES 16 /* in one run */
+#define PAGES_USED 16 /* of the only segment */
+#define SLOTS 1024    /* of the test's own regions */
+#define CHANGES 8     /* in one run */
 
 /* ---- Threads and their interleaving ---- */
 
@@ -107,15 +107,37 @@ static void at_point(int must_stop)
 	trace[point_count].others = others();
 	if (must_stop)
 		to = next_thread();
-	if (choice_next < choice_count && choices[choice_next].point == point_count)
-		to = choices[choice_next++].thread;
+	/* While more places are being found written, points move, and a choice may no longer make sense. */
+	if (choice_next < choice_count && choices[choice_next].point == point_count) {
+		if (!done[choices[choice_next].thread])
+			to = choices[choice_next].thread;
+		choice_next++;
+	}
 	point_count++;
 	if (to != current)
 		switch_to(to);
 }
 
-void umn_point(void)
+/* The table's memory, and what of it is written while the threads run. Nobody can tell when the rest is loaded. */
+static uint8_t pages[UMN_SEGMENT_PAGES * UMN_PAGE] __attribute__((aligned(UMN_PAGE)));
+static uint8_t written[sizeof pages / 4];
+static int newly_written;
+
+void umn_point(const void *at, size_t size, int write)
 {
+	size_t offset = (const uint8_t *)at - pages;
+
+	if (current < 0)
+		return;
+	if (offset < sizeof pages) {
+		if (write)
+			for (size_t i = offset / 4; i <= (offset + size - 1) / 4; i++) {
+				newly_written |= !written[i];
+				written[i] = 1;
+			}
+		else if (!written[offset / 4] && !written[(offset + size - 1) / 4])
+			return;
+	}
 	idle = 0;
 	at_point(0);
 }
@@ -142,8 +164,7 @@ static int locked;
 
 int umn_mutex_lock(pthread_mutex_t *mutex)
 {
-	(void)mutex;
-	umn_point();
+	umn_point(mutex, 1, 1);
 	while (locked)
 		umn_yield();
 	locked = 1;
@@ -195,7 +216,7 @@ static struct watched {
 	uint64_t start, end;
 	int state;
 	int renewed;	  /* how often */
-	int false_alarms; /* allowed: a change began before it was watched */
+	int grants;	  /* events that may still come: one for each change, and one more after giving up */
 	struct claim claims[CHANGES];
 	int claim_count;
 } watched[SLOTS];
@@ -203,15 +224,15 @@ static int watched_count;
 
 static struct umn_memory memory;
 static struct umn_table *table;
-static uint8_t pages[PAGES * UMN_PAGE] __attribute__((aligned(UMN_PAGE)));
-static int any_overflow;
-static int feeds_under_way;
+static int feeds_under_way, given_up;
+static int armed, wakes;
 
 static void add_segment(void)
 {
-	memset(pages, 0, sizeof pages);
-	umn_memory_add(&memory, pages, PAGES);
-	if (umn_table_add_segment(table, pages, PAGES))
+	memset(pages, 0, PAGES_USED * UMN_PAGE);
+	memory.pages[0] = memory.cells = 0;
+	umn_memory_add(&memory, pages, UMN_SEGMENT_PAGES);
+	if (umn_table_add_segment(table, pages, UMN_SEGMENT_PAGES))
 		fail("umn_table_add_segment failed");
 }
 
@@ -220,7 +241,7 @@ static void watch(int i, uint64_t start, uint64_t end)
 	struct watched *w = &watched[i];
 	int error;
 
-	*w = (struct watched){.start = start, .end = end, .state = BEING_WATCHED, .false_alarms = feeds_under_way};
+	*w = (struct watched){.start = start, .end = end, .state = BEING_WATCHED, .grants = 2 * feeds_under_way + given_up};
 	if (i >= watched_count)
 		watched_count = i + 1;
 	error = umn_table_watch(table, start, end, i, w, &w->region);
@@ -315,7 +336,7 @@ static size_t drain(size_t room)
 			fail("region %d is reported after umn_table_unwatch", (int)(w - watched));
 		if (events[e].start < w->start || events[e].end > w->end || events[e].start >= events[e].end)
 			fail("region %d is reported with a range that is not in it", (int)(w - watched));
-		if (!w->claim_count && !any_overflow && !w->false_alarms)
+		if (!w->grants--)
 			fail("a false alarm for region %d", (int)(w - watched));
 		for (int c = 0; c < w->claim_count; c++) {
 			claim = &w->claims[c];
@@ -337,20 +358,21 @@ static void feed_bounded(uint64_t start, uint64_t end, uint32_t steps)
 		int known, renewed, claim;
 	} before[SLOTS];
 	struct umn_walk w = {.memory = &memory, .header = (struct umn_header *)pages, .start = start, .end = end};
-	int count = watched_count;
+	int count = watched_count, gives_up = steps != UINT32_MAX || lose_chain;
 
+	given_up += gives_up;
 	for (int i = 0; i < count; i++) {
 		struct watched *r = &watched[i];
 
 		before[i].known = r->state == WATCHED && r->start < end && r->end > start;
 		before[i].renewed = r->renewed;
 		before[i].claim = r->claim_count;
+		r->grants += gives_up;
 		if (r->state == UNWATCHED || r->start >= end || r->end <= start)
 			continue;
-		if (!before[i].known) {
-			r->false_alarms = 1; /* may be reported or not */
-			continue;
-		}
+		r->grants++;
+		if (!before[i].known)
+			continue; /* may be reported or not */
 		if (r->claim_count == CHANGES)
 			fail("the test has too many changes");
 		r->claims[r->claim_count++] = (struct claim){.start = start > r->start ? start : r->start,
@@ -358,7 +380,7 @@ static void feed_bounded(uint64_t start, uint64_t end, uint32_t steps)
 	}
 	feeds_under_way++;
 	if (umn_in_hull(w.header, start, end))
-		umn_invalidate(&w, steps);
+		wakes += umn_invalidate(&w, steps);
 	feeds_under_way--;
 	for (int i = 0; i < count; i++) {
 		struct watched *r = &watched[i];
@@ -429,6 +451,12 @@ static void setup_levels(void)
 	watch_pages(2 * UMN_FANOUT + 2);
 }
 
+/* Three levels, the last leaf of which is full. */
+static void setup_3_levels(void)
+{
+	watch_pages((UMN_FANOUT + 1) * UMN_FANOUT);
+}
+
 /* Two leaves of which one is nearly empty. */
 static void setup_merge(void)
 {
@@ -459,13 +487,16 @@ static void feed_all(void)
 
 static void feed_all_giving_up(void)
 {
-	any_overflow = 1;
 	feed_bounded(at(0), at(200), 2);
+}
+
+static void feed_second_giving_up(void)
+{
+	feed_bounded(at(1), at(2), 0);
 }
 
 static void feed_all_losing(void)
 {
-	any_overflow = 1;
 	lose_chain = 1;
 	feed(at(0), at(200));
 	lose_chain = 0;
@@ -485,6 +516,13 @@ static void drain_twice(void)
 static void drain_one(void)
 {
 	drain(1);
+}
+
+static void arm_and_drain(void)
+{
+	umn_table_arm(table);
+	armed = 1;
+	drain(SLOTS);
 }
 
 static void drain_renew(void)
@@ -554,6 +592,33 @@ static void watch_split_last(void)
 	watch(60, at(100), at(101));
 }
 
+static void watch_split_early(void)
+{
+	watch(SLOTS - 1, at(30), at(32));
+}
+
+/* The second takes the chunk of the root that the first replaced. */
+static void watch_split_twice(void)
+{
+	watch(60, at(100), at(101));
+	watch(61, at(10), at(12));
+}
+
+static void feed_end(void)
+{
+	feed_page(UMN_FANOUT - 1);
+}
+
+static void unwatch_one(void)
+{
+	unwatch(30);
+}
+
+static void feed_around_30(void)
+{
+	feed(at(29), at(33));
+}
+
 static void unwatch_merge(void)
 {
 	unwatch(0);
@@ -588,24 +653,29 @@ static const struct scenario {
 	int preemptions;
 } scenarios[] = {
 	{"hint", setup_one_large, {feed_first, feed_second, drain_twice}, 3},
-	{"hint, drained by feeders", setup_one_large, {feed_and_drain, feed_second_and_drain}, 4},
+	{"hint, drained by feeders", setup_one_large, {feed_and_drain, feed_second_and_drain}, 3},
 	{"hint, twice", setup_one_large, {feed_twice, feed_third, drain_twice}, 2},
 	{"two regions", setup_two_large, {feed_first, feed_second_and_drain, drain_all}, 2},
 	{"renew", setup_one_large, {feed_twice, feed_third, drain_renew}, 2},
 	{"changed", setup_3, {feed_all, feed_third_changed, drain_one}, 2},
+	{"wake-up", setup_3, {feed_all, feed_third, arm_and_drain}, 2},
 	{"drainers", setup_3, {feed_all, drain_one, drain_twice}, 2},
 	{"unwatch", setup_3, {feed_all, feed_first, unwatch_first}, 3},
 	{"unwatch and watch", setup_3, {feed_all, feed_first, unwatch_watch}, 2},
 	{"unwatch, watch and drain", setup_3, {feed_all, unwatch_watch_drain}, 3},
 	{"entry reused", setup_3, {feed_all, feed_first, reuse_entry}, 2},
 	{"watch", setup_3, {feed_all, feed_third, watch_drain}, 2},
-	{"split", setup_full_leaf, {feed_first, watch_split}, 2},
-	{"split, last", setup_full_leaf, {feed_all, watch_split_last}, 1},
-	{"split above", setup_levels, {feed_first, watch_split}, 2},
+	{"split", setup_full_leaf, {watch_split, feed_first}, 2},
+	{"split, last", setup_full_leaf, {watch_split_last, feed_all}, 1},
+	{"split, twice", setup_full_leaf, {feed_end, watch_split_twice}, 2},
+	{"split above", setup_levels, {watch_split, feed_first}, 2},
+	{"split, 3 levels", setup_3_levels, {watch_split_early, feed_around_30}, 1},
+	{"unwatch, 3 levels", setup_3_levels, {unwatch_one, feed_around_30}, 2},
 	{"merge", setup_merge, {feed_all, unwatch_merge}, 2},
 	{"unwatch all", setup_3, {feed_all, unwatch_all, feed_third}, 2},
-	{"unwatch all, levels", setup_merge, {feed_all, unwatch_all}, 1},
+	{"unwatch all, levels", setup_merge, {unwatch_all, feed_all}, 1},
 	{"unwatch all and watch", setup_3, {feed_all, feed_third, unwatch_all_watch}, 2},
+	{"overflow, hint", setup_one_large, {feed_first, feed_second_giving_up, drain_all}, 3},
 	{"overflow", setup_3, {feed_all_giving_up, feed_third, drain_all}, 2},
 	{"overflow, unwatch", setup_3, {feed_all_giving_up, feed_all, unwatch_watch_drain}, 2},
 	{"chain lost", setup_3, {feed_all_losing, feed_third, drain_twice}, 2},
@@ -620,10 +690,8 @@ static void run(const struct scenario *scenario, const struct choice *with, unsi
 	choice_count = count;
 	choice_next = 0;
 	point_count = 0;
-	memory = (struct umn_memory){0};
 	watched_count = 0;
-	any_overflow = 0;
-	locked = feeds_under_way = 0;
+	locked = feeds_under_way = given_up = armed = wakes = 0;
 	table = umn_table_new(SLOTS);
 	add_segment();
 	scenario->setup();
@@ -636,6 +704,8 @@ static void run(const struct scenario *scenario, const struct choice *with, unsi
 	swapcontext(&main_context, &contexts[0]);
 	/* switch_to(-1) has set `current` */
 
+	if (armed ? !wakes && umn_table_changed(table) : wakes)
+		fail("%d wake-ups", wakes);
 	while (drain(SLOTS))
 		;
 	if (umn_table_changed(table))
@@ -704,9 +774,17 @@ int main(int argc, char **argv)
 		if (!chosen)
 			continue;
 		scenario_name = scenarios[i].name;
-		run_count = 0;
 		clock_gettime(CLOCK_MONOTONIC, &begin);
-		explore(&scenarios[i], prefix, 0, scenarios[i].preemptions + more);
+		memset(written, 0, sizeof written);
+		for (int preemptions = 0; preemptions <= scenarios[i].preemptions + more;) {
+			run_count = 0;
+			newly_written = 0;
+			explore(&scenarios[i], prefix, 0, preemptions);
+			preemptions += !newly_written;
+		}
+		for (size_t j = PAGES_USED * UMN_PAGE; j < sizeof pages; j++)
+			if (pages[j])
+				fail("more than PAGES_USED pages were used");
 		clock_gettime(CLOCK_MONOTONIC, &end);
 		printf("%-30s %9lu runs, %.1f s\n", scenario_name, run_count,
 		       end.tv_sec - begin.tv_sec + (end.tv_nsec - begin.tv_nsec) / 1e9);

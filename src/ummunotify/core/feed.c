@@ -26,7 +26,7 @@ static inline void *cell_at(struct umn_walk *w, uint32_t ref, uint32_t cell)
 {
 	uint32_t segment = ref / UMN_CELLS_PER_SEGMENT;
 
-	if (cell >= UMN_LOAD(&w->memory->pages[segment]) * UMN_CELLS_PER_PAGE)
+	if (segment >= UMN_SEGMENTS || cell >= UMN_LOAD(&w->memory->pages[segment]) * UMN_CELLS_PER_PAGE)
 		return NULL;
 	return w->memory->segment[segment] + (size_t)cell * UMN_CELL;
 }

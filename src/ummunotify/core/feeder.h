@@ -26,7 +26,6 @@
 
 #include "layout.h"
 
-#define UMN_ADDRESS_MAX (UINT64_C(1) << 62)
 #define UMN_PUSH_TRIES (1u << 16)
 
 struct umn_walk {
@@ -61,11 +60,12 @@ static UMN_INLINE void umn_hit(struct umn_walk *w, struct umn_slot *slot, uint32
 	if ((state & all) == all)
 		return;
 	state = __sync_fetch_and_or(&slot->state, UMN_INVALID | UMN_PENDING);
-	if (state & UMN_PENDING) {
-		if (!(state & UMN_MULTIPLE))
-			__sync_fetch_and_or(&slot->state, UMN_MULTIPLE);
+	/* If the owner reports the first hit between these two operations, as an exact one, then this is again a first hit (and
+	 * MULTIPLE, although needless then, stays until it is reported). */
+	if ((state & (UMN_PENDING | UMN_MULTIPLE)) == UMN_PENDING)
+		state = __sync_fetch_and_or(&slot->state, all);
+	if (state & UMN_PENDING)
 		return;
-	}
 	/* From here to the push the rest of the slot is this walk's alone: a second feeder only sets UMN_MULTIPLE, so two
 	 * hints cannot mix, and the owner reads it only once it finds the slot on the list. */
 	UMN_STORE(&slot->hint_start, w->start);

@@ -24,6 +24,9 @@
 #define UMN_SEGMENTS 2048u /* at most: half a GiB, some six million regions */
 #define UMN_CELLS_PER_SEGMENT (UMN_SEGMENT_PAGES * UMN_CELLS_PER_PAGE)
 
+/* No region ends above, and no change either once it is cut: addresses are compared by the sign of differences. */
+#define UMN_ADDRESS_MAX (UINT64_C(1) << 62)
+
 #define UMN_FANOUT 25u
 #define UMN_LEVELS 8u /* a power of two: the BPF program masks with it */
 
@@ -47,13 +50,16 @@ struct umn_header {
 	uint32_t root;	/* node, 0: nothing is watched */
 	uint32_t phase; /* 0 or 1: which of readers[] new feeders count in */
 	uint32_t zero;	/* always 0 */
-	uint32_t regions; /* how many are watched, for whoever looks on */
-	uint32_t unused3[8];
+	uint32_t unused3[9];
 
 	/* rarely written, by both */
 	uint32_t overflow; /* feeder: one more each time that "everything may be invalid" */
 	uint32_t armed;	   /* owner sets it, the feeder that clears it sends the wake-up */
 	uint64_t unused4[7];
+
+	/* owner, at each watch: not where feeders look */
+	uint32_t regions; /* how many are watched, for whoever looks on */
+	uint32_t unused5[15];
 };
 
 /* An entry is in use while its ref is not 0. In a leaf (level 0) ref is a slot and the entries are in any order; above,
@@ -89,7 +95,7 @@ struct umn_slot {
 #else
 #define UMN_STATIC_ASSERT _Static_assert
 #endif
-UMN_STATIC_ASSERT(sizeof(struct umn_header) == 256, "header: four cache lines");
+UMN_STATIC_ASSERT(sizeof(struct umn_header) == 320, "header: five cache lines");
 UMN_STATIC_ASSERT(sizeof(struct umn_node) <= UMN_CHUNK, "a node fits in a chunk");
 UMN_STATIC_ASSERT(sizeof(struct umn_slot) == UMN_CELL, "a slot is a cell");
 UMN_STATIC_ASSERT((uint64_t)UMN_SEGMENTS * UMN_CELLS_PER_SEGMENT <= UINT32_MAX, "a reference has 32 bits");

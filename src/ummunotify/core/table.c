@@ -6,7 +6,7 @@
  * CPUs, and nobody waits for anybody. How the owner may change it under them:
  *
  * - In place, by single stores, only what leaves every entry reachable at every moment: an unused leaf entry is filled in (its
- *   ref last), a leaf entry's ref is cleared, a bound above is widened before something is added below it and narrowed after
+ *   ref last), a leaf entry is cleared (its ref first), a bound above is widened before something is added below it and narrowed after
  *   something was removed, a child is replaced by one that holds the same regions.
  * - Everything else (split, merge, collapse) builds new nodes, publishes them with one store of a ref in the lowest node that
  *   can stay, or of the root, and retires the old ones. They stay as they are, so a feeder inside still finds all that was
@@ -26,8 +26,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#define UNDERFULL 6u	 /* a node with fewer entries is merged with a neighbour ... */
-#define MERGED_MAX 18u	 /* ... if both together have at most this many */
+#define UNDERFULL 6u  /* a node with fewer entries is merged with a neighbour ... */
+#define MERGED_MAX 18u /* ... if both together have at most this many */
 #define WAIT_YIELDS 1000u
 #define WAIT_SLEEPS 20000u /* of 100 us at least: 2 s */
 #define TIDY_CHUNKS 8u	   /* to look at in one go */
@@ -580,6 +580,16 @@ static uint64_t max(uint64_t a, uint64_t b)
 	return a > b ? a : b;
 }
 
+/* Which child a region that begins at `start` belongs to. */
+static uint32_t child_for(const struct umn_node *node, uint64_t start)
+{
+	uint32_t at = 0;
+
+	while (at + 1 < node->used && node->start[at + 1] <= start)
+		at++;
+	return at;
+}
+
 static void insert(struct umn_table *t, struct umn_region *region)
 {
 	struct entry new = {region->start, region->end, region->ref}, entries[UMN_FANOUT + 1];
@@ -593,8 +603,7 @@ static void insert(struct umn_table *t, struct umn_region *region)
 	}
 	set_hull(t, min(t->low, new.start), max(t->high, new.end));
 	for (node = node_at(t, ref); node->level; ref = node->ref[at], node = node_at(t, ref)) {
-		for (at = 0; at + 1 < node->used && node->start[at + 1] <= new.start; at++)
-			;
+		at = child_for(node, new.start);
 		set_bounds(t, ref, at, min(node->start[at], new.start), max(node->end[at], new.end));
 	}
 	if (chunk_at(t, ref)->entries < UMN_FANOUT) {
@@ -629,6 +638,18 @@ static void insert(struct umn_table *t, struct umn_region *region)
 	replace(t, parent, at, 1, parts, 2);
 }
 
+/* Does a region that begins at `start` need no further chunk? */
+static bool has_room(struct umn_table *t, uint64_t start)
+{
+	uint32_t ref = t->root;
+
+	if (!ref || !t->free_regions)
+		return false;
+	while (node_at(t, ref)->level)
+		ref = node_at(t, ref)->ref[child_for(node_at(t, ref), start)];
+	return chunk_at(t, ref)->entries < UMN_FANOUT;
+}
+
 static void remove_leaf(struct umn_table *t, uint32_t leaf)
 {
 	uint32_t parent = chunk_at(t, leaf)->parent, at = parent ? position(t, parent, leaf) : 0;
@@ -649,6 +670,7 @@ static void remove_entry(struct umn_table *t, struct umn_region *region)
 
 	i = position(t, leaf, region->ref);
 	set_ref(t, leaf, i, 0);
+	set_bounds(t, leaf, i, 0, 0); /* no feeder is to take a step for it */
 	n = --chunk_at(t, leaf)->entries;
 	/* Feeders have kept every retired chunk from being reused: leave the index as it is, with bounds too wide and perhaps an
 	 * empty leaf. */
@@ -830,8 +852,7 @@ static void forget(struct umn_table *t, struct umn_region *region)
 	remove_entry(t, region);
 	narrow_hull(t);
 	store(&t->header->regions, (uint32_t)--t->regions);
-	if (__sync_fetch_and_and(&slot->state, ~UMN_LIVE) & UMN_PENDING)
-		take_list(t);
+	__sync_fetch_and_and(&slot->state, ~UMN_LIVE);
 	if (region->queued) {
 		queue_remove(region);
 		__sync_fetch_and_and(&slot->state, ~(UMN_PENDING | UMN_MULTIPLE));
@@ -848,6 +869,8 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 	struct umn_region *region;
 	int error = 0;
 
+	if (start >= end || end > UMN_ADDRESS_MAX)
+		return -EINVAL;
 	if (!lock(t))
 		return -EBADF;
 	if (t->regions >= t->max_regions || t->levels == UMN_LEVELS) {
@@ -858,7 +881,7 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 		reclaim(t);
 		reclaim(t); /* the first call may only have finished a period for others */
 	}
-	if (t->free_chunk_count < CHUNKS_NEEDED) {
+	if (t->free_chunk_count < CHUNKS_NEEDED && !has_room(t, start)) {
 		error = -ENOSPC;
 		goto out;
 	}
@@ -990,8 +1013,8 @@ size_t umn_table_drain(struct umn_table *t, struct umn_event *events, size_t roo
 		return 0;
 	/* First the generation, then the list: see umn_invalidate. */
 	generation = load(&t->header->generation);
-	/* Some of the changes up to this generation may have hit a region that another feeder had just made pending and has not put
-	 * on the list yet. They have to be reported now: their feeders are done, and so perhaps are the changes. */
+	/* Some of the changes up to this generation may have hit a region that another feeder had just made pending and has
+	 * not put on the list yet. They have to be reported now: their feeders are done, and so perhaps are the changes. */
 	if (generation != t->settled) {
 		if (synchronize(t))
 			t->settled = generation;
@@ -1023,7 +1046,9 @@ size_t umn_table_drain(struct umn_table *t, struct umn_event *events, size_t roo
 		if (!event->exact || event->end > region->end)
 			event->end = region->end;
 	}
-	__atomic_store_n(&t->seen, t->queue.next == &t->queue && !t->unsound ? generation : generation - 1, __ATOMIC_RELEASE);
+	if (t->queue.next != &t->queue || t->unsound)
+		generation--;
+	__atomic_store_n(&t->seen, generation, __ATOMIC_RELEASE);
 	unlock(t);
 	return n;
 }
@@ -1154,8 +1179,9 @@ static const char *check_node(struct umn_table *t, uint32_t ref, uint32_t parent
 	uint64_t last = 0;
 
 	++*nodes;
-	if (shared->level != node->level || shared->used != node->used || memcmp(shared->start, node->start, sizeof node->start) ||
-	    memcmp(shared->end, node->end, sizeof node->end) || memcmp(shared->ref, node->ref, sizeof node->ref))
+	if (shared->level != node->level || shared->used != node->used ||
+	    memcmp(shared->start, node->start, sizeof node->start) || memcmp(shared->end, node->end, sizeof node->end) ||
+	    memcmp(shared->ref, node->ref, sizeof node->ref))
 		return "a node's shared copy is not as it was written";
 	if (chunk_at(t, ref)->parent != parent)
 		return "a parent link is wrong";

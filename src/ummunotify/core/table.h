@@ -108,8 +108,9 @@ int umn_table_add_segment(struct umn_table *table, void *memory, uint32_t pages)
 /* The header, once there is a segment. It stays readable until umn_table_delete, after umn_table_abandon as zeros. */
 const struct umn_header *umn_table_header(const struct umn_table *table);
 
-/* Watches [start, end), start < end. 0; -ENOSPC: add a segment and try again; -EDQUOT: max_regions are watched, or the index
- * is as deep as it can be; -ENOMEM; -EBADF: abandoned; positive: the source's errno. On failure nothing has changed. */
+/* Watches [start, end). 0; -ENOSPC: add a segment and try again; -EINVAL: not start < end <= 2^62; -EDQUOT: max_regions are
+ * watched, or the index is as deep as it can be; -ENOMEM; -EBADF: abandoned; positive: the source's errno. On failure nothing has
+ * changed. */
 int umn_table_watch(struct umn_table *table, uint64_t start, uint64_t end, uint64_t cookie, void *user,
 		    struct umn_region **region);
 
@@ -121,8 +122,8 @@ void umn_table_unwatch(struct umn_table *table, struct umn_region *region);
 int umn_table_renew(struct umn_table *table, struct umn_region *region);
 
 /* Takes up to `room` events, in the order in which the regions were first hit; returns how many. Each region is reported
- * once, however often it was hit since it was last reported. After an overflow this waits until the feeders that were
- * running have left, and every region is reported. */
+ * once, however often it was hit since it was last reported. If something was hit and feeders are running, then this waits for
+ * them to leave, which they do within one walk. After an overflow every region is reported. */
 size_t umn_table_drain(struct umn_table *table, struct umn_event *events, size_t room);
 
 /* Has something been invalidated since the last drain that emptied the list? No lock, no system call; but see umn_region_valid,

@@ -38,11 +38,12 @@ _HANDSHAKE_SECONDS = 10.0
 _CHECK_SECONDS = 5.0
 _GATHER_SECONDS = 0.002
 _WARN_SECONDS = 10.0
-_ACCEPTS = 64
-"""In a turn."""
+_ACCEPTS = 256
+_REQUESTS_PER_USER = 16
+"""In a turn of the loop: whoever floods the daemon waits for himself."""
 
 _CREDENTIALS = struct.Struct("=iII")
-_HEADER = struct.Struct("=Q148xI32xI")
+_HEADER = struct.Struct("=Q184xI60xI")
 """Of struct umn_header in core/layout.h: generation, regions, overflow."""
 _PAGE = 4096
 
@@ -98,12 +99,13 @@ class Server:
         self._ready: list[tuple[int, int, int]] = []  # table, its first segment, its ring
         self._waiting: list[Client] = []
         self._growing: list[tuple[Client, int]] = []
-        self._released: list[tuple[int, int, int]] = []  # table, segments, uid
+        self._released: list[tuple[int, int, int | None]] = []  # as in _Batch
         self._blank = create_segment(), create_ring()  # what takes the place of what is taken out
         self._started = time.monotonic()
         self._checked = self._started
         self._skipped = libbpf.program_info(maps.fds["program"]).recursion_misses
         self._warned: dict[int, float] = {}
+        self._heard: Counter[int] = Counter()  # requests of each user in this turn
         self._deaf_until: float | None = None
         self._poor_until = 0.0
         self._stop = False
@@ -128,6 +130,7 @@ class Server:
             self.watch(self._listener, self._accept)
             while not self._stop:
                 events = self._selector.select(self._timeout())
+                self._heard.clear()
                 for key, _ in events:
                     key.data()
                 self._check()
@@ -154,7 +157,9 @@ class Server:
         self._stop = True
 
     def _work(self) -> bool:
-        return bool(self._released) or (len(self._ready) < self._target and time.monotonic() >= self._poor_until)
+        if len(self._ready) < self._target:
+            return time.monotonic() >= self._poor_until
+        return bool(self._released) or len(self._ready) > self._target
 
     def _timeout(self) -> float | None:
         if self._work() and not self._batch:
@@ -227,6 +232,9 @@ class Server:
     def _hear(self, client: Client) -> None:
         if client.connection.fileno() < 0:
             return  # dropped in this turn
+        self._heard[client.uid] += 1
+        if self._heard[client.uid] > _REQUESTS_PER_USER:
+            return  # the next turn begins with what is left
         try:
             data = client.connection.recv(protocol.REQUEST_SIZE + 1)
             if not data:
@@ -384,7 +392,7 @@ class Server:
     def _record(self, client: Client) -> Record:
         # The client writes this page too: nothing but numbers to be shown.
         page = libbpf.map_lookup(client.segment_fd, bytes(4), _PAGE)
-        generation, regions, overflows = _HEADER.unpack_from(page)
+        generation, overflows, regions = _HEADER.unpack_from(page)
         try:
             with open(f"/proc/{client.pid}/comm", "rb") as file:
                 command = file.read().rstrip(b"\n")
@@ -405,6 +413,12 @@ class Server:
 
     def _build(self) -> None:
         """Begin to put in and take out everything that is due."""
+        while len(self._ready) > self._target and not self._waiting:
+            # Made for clients that did not stay.
+            table, *fds = self._ready.pop()
+            for fd in fds:
+                os.close(fd)
+            self._released.append((table, 1, None))
         batch = _Batch(self._released, [], [])
         growing, self._released, self._growing = self._growing, [], []
         failure = 0
@@ -442,7 +456,8 @@ class Server:
         self._ready += batch.made
         for table, count, uid in batch.released:
             self.maps.free.append(table)
-            self._usage.leave(uid, count)
+            if uid is not None:
+                self._usage.leave(uid, count)
         for client, _, fds in batch.grown:
             self._answer(client, Reply(Status.OK, len(fds)), fds)
             for fd in fds:
@@ -465,7 +480,8 @@ class Server:
 class _Batch(NamedTuple):
     """What goes into the maps of maps and out of them together."""
 
-    released: list[tuple[int, int, int]]
+    released: list[tuple[int, int, int | None]]
+    """A table, how many segments, and whose it was."""
     made: list[tuple[int, int, int]]
     grown: list[tuple[Client, int, list[int]]]
     """The number of the first new segment, and their descriptors."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import threading
 
 from .._core import Ring, map_shared, show_secret
@@ -17,7 +18,8 @@ from ..daemon.protocol import Op, Reply, Request, Status
 from .base import UnavailableError
 from .bpf import PAGE, create_vm, open_kvm
 
-_TIMEOUT = 30.0
+_TIMEVAL = struct.Struct("@ll")
+_TIMEOUT = 30
 """Seconds without an answer. Nobody else's doing can delay one for long; but the daemon may be stopped."""
 
 _REMEDY = "ask the administrator to look at `ummunotify status` and the daemon's log"
@@ -211,7 +213,9 @@ def connect() -> socket.socket:
     path = protocol.socket_path()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        connection.settimeout(_TIMEOUT)
+        # Not settimeout(): without blocking, connect() fails at once where others wait in line.
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            connection.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(_TIMEOUT, 0))
         connection.connect(path)
     except BaseException as error:
         connection.close()
@@ -229,13 +233,13 @@ def _unreachable(path: str, error: OSError) -> tuple[str, str]:
             return f"nobody listens at {path}: the daemon has ended", "have an administrator start it again"
         case PermissionError():
             return f"the daemon's socket {path} is not for this user", "become a member of its group"
-        case TimeoutError() | BlockingIOError():
+        case BlockingIOError():
             return f"the daemon at {path} does not answer", _REMEDY
     return f"cannot connect to the daemon at {path} ({error.strerror or error})", _REMEDY
 
 
 def _lost(error: OSError) -> UnavailableError:
-    if isinstance(error, TimeoutError):
+    if isinstance(error, BlockingIOError):
         return UnavailableError("the daemon does not answer", _REMEDY)
     if isinstance(error, ConnectionError):
         return UnavailableError(

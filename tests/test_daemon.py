@@ -1,0 +1,885 @@
+"""The daemon and its clients: on the real kernel, with clients that are unprivileged users."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import pickle
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import map_memory, require, unmap_memory
+
+import ummunotify
+from ummunotify.bpf import libbpf
+from ummunotify.daemon import protocol
+from ummunotify.daemon.limits import TABLE, Limits, Usage
+from ummunotify.daemon.protocol import Op, Reply, Request, Status, Summary
+from ummunotify.sources import daemon as source
+from ummunotify.sources.base import UnavailableError
+from ummunotify.sources.bpf import BpfFeed
+
+PAGE = mmap.PAGESIZE
+NOBODY = 65534
+COMMAND = [sys.executable, "-m", "ummunotify"]
+PATIENCE = 30.0
+"""Seconds after which something will never happen."""
+FUZZ_MESSAGES = int(os.environ.get("UMMUNOTIFY_FUZZ_MESSAGES", "2000"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def privileged() -> None:
+    if os.geteuid():
+        require("bpf", "the daemon's tests become another user, which takes root")
+    try:
+        BpfFeed().close()
+    except UnavailableError as error:
+        require("bpf", str(error))
+
+
+class Daemon:
+    """One that runs, or can be started."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.path = str(directory / "socket")
+        self.options = options
+        self.log = directory / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, open(self.log, "ab") as log:
+            address = f"{self.path}.notify"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address)
+            ready.bind(address)
+            os.chmod(address, 0o777)
+            ready.settimeout(PATIENCE)
+            self.process = subprocess.Popen(
+                [*COMMAND, "daemon", "--socket", self.path, "--user", "nobody", *self.options],
+                env=os.environ | {"NOTIFY_SOCKET": address},
+                stderr=log,
+            )
+            try:
+                assert ready.recv(100) == b"READY=1"
+            except BaseException:
+                self.end(signal.SIGKILL)
+                raise
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        assert self.process
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    @property
+    def pid(self) -> int:
+        assert self.process
+        return self.process.pid
+
+    def fds(self, expected: int | None = None) -> int:
+        """How many descriptors it has, when that many are left or it does not change any more."""
+        counts = [-1]
+        while counts[-1] != expected and len(counts) < 100:
+            counts.append(len(os.listdir(f"/proc/{self.pid}/fd")))
+            if expected is None and len(counts) > 5 and len(set(counts[-5:])) == 1:
+                break
+            time.sleep(0.02)
+        return counts[-1]
+
+    def summary(self) -> Summary:
+        with source.connect() as connection:
+            connection.send(Request(Op.STATUS, argument=protocol.SUMMARY).pack())
+            return Summary.unpack(connection.recv(protocol.SUMMARY_SIZE))
+
+    def settled(self, clients: int = 0) -> Summary:
+        """When it has so many clients, and nothing to do."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            summary = self.summary()
+            if summary.clients == clients and summary.ready == 16 and summary.memory == (16 + clients) * TABLE:
+                return summary
+            assert time.monotonic() < deadline, summary
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """That other users can get into."""
+    directory = Path(tempfile.mkdtemp(prefix="umn"))
+    directory.chmod(0o755)
+    monkeypatch.setenv(protocol.ENVIRONMENT, str(directory / "socket"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def options() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def daemon(directory: Path, options: list[str]) -> Iterator[Daemon]:
+    daemon = Daemon(directory, *options)
+    daemon.start()
+    yield daemon
+    assert daemon.process
+    if daemon.process.poll() is None:
+        assert daemon.end() == 0, daemon.log.read_text()
+    assert "Traceback" not in daemon.log.read_text()
+
+
+class Child:
+    """A process of another user's that runs a function, and talks with it through `pipe`."""
+
+    def __init__(self, function: Callable[[Connection], Any], uid: int = NOBODY) -> None:
+        self.pipe, theirs = Pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.pipe.close()
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+                theirs.send((True, function(theirs)))
+            except BaseException as error:
+                try:
+                    theirs.send((False, pickle.loads(pickle.dumps(error))))
+                except BaseException:
+                    theirs.send((False, RuntimeError(repr(error))))
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def hear(self) -> Any:
+        assert self.pipe.poll(PATIENCE)
+        return self.pipe.recv()
+
+    def result(self) -> Any:
+        try:
+            good, value = self.hear()
+        finally:
+            self.kill()
+        if not good:
+            raise value
+        return value
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.pipe.close()
+
+
+def as_nobody(function: Callable[[Connection], Any]) -> Any:
+    return Child(function).result()
+
+
+def change(umn: ummunotify.Notifier) -> None:
+    """Unmap something that is watched: it is told at once, and once."""
+    address = map_memory(PAGE)
+    ctypes.c_ubyte.from_address(address).value = 1
+    region = umn.watch((address, PAGE))
+    assert region.valid
+    unmap_memory(address, PAGE)
+    assert not region.valid
+    assert umn.changed
+    assert region in [event.region for event in umn.read()]
+    region.close()
+
+
+def held() -> list[str]:
+    """This process's descriptors and mappings that are the library's."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listdir used
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+    lines = links + Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in lines if re.search("anon_inode:(bpf|kvm)|/dev/kvm", line)]
+
+
+# ---- what it is for ----
+
+
+def test_an_unprivileged_user_takes_it_without_knowing(daemon: Daemon) -> None:
+    def program(_: Connection) -> tuple[str, bool, bool, list[tuple[bool, str]]]:
+        with ummunotify.open() as umn:
+            buf = mmap.mmap(-1, 1 << 20)
+            buf[0] = 1
+            region = umn.watch(buf)
+            before = region.valid
+            buf.close()
+            events = umn.read()
+            return umn.source, before, region.valid, [(event.exact, event.cause.partition(" ")[0]) for event in events]
+
+    assert as_nobody(program) == ("daemon:kvm", True, False, [(True, "munmap")])
+    daemon.settled()
+
+
+def test_waiting_and_growing(daemon: Daemon) -> None:
+    def program(pipe: Connection) -> tuple[int, int, bool]:
+        with ummunotify.open() as umn:
+            address = map_memory(20_000 * PAGE)
+            regions = [umn.watch((address + i * PAGE, PAGE)) for i in range(20_000)]
+            assert not umn.read()
+            poll = select.poll()
+            poll.register(umn.fileno(), select.POLLIN)
+            quiet = not poll.poll(0)
+            for i in range(0, 20_000, 2):
+                ctypes.c_ubyte.from_address(address + i * PAGE).value = 1
+            unmap_memory(address, 20_000 * PAGE)
+            assert poll.poll(PATIENCE * 1000)
+            events = umn.read(timeout=None)
+            assert len(events) == 20_000
+            return umn.stats["segments"], sum(region.valid for region in regions), quiet
+
+    segments, valid, quiet = as_nobody(program)
+    assert segments > 4
+    assert (valid, quiet) == (0, True)
+    daemon.settled()
+
+
+def test_many_notifiers_in_one_process(daemon: Daemon) -> None:
+    def program(_: Connection) -> None:
+        notifiers = [ummunotify.open() for _ in range(40)]
+        address = map_memory(PAGE)
+        ctypes.c_ubyte.from_address(address).value = 1
+        regions = [umn.watch((address, PAGE)) for umn in notifiers]
+        for umn in notifiers[10:20]:
+            umn.close()
+        unmap_memory(address, PAGE)
+        assert not any(region.valid for region in regions)
+        left = notifiers[:10] + notifiers[20:]
+        assert all(len(umn.read()) == 1 for umn in left)
+        for umn in left:
+            umn.close()
+        assert not held()
+
+    as_nobody(program)
+    daemon.settled()
+
+
+def test_the_others_changes(daemon: Daemon) -> None:
+    """Truncation by a process that has nothing to do with it."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(4 * PAGE)
+
+        def program(pipe: Connection) -> list[bool]:
+            with ummunotify.open() as umn, mmap.mmap(file.fileno(), 4 * PAGE) as mapped:
+                mapped[2 * PAGE] = 1
+                address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+                regions = [umn.watch((address + i * PAGE, PAGE)) for i in range(4)]
+                pipe.send("watching")
+                pipe.recv()
+                valid = [region.valid for region in regions]
+                os._exit(pipe.send((True, valid)) or 0)
+
+        child = Child(program)
+        assert child.hear() == "watching"
+        file.truncate(2 * PAGE)
+        child.pipe.send("truncated")
+        assert child.result() == [True, True, False, False]
+
+
+def test_the_child_of_a_fork_lets_go(daemon: Daemon) -> None:
+    def program(_: Connection) -> int:
+        umn = ummunotify.open()
+        address = map_memory(PAGE)
+        region = umn.watch((address, PAGE))
+        pid = os.fork()
+        if not pid:
+            try:
+                assert umn.closed
+                assert not region.valid
+                assert not held()
+                with ummunotify.open() as own:
+                    change(own)
+                os._exit(0)
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert region.valid
+        change(umn)
+        return os.waitstatus_to_exitcode(0)
+
+    assert as_nobody(program) == 0
+    daemon.settled()
+
+
+def test_without_a_daemon_it_says_so(directory: Path) -> None:
+    with pytest.raises(ummunotify.SourceUnavailableError, match="no daemon runs here"):
+        ummunotify.open(source="daemon")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(directory / "socket"))
+        with pytest.raises(ummunotify.SourceUnavailableError, match="the daemon has ended"):
+            ummunotify.open(source="daemon")
+        os.chmod(directory / "socket", 0o600)
+        listener.listen()
+        with pytest.raises(RuntimeError, match="not for this user"):
+            as_nobody(lambda _: ummunotify.open(source="daemon"))
+
+
+def test_a_daemon_that_hangs_does_not_hang_its_clients(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_TIMEOUT", 1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(directory / "socket"))
+        listener.listen()
+        with pytest.raises(ummunotify.SourceUnavailableError, match="does not answer"):
+            ummunotify.open(source="daemon")
+
+
+# ---- the daemon goes ----
+
+
+def stress(pipe: Connection) -> int:
+    """Change one thing after the other until told to stop, and miss nothing."""
+    rng = random.Random(os.getpid())
+    changes = 0
+    with ummunotify.open(source="daemon") as umn:
+        base = map_memory(64 * PAGE)
+        regions = [umn.watch((base + i * PAGE, PAGE)) for i in range(64)]
+        pipe.send("watching")
+        while not pipe.poll():
+            first = rng.randrange(64)
+            count = rng.randrange(1, 65 - first)
+            for i in range(first, first + count):
+                ctypes.c_ubyte.from_address(base + i * PAGE).value = 1
+            unmap_memory(base + first * PAGE, count * PAGE)
+            valid = [region.valid for region in regions]
+            assert not any(valid[first : first + count])
+            assert set(regions[first : first + count]) <= {event.region for event in umn.read()}
+            for region in regions[first : first + count]:
+                region.renew()
+            assert map_memory(count * PAGE, base + first * PAGE) == base + first * PAGE
+            changes += 1
+    return changes
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_daemon_ends_and_its_clients_miss_nothing(daemon: Daemon, number: int) -> None:
+    children = []
+    try:
+        for _ in range(4):
+            children.append(Child(stress))
+            assert children[-1].hear() == "watching"
+            daemon.end(number)
+            with pytest.raises(UnavailableError):
+                source.connect()
+            time.sleep(0.1)
+            daemon.start()
+        daemon.settled()
+        for child in children:
+            child.pipe.send("stop")
+        assert all(child.result() > 10 for child in children)
+        children.clear()
+    finally:
+        for child in children:
+            child.kill()
+
+
+def programs() -> set[int]:
+    """The numbers of all BPF programs that are attached to the probe, as their links say."""
+    found = set()
+    for info in Path("/proc").glob("[0-9]*/fdinfo/*"):
+        try:
+            text = info.read_text()
+        except OSError:
+            continue
+        if "kvm_unmap_hva_range" in text:
+            found.update(map(int, re.findall(r"prog_id:\s*(\d+)", text)))
+    return found
+
+
+def test_old_and_new_do_not_mix_and_nothing_stays(daemon: Daemon) -> None:
+    def program(pipe: Connection) -> int:
+        with ummunotify.open() as umn:
+            address = map_memory(PAGE)
+            ctypes.c_ubyte.from_address(address).value = 1
+            umn.watch((address, PAGE))
+            generation = umn.generation
+            pipe.send("watching")
+            pipe.recv()
+            unmap_memory(address, PAGE)
+            (event,) = umn.read()
+            assert event.exact
+            return umn.generation - generation
+
+    before = programs()
+    old = Child(program)
+    assert old.hear() == "watching"
+    daemon.end(signal.SIGKILL)
+    daemon.start()
+    new = Child(program)
+    assert new.hear() == "watching"
+    assert len(programs() - before) >= 1
+    for child in (old, new):
+        child.pipe.send("go on")
+        assert child.result() == 1
+    daemon.end()
+    assert programs() <= before
+
+
+def test_a_second_daemon_leaves_the_first_alone(daemon: Daemon) -> None:
+    said = subprocess.run([*COMMAND, "daemon", "--socket", daemon.path], capture_output=True, text=True)
+    assert said.returncode == 1
+    assert "a daemon listens at" in said.stderr
+    assert "Traceback" not in said.stderr
+    as_nobody(lambda _: ummunotify.open().close())
+
+
+def test_socket_activation(directory: Path) -> None:
+    """As systemd does it: the socket is there first, and outlives the daemon."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(directory / "socket"))
+        os.chmod(directory / "socket", 0o666)
+        listener.listen()
+        for _ in range(2):
+            child = Child(lambda _: change(ummunotify.open()))
+            code = (
+                "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
+                "from ummunotify.cli import main; main(['daemon', '--ready', '1'])"
+            )
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, str(listener.fileno())],
+                pass_fds=[listener.fileno()],
+                env=os.environ | {"LISTEN_FDS": "1"},
+                stderr=subprocess.DEVNULL,
+            )
+            child.result()
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+
+
+def test_it_keeps_only_what_it_needs(daemon: Daemon) -> None:
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines())
+    assert status["CapPrm"] == status["CapEff"] == status["CapBnd"] == "000000c000000000"
+    assert int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    assert set(status["Uid"].split()) == {str(NOBODY)}
+    assert not status["Groups"].strip()
+    assert status["Threads"] == "2"
+
+
+# ---- clients come and go ----
+
+
+def test_whatever_becomes_of_a_client_it_gives_everything_back(daemon: Daemon) -> None:
+    def opened(pipe: Connection) -> None:
+        umn = ummunotify.open()
+        umn.watch((1 << 20, PAGE))
+        pipe.send("open")
+        what = pipe.recv()
+        if what == "exec":
+            os.execv("/bin/sleep", ["sleep", "1000"])
+        if what == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        pipe.recv()
+
+    fds = daemon.settled() and daemon.fds()
+    children = {what: Child(opened) for what in ("kill", "exec", "crash", "stop")}
+    try:
+        for child in children.values():
+            assert child.hear() == "open"
+        daemon.settled(4)
+        os.kill(children["kill"].pid, signal.SIGKILL)
+        children["exec"].pipe.send("exec")
+        children["crash"].pipe.send("crash")
+        os.kill(children["stop"].pid, signal.SIGSTOP)
+        daemon.settled(1)
+        as_nobody(lambda _: change(ummunotify.open()))
+        os.kill(children["stop"].pid, signal.SIGKILL)
+        daemon.settled(0)
+        assert daemon.fds(fds) == fds
+    finally:
+        for child in children.values():
+            child.kill()
+
+
+def test_clients_that_do_not_finish(daemon: Daemon) -> None:
+    """Half-open connections, and answers that nobody reads, are nobody else's problem."""
+    silent = [source.connect() for _ in range(20)]
+    half = [source.connect() for _ in range(20)]
+    for connection in half:
+        connection.send(Request(Op.HELLO).pack())
+    as_nobody(lambda _: change(ummunotify.open()))
+    for connection in half:
+        connection.send(Request(Op.SETTLE).pack())  # before the answer was read
+    as_nobody(lambda _: change(ummunotify.open()))
+    for connection in half:
+        # Thrown out.
+        while connection.recv(100):
+            pass
+    for connection in silent + half:
+        connection.close()
+    daemon.settled()
+
+
+def test_a_flood(daemon: Daemon) -> None:
+    def flood(pipe: Connection) -> None:
+        pipe.send("flooding")
+        while not pipe.poll():
+            with contextlib.suppress(UnavailableError, OSError), source.connect() as connection:
+                connection.send(Request(Op.HELLO).pack())
+                connection.setblocking(False)
+                for _ in range(10):
+                    connection.send(os.urandom(8))
+
+    child = Child(flood, NOBODY - 1)
+    try:
+        assert child.hear() == "flooding"
+        for _ in range(20):
+            as_nobody(lambda _: change(ummunotify.open()))
+    finally:
+        child.kill()
+    daemon.settled()
+    # It is not the journal that is flooded.
+    assert len(daemon.log.read_text().splitlines()) < 10
+
+
+def corrupt(pipe: Connection) -> None:
+    """Write nonsense all over one's own table."""
+    umn = ummunotify.open()
+    for i in range(1000):
+        umn.watch((0x10000 + i * PAGE, PAGE))
+    (line,) = (line for line in Path("/proc/self/maps").read_text().splitlines() if "bpf-map" in line)
+    start, end = (int(number, 16) for number in line.split()[0].split("-"))
+    memory = (ctypes.c_ubyte * (end - start)).from_address(start)
+    rng = random.Random(1)
+    pipe.send("corrupt")
+    while not pipe.poll():
+        for _ in range(200):
+            at = rng.randrange(0, len(memory) - 64)
+            ctypes.memmove(start + at, rng.randbytes(64), 64)
+        # It has a root, and a hull that holds everything.
+        ctypes.memmove(start + 128, bytes(8) + b"\xff" * 7 + b"\0", 16)
+        address = map_memory(PAGE)
+        ctypes.c_ubyte.from_address(address).value = 1
+        unmap_memory(address, PAGE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_corrupt_table_harms_only_its_owner(daemon: Daemon) -> None:
+    child = Child(corrupt)
+    try:
+        assert child.hear() == "corrupt"
+        victim = Child(stress)
+        assert victim.hear() == "watching"
+        for _ in range(10):
+            daemon.settled(2)
+            assert subprocess.run([*COMMAND, "status"], capture_output=True, check=True).stdout
+        victim.pipe.send("stop")
+        assert victim.result() > 10
+        child.pipe.send("stop")
+    finally:
+        child.kill()
+    daemon.settled()
+
+
+def test_a_secret_is_not_enough_to_watch_others(daemon: Daemon) -> None:
+    """A table follows who shows the secret; without that there is no table."""
+    with source.connect() as connection:
+        connection.send(Request(Op.HELLO).pack())
+        data, fds, _, _ = socket.recv_fds(connection, 100, 10)
+        assert Reply.unpack(data).fds == len(fds)
+        connection.send(Request(Op.SETTLE).pack())
+        assert Reply.unpack(connection.recv(100)).status == Status.UNSEEN
+        connection.send(Request(Op.SETTLE).pack())
+        assert connection.recv(100) == b""
+        for fd in fds:
+            os.close(fd)
+    daemon.settled()
+
+
+def test_what_a_client_holds_gives_it_no_power(daemon: Daemon) -> None:
+    """It gets no program, and can neither detach the link nor change what it runs."""
+
+    def program(_: Connection) -> tuple[list[str], list[int]]:
+        feed = source.DaemonFeed()
+        kinds = [os.readlink(f"/proc/self/fd/{fd}") for fd in [*feed._fds, *feed._segments]]
+        libc = ctypes.CDLL(None, use_errno=True)
+        errors = []
+        for command in (29, 34):  # BPF_LINK_UPDATE, BPF_LINK_DETACH
+            attribute = (ctypes.c_uint32 * 32)(feed._fds[0], feed._fds[0])
+            assert libc.syscall(321, command, attribute, ctypes.sizeof(attribute)) == -1
+            errors.append(ctypes.get_errno())
+        feed.close()
+        return kinds, errors
+
+    kinds, errors = as_nobody(program)
+    assert kinds == ["anon_inode:bpf_link", "anon_inode:bpf-map", "anon_inode:bpf-map"]
+    assert all(errors)
+
+
+# ---- limits ----
+
+
+@pytest.mark.parametrize("options", [["--clients", "6", "--clients-per-user", "4"]])
+def test_limits_on_clients(daemon: Daemon) -> None:
+    def greedy(pipe: Connection) -> str:
+        notifiers = []
+        try:
+            while True:
+                notifiers.append(ummunotify.open(source="daemon"))
+        except ummunotify.SourceUnavailableError as error:
+            pipe.send((len(notifiers), str(error)))
+        pipe.recv()
+        for umn in notifiers:
+            change(umn)
+        return "fine"
+
+    first = Child(greedy)
+    count, why = first.hear()
+    assert count == 4
+    assert "4 notifiers open" in why
+    assert "--clients-per-user" in why
+    second = Child(greedy, NOBODY - 1)
+    count, why = second.hear()
+    assert count == 2
+    assert "serves 6 notifiers" in why
+    for child in (first, second):
+        child.pipe.send("end")
+        assert child.result() == "fine"
+    daemon.settled()
+    as_nobody(lambda _: change(ummunotify.open()))
+
+
+@pytest.mark.parametrize("options", [["--memory-per-user", "2"]])
+def test_limits_on_memory(daemon: Daemon) -> None:
+    def greedy(pipe: Connection) -> tuple[int, str]:
+        with ummunotify.open() as umn:
+            try:
+                for i in range(1 << 20):
+                    umn.watch((0x10000 + i * PAGE, PAGE))
+            except ummunotify.TooManyRegionsError as error:
+                for region in umn.regions[::2]:
+                    region.close()
+                change(umn)
+                return umn.stats["bytes"], str(error)
+        raise AssertionError
+
+    size, why = as_nobody(greedy)
+    assert 1 << 20 < size <= 2 << 20
+    assert "--memory-per-user" in why
+    daemon.settled()
+
+
+def test_usage_counts_back_to_nothing() -> None:
+    usage = Usage(Limits(clients=10, clients_per_user=3, memory_per_user=3 * TABLE))
+    assert [usage.enter(1)[0] for _ in range(4)] == [Status.OK] * 3 + [Status.USER_CLIENTS]
+    assert usage.grow(1, 5) == 0
+    usage.leave(1, 1)
+    assert usage.grow(1, 5) == 1
+    assert usage.enter(1)[0] == Status.USER_MEMORY
+    usage.leave(1, 2)
+    usage.leave(1, 1)
+    assert not usage.clients
+    assert not usage.memory
+
+
+def test_scale(daemon: Daemon) -> None:
+    """256 clients with 1,000 regions each, of a file that somebody else truncates."""
+    clients, regions = 256, 1000
+    with tempfile.TemporaryFile() as file:
+        file.truncate(regions * PAGE)
+
+        def program(pipe: Connection) -> None:
+            umn = ummunotify.open()
+            mapped = mmap.mmap(file.fileno(), regions * PAGE)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+            for i in range(regions):
+                mapped[i * PAGE]  # noqa: B018
+            watched = [umn.watch((address + i * PAGE, PAGE)) for i in range(regions)]
+            pipe.send([region.valid for region in watched].count(True))
+            pipe.recv()
+            valid = [region.valid for region in watched].count(True)
+            pipe.send((True, (valid, len(umn.read()))))
+            os._exit(0)
+
+        children = []
+        try:
+            children += [Child(program) for _ in range(clients)]
+            assert [child.hear() for child in children] == [regions] * clients
+            summary = daemon.settled(clients)
+            assert summary.memory < 100 << 20
+            os.ftruncate(file.fileno(), 0)
+            for child in children:
+                child.pipe.send("truncated")
+            assert [child.result()[:2] for child in children] == [(0, regions)] * clients
+            children.clear()
+        finally:
+            for child in children:
+                child.kill()
+    daemon.settled()
+    resident = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{daemon.pid}/status").read_text())
+    assert resident
+    assert int(resident[1]) < 60 << 10
+
+
+# ---- garbage ----
+
+OPS = st.integers(0, 6)
+MESSAGES = st.lists(
+    st.tuples(
+        st.one_of(
+            st.binary(min_size=1, max_size=40),
+            st.builds(lambda op, version, n: Request(op, version, n).pack(), OPS, st.integers(0, 2), st.integers(0, 20)),
+            st.sampled_from([Request(op).pack() for op in Op]),
+        ),
+        st.integers(0, 3),  # descriptors that are sent along
+        st.booleans(),  # read the answer first
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+def send(connection: socket.socket, messages: list[tuple[bytes, int, bool]]) -> int:
+    """How many of them it took."""
+    for number, (data, fds, read) in enumerate(messages):
+        try:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * fds))] if fds else []
+            connection.sendmsg([data], rights)
+            if read:
+                _, got, _, _ = socket.recv_fds(connection, 100, 253, socket.MSG_DONTWAIT)
+                for fd in got:
+                    os.close(fd)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return number + 1
+    return len(messages)
+
+
+def test_garbage(daemon: Daemon) -> None:
+    daemon.settled()
+    fds, sent = daemon.fds(), 0
+
+    @settings(
+        max_examples=max(1, FUZZ_MESSAGES // 10),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(MESSAGES)
+    def fuzz(messages: list[tuple[bytes, int, bool]]) -> None:
+        nonlocal sent
+        with source.connect() as connection:
+            sent += send(connection, messages)
+
+    while sent < FUZZ_MESSAGES:
+        fuzz()
+    as_nobody(lambda _: change(ummunotify.open()))
+    daemon.settled()
+    assert daemon.fds(fds) == fds
+
+
+# ---- looking on ----
+
+
+def test_status(daemon: Daemon) -> None:
+    def program(pipe: Connection) -> None:
+        with ummunotify.open() as umn:
+            change(umn)
+            umn.watch((1 << 20, PAGE))
+            pipe.send("open")
+            pipe.recv()
+
+    child = Child(program)
+    assert child.hear() == "open"
+    status = json.loads(subprocess.run([*COMMAND, "status", "--json"], capture_output=True, check=True).stdout)
+    (client,) = status["clients"]
+    assert client["pid"] == child.pid
+    assert client["uid"] == NOBODY
+    assert client["regions"] == 1
+    assert client["generation"] == 2  # the self-test's and ours
+    assert status["daemon"]["clients"] == 1
+    text = subprocess.run([*COMMAND, "status"], capture_output=True, text=True, check=True).stdout
+    assert str(child.pid) in text
+
+    def others(_: Connection) -> list[bytes]:
+        with source.connect() as connection:
+            connection.send(Request(Op.STATUS).pack())
+            return [connection.recv(100)]
+
+    (answer,) = Child(others, NOBODY - 1).result()
+    assert Reply.unpack(answer).status == Status.END
+    child.pipe.send("end")
+    child.result()
+
+
+def test_status_without_a_daemon(directory: Path) -> None:
+    said = subprocess.run([*COMMAND, "status"], capture_output=True, text=True)
+    assert said.returncode == 1
+    assert "no daemon runs here" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_metrics(directory: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    daemon = Daemon(directory, "--metrics", f"127.0.0.1:{port}")
+    daemon.start()
+    try:
+        child = Child(lambda pipe: (ummunotify.open(), pipe.send("open"), pipe.recv()))
+        assert child.hear() == "open"
+        with socket.create_connection(("127.0.0.1", port)):  # who says nothing delays nobody
+            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE).read().decode()
+        assert "ummunotify_clients 1.0" in text
+        assert "ummunotify_clients_served_total 1.0" in text
+        child.kill()
+    finally:
+        assert daemon.end() == 0
+    said = subprocess.run([*COMMAND, "daemon", "--metrics", "0.0.0.0:1"], capture_output=True, text=True)
+    assert said.returncode == 1
+    assert "127.0.0.1:PORT" in said.stderr
+
+
+def test_the_log_has_no_addresses(daemon: Daemon) -> None:
+    as_nobody(lambda _: change(ummunotify.open()))
+    assert "0x" not in daemon.log.read_text()
+
+
+def test_doubt_reaches_everybody(daemon: Daemon) -> None:
+    """What the daemon does if the kernel has skipped a run of the program."""
+    with ummunotify.open(source="bpf") as umn:
+        regions = [umn.watch((address, PAGE)) for address in (1 << 20, 1 << 40)]
+        feed = umn._feed
+        assert isinstance(feed, BpfFeed)
+        feed._maps.doubt()
+        assert not any(region.valid for region in regions)
+        assert libbpf.program_info(feed._maps.fds["program"]).recursion_misses == 0
+
+
+def test_install(tmp_path: Path) -> None:
+    said = subprocess.run(
+        [*COMMAND, "daemon", "install", "--directory", str(tmp_path), "--group", "hpc", "--mode", "0660"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "systemctl enable --now ummunotify.socket" in said
+    text = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "SocketGroup=hpc" in text
+    assert "SocketMode=0660" in text
+    assert "@" not in text.replace("@system-service", "").replace("@privileged", "").replace("@resources", "")
