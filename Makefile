@@ -23,6 +23,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN)python -m pytest
 
+# The kernel tests on other kernels; see tests/vm/kernels.toml.
+vmtest: $(VENV)/installed
+	tools/debian-packages qemu-system-x86 kmod iproute2 systemd ibverbs-providers python3-pyverbs
+	$(RUN)python tests/vm/run.py
+
 lint: $(VENV)/installed
 	$(RUN)ruff check
 	$(RUN)ruff format --check

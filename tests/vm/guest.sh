@@ -1,0 +1,37 @@
+# What virtme-ng starts as root in the guest: bash guest.sh DIRECTORY COMMAND...
+directory=$1
+shift
+exec 2>&1 </dev/null
+set -e -o pipefail
+trap 'exit 125' EXIT
+
+# virtme-ng mounts the host's files without a cache, which makes Python's imports several times slower, and read-only but
+# for some directories. So once more: cached (the guest assumes that nobody changes files meanwhile), below an overlay.
+mkdir /run/vm && cd /run/vm && mkdir host changes root
+mount -t 9p -o trans=virtio,version=9p2000.L,access=any,msize=512000,cache=loose,ro host host
+mount -t tmpfs -o mode=755 tmpfs changes && mkdir changes/upper changes/work
+mount -t overlay -o lowerdir=host,upperdir=changes/upper,workdir=changes/work overlay root
+for kept in proc sys dev; do mount --rbind "/$kept" "root/$kept"; done
+mkdir -p root/lib/modules && mount --rbind /lib/modules root/lib/modules
+mount -t tmpfs -o mode=755 tmpfs root/run
+mount -t tmpfs -o mode=1777 tmpfs root/var/tmp
+mkdir root/run/old && cd root && pivot_root . run/old # a mere chroot would forbid user namespaces
+
+cd "$directory"
+# The way to the interpreter and to the checkout, for users other than root. It is the overlay that changes.
+for path in "$PWD" "$(readlink -f "$(command -v python)")" "$VIRTUAL_ENV"; do
+    while [ "$path" != / ]; do path=$(dirname "$path"); chmod o+x "$path"; done
+done
+mount -t bpf bpf /sys/fs/bpf
+modprobe kvm-amd # what QEMU emulates
+# An RDMA device that needs no hardware, and Debian's pyverbs, but nothing else of what is beside it.
+modprobe rdma_rxe
+ip link set lo up
+rdma link add rxe0 type rxe netdev lo
+chmod 666 /dev/kvm /dev/infiniband/uverbs*
+mkdir /run/python
+ln -s /usr/lib/python3/dist-packages/pyverbs /run/python/
+export PYTHONPATH=/run/python TMPDIR=/var/tmp PYTHONDONTWRITEBYTECODE=1
+
+trap - EXIT
+"$@" | cat # a pipe, so that programs may open /dev/stdout

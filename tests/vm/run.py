@@ -1,0 +1,146 @@
+"""Boot other kernels under this machine's own user space with virtme-ng, and run the kernel tests there.
+
+    python tests/vm/run.py                               # all of kernels.toml, suite.sh in each
+    python tests/vm/run.py --only debian-6.1/full -- python -m pytest tests/test_changes.py
+
+The guests have the host's files, at the same paths. What they write is gone afterwards. Kernels are downloaded from
+Debian's archive when they are missing, and unpacked into a cache (UMMUNOTIFY_VM_CACHE, by default in ~/.cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("UMMUNOTIFY_VM_CACHE") or Path.home() / ".cache/ummunotify-vm") / "kernels"
+PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+FAILED = 125  # the guest, not the command
+# What udev would load for the emulated machine and that nothing here needs, or not yet: it costs 10 s.
+BLACKLIST = (
+    "ahci,libahci,libata,sr_mod,cdrom,sg,iTCO_wdt,lpc_ich,i2c_i801,i2c_smbus,psmouse,pcspkr,i6300esb,button,evdev,"
+    "powernow_k8,kvm,kvm_amd,aesni_intel,crc32_pclmul,crc32c_intel,ghash_clmulni_intel,crct10dif_pclmul,"
+    "polyval_clmulni,sha512_ssse3,sha256_ssse3,sha1_ssse3"
+)
+
+
+class Guest(NamedTuple):
+    kernel: str
+    package: str
+    preempt: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}/{self.preempt}"
+
+
+def guests() -> list[Guest]:
+    kernels = tomllib.loads((HERE / "kernels.toml").read_text())["kernel"]
+    return [Guest(each["name"], each["package"], preempt) for each in kernels for preempt in each["preempt"]]
+
+
+def image(kernel: str) -> Path | None:
+    return next((file.resolve() for file in (CACHE / kernel).glob("boot/vmlinuz-*")), None)
+
+
+def output(*command: str, cwd: Path | None = None) -> str:
+    return subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def fetch(kernel: str, package: str) -> None:
+    """Unpack a kernel's package into the cache, without installing it."""
+    depends = output("apt-cache", "show", "--no-all-versions", package)
+    found = re.search(r"^Depends:.*?\b(linux-image-[^ ,]+)", depends, re.MULTILINE)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=".fetch-") as scratch:
+        # apt's unprivileged user cannot write there
+        download = ("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", found[1] if found else package)
+        output(*download, cwd=Path(scratch))
+        root = Path(scratch, "root")
+        output("dpkg-deb", "-x", str(next(Path(scratch).glob("*.deb"))), str(root))
+        for file in root.glob("boot/vmlinuz-*"):
+            output("depmod", "-b", str(root), file.name.removeprefix("vmlinuz-"))
+        root.rename(CACHE / kernel)
+
+
+def run(guest: Guest, command: list[str], timeout: float, prefix: str) -> int:
+    """Boot the guest, run the command there and pass on what it prints; the command's exit status."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(("UMMUNOTIFY_", "PYTEST_"))}
+    kept |= {"PATH": PATH, "HOME": "/root", "VIRTUAL_ENV": sys.prefix, "UMMUNOTIFY_VM": guest.name}
+    settings = [f"{name}={value}" for name, value in kept.items()]
+    started = time.monotonic()
+    with tempfile.NamedTemporaryFile("w", prefix="ummunotify-vm-", suffix=".sh") as script:
+        # The kernel's command line, where virtme-ng puts the command, is short.
+        script.write(shlex.join(["exec", "env", *settings, "bash", str(HERE / "guest.sh"), os.getcwd(), *command]))
+        script.flush()
+        arguments = ["vng", "--run", str(image(guest.kernel)), "--disable-kvm", "--disable-microvm", "--force-9p"]
+        arguments += ["--user", "root", "--memory", "2G", "--cpus", "2", "--exec", f"sh {script.name}"]
+        host = "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"
+        arguments += [f"--qemu-opts=-fsdev {host} -device virtio-9p-pci,fsdev=host,mount_tag=host"]
+        # On a busy host the emulated clocks drift apart; that must not look like a defect of the guest.
+        for append in (f"preempt={guest.preempt}", "tsc=reliable nowatchdog", f"modprobe.blacklist={BLACKLIST}"):
+            arguments += ["--append", append]
+        # QEMU's output must be a pipe: it truncates a file.
+        vm = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        timer = threading.Timer(timeout, os.killpg, (vm.pid, signal.SIGKILL))
+        timer.start()
+        try:
+            assert vm.stdout is not None
+            for line in vm.stdout:
+                print(prefix + line.decode(errors="replace").rstrip("\r\n"), flush=True)
+            status = vm.wait()
+        finally:
+            timer.cancel()
+            if vm.poll() is None:
+                os.killpg(vm.pid, signal.SIGKILL)
+    meaning = {255: " (the kernel panicked)", FAILED: " (the guest could not be set up)", -9: " (it took too long)"}
+    elapsed = time.monotonic() - started
+    print(f"{guest.name}: exit status {status}{meaning.get(status, '')} after {elapsed:.0f} s", flush=True)
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="KERNEL[/PREEMPT]", help=f"of {', '.join(each.name for each in guests())}")
+    parser.add_argument("--timeout", type=float, default=900, metavar="S", help="for each guest (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="guests at a time (%(default)s)")
+    parser.add_argument("command", nargs="*", help="instead of suite.sh")
+    options = parser.parse_args()
+    os.environ["PATH"] = PATH  # vng and depmod
+    chosen = [each for each in guests() if options.only in (None, each.name, each.kernel)]
+    if not chosen:
+        parser.error(f"there is no kernel {options.only!r}")
+    if missing := {each.kernel: each.package for each in chosen if image(each.kernel) is None}:
+        output("apt-get", "-q", "update")
+        for kernel, package in missing.items():
+            fetch(kernel, package)
+    command = options.command or ["sh", str(HERE / "suite.sh")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = [
+            pool.submit(run, each, command, options.timeout, f"{each.name}: " if len(chosen) > 1 else "")
+            for each in chosen
+        ]
+        return next((code for result in results if (code := result.result())), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
