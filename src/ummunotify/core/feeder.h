@@ -40,7 +40,7 @@ struct umn_walk {
 	uint32_t gave_up;
 	uint32_t enter;		    /* the node to go on with; 0: the last of those entered */
 	uint32_t depth;		    /* how many nodes were entered and not left */
-	uint32_t zero;		    /* 0; but the BPF verifier does not know, or it would follow each depth by itself */
+	uint32_t zero;		    /* 0; but the BPF verifier does not know: see umn_invalidate */
 	uint32_t node[UMN_LEVELS];  /* these */
 	uint32_t left[UMN_LEVELS];  /* and their entries that overlap and are still to be followed, one bit each */
 };
@@ -118,7 +118,7 @@ static long umn_step(uint32_t unused, struct umn_walk *w)
 		w->node[depth] = w->enter;
 		w->left[depth] = umn_overlapping(w, node);
 		w->depth = (depth + 1) | w->zero;
-		w->enter = 0;
+		w->enter = w->zero;
 		return 0;
 	}
 	if (!w->left[above]) {
@@ -200,7 +200,13 @@ static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 		w->end = UMN_ADDRESS_MAX; /* "the whole address space" ends at ~0 */
 	if (__sync_fetch_and_add(&header->readers[phase], 1) == UINT64_MAX)
 		w->gave_up = 1; /* cannot be; but using the result makes it an ordered operation in BPF */
-	w->depth = w->zero = UMN_LOAD(&header->zero);
+	/* Before Linux 6.7 the verifier follows one step only of a loop, from what it knows before it, takes the rest of the
+	 * program for dead, and removes it. So it must know nothing of what steps change. Later ones would follow each depth by
+	 * itself. */
+	w->zero = UMN_LOAD(&header->zero);
+	w->depth = w->hit = w->first = w->last = w->done = w->zero;
+	w->gave_up |= w->zero;
+	w->node[w->zero & (UMN_LEVELS - 1)] = w->left[w->zero & (UMN_LEVELS - 1)] = w->zero;
 	w->enter = UMN_LOAD(&header->root);
 	if (w->enter) {
 		UMN_REPEAT(steps, umn_step, w);
@@ -208,7 +214,7 @@ static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 			w->gave_up = 1;
 	}
 	if (w->first) {
-		w->done = 0;
+		w->done = w->zero;
 		UMN_REPEAT(UMN_PUSH_TRIES, umn_push, w);
 		if (!w->done)
 			w->gave_up = 1; /* the chain is lost; the owner finds it again when it handles the overflow */
