@@ -312,7 +312,8 @@ def test_nobody_was_forked(umn: Notifier) -> None:
 
 LIST = """
 import os
-found = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+found = [os.readlink(fd) for fd in fds if os.path.exists(fd)]
 with open("/proc/self/maps") as maps:
     found += list(maps)
 print([name for name in found if "bpf" in name or "kvm" in name or "eventfd" in name])
