@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import faulthandler
 import json
 import mmap
 import os
@@ -492,6 +493,7 @@ def test_whatever_becomes_of_a_client_it_gives_everything_back(daemon: Daemon) -
         if what == "exec":
             os.execv("/bin/sleep", ["sleep", "1000"])
         if what == "crash":
+            faulthandler.disable()  # pytest's, inherited
             os.kill(os.getpid(), signal.SIGSEGV)
         pipe.recv()
 
@@ -707,7 +709,7 @@ def test_scale(daemon: Daemon) -> None:
             mapped = mmap.mmap(file.fileno(), regions * PAGE)
             address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
             for i in range(regions):
-                mapped[i * PAGE]  # noqa: B018
+                mapped[i * PAGE]
             watched = [umn.watch((address + i * PAGE, PAGE)) for i in range(regions)]
             pipe.send([region.valid for region in watched].count(True))
             pipe.recv()
@@ -738,11 +740,14 @@ def test_scale(daemon: Daemon) -> None:
 # ---- garbage ----
 
 OPS = st.integers(0, 6)
+REQUESTS = st.builds(
+    lambda op, version, argument: Request(op, version, argument).pack(), OPS, st.integers(0, 2), st.integers(0, 20)
+)
 MESSAGES = st.lists(
     st.tuples(
         st.one_of(
             st.binary(min_size=1, max_size=40),
-            st.builds(lambda op, version, n: Request(op, version, n).pack(), OPS, st.integers(0, 2), st.integers(0, 20)),
+            REQUESTS,
             st.sampled_from([Request(op).pack() for op in Op]),
         ),
         st.integers(0, 3),  # descriptors that are sent along

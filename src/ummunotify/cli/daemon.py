@@ -213,8 +213,7 @@ def _serve(
         event(
             logging.INFO, "started", pid=os.getpid(), uid=os.geteuid(), socket=listener.getsockname(), clients=clients
         )
-        _notify("READY=1")
-        server.run()
+        server.run(lambda: _notify("READY=1"))
         _notify("STOPPING=1")
         event(logging.INFO, "stopped", clients=server.summary().clients)
 

@@ -124,10 +124,11 @@ class Server:
     def unwatch(self, fd: int | socket.socket) -> None:
         self._selector.unregister(fd)
 
-    def run(self) -> None:
-        """Until SIGTERM or SIGINT. In the main thread."""
+    def run(self, started: Callable[[], None]) -> None:
+        """Until SIGTERM or SIGINT. In the main thread. Calls `started` when it is ready for either."""
         with self._signals():
             self.watch(self._listener, self._accept)
+            started()
             while not self._stop:
                 events = self._selector.select(self._timeout())
                 self._heard.clear()
