@@ -14,7 +14,12 @@ mount -t overlay -o lowerdir=host,upperdir=changes/upper,workdir=changes/work ov
 for kept in proc sys dev; do mount --rbind "/$kept" "root/$kept"; done
 mkdir -p root/lib/modules && mount --rbind /lib/modules root/lib/modules
 mount -t tmpfs -o mode=755 tmpfs root/run
-mount -t tmpfs -o mode=1777 tmpfs root/var/tmp
+# The tests' files: some things only a disk's file system does.
+truncate -s 256M changes/disk
+mke2fs -q -t ext4 -O ^has_journal changes/disk
+modprobe -a loop ext4
+mount -o loop changes/disk root/var/tmp
+chmod 1777 root/var/tmp
 mkdir root/run/old && cd root && pivot_root . run/old # a mere chroot would forbid user namespaces
 
 cd "$directory"
