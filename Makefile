@@ -23,6 +23,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN)python -m pytest
 
+# Writes docs/benchmarks.md, or only the sections that SECTIONS names.
+bench: $(VENV)/installed
+	$(RUN)python -m benchmarks $(SECTIONS)
+
 # The kernel tests on other kernels; see tests/vm/kernels.toml.
 vmtest: $(VENV)/installed
 	tools/debian-packages qemu-system-x86 kmod iproute2 systemd ibverbs-providers python3-pyverbs

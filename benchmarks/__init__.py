@@ -1,0 +1,1 @@
+"""What ummunotify costs: `python -m benchmarks` measures it and writes docs/benchmarks.md."""
