@@ -152,7 +152,8 @@ def test_threads_through_the_cache(keeper: object, registrar: CudaRegistrar, mem
                 try:
                     cache.acquire((memory + start, 2 * PAGE)).release()
                 except RegistrationError as error:
-                    assert "in use" in str(error)  # by another thread, just then
+                    if "in use" not in str(error):  # by another thread, just then
+                        raise
                     refused += 1
                 if i % 10 == 0:
                     cache.invalidate((memory + start, 1))
@@ -175,7 +176,7 @@ def test_a_gpu(keeper: object, memory: int) -> None:
     try:
         registrar = CudaRegistrar()
     except RegistrarUnavailableError as error:
-        require("cuda", str(error))
+        require("cuda", str(error), always=False)
     driver = ctypes.CDLL("libcuda.so.1")
     with registrar, RegistrationCache(registrar) as cache:
         for value in range(1, 20):

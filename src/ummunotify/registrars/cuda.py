@@ -62,7 +62,8 @@ class CudaRegistrar:
             self._driver = ctypes.CDLL(library)
         except OSError as error:
             raise RegistrarUnavailableError(
-                f"the CUDA driver library cannot be loaded ({error}); install NVIDIA's driver, or give a container access to it"
+                f"the CUDA driver library cannot be loaded ({error}); "
+                "install NVIDIA's driver, or give a container access to it"
             ) from error
         number = ctypes.c_int()
         try:
