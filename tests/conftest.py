@@ -15,6 +15,8 @@ from support import require
 import ummunotify
 from ummunotify import Notifier
 
+pytest_plugins = ("daemons",)
+
 
 def resources() -> tuple[dict[str, str], list[str], set[str]]:
     """Descriptors and what they are open on, the mappings that are the library's, and threads."""

@@ -1,0 +1,232 @@
+"""A daemon, its clients, and fixtures for the tests of both."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import map_memory, require, unmap_memory
+
+import ummunotify
+from ummunotify.daemon import protocol
+from ummunotify.daemon.limits import TABLE
+from ummunotify.daemon.protocol import Op, Request, Summary
+from ummunotify.sources import daemon as source
+from ummunotify.sources.base import UnavailableError
+from ummunotify.sources.bpf import BpfFeed
+
+PAGE = mmap.PAGESIZE
+NOBODY = 65534
+COMMAND = [sys.executable, "-m", "ummunotify"]
+PATIENCE = 30.0
+"""Seconds after which something will never happen."""
+
+
+class Daemon:
+    """One that runs, or can be started."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.path = str(directory / "socket")
+        self.options = options
+        self.log = directory / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, open(self.log, "ab") as log:
+            address = f"{self.path}.notify"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address)
+            ready.bind(address)
+            os.chmod(address, 0o777)
+            ready.settimeout(PATIENCE)
+            self.process = subprocess.Popen(
+                [*COMMAND, "daemon", "--socket", self.path, "--user", "nobody", *self.options],
+                env=os.environ | {"NOTIFY_SOCKET": address},
+                stderr=log,
+            )
+            try:
+                assert ready.recv(100) == b"READY=1"
+            except BaseException:
+                self.end(signal.SIGKILL)
+                raise
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        assert self.process
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    @property
+    def pid(self) -> int:
+        assert self.process
+        return self.process.pid
+
+    def fds(self, expected: int | None = None) -> int:
+        """How many descriptors it has, when that many are left or it does not change any more."""
+        counts = [-1]
+        while counts[-1] != expected and len(counts) < 100:
+            counts.append(len(os.listdir(f"/proc/{self.pid}/fd")))
+            if expected is None and len(counts) > 5 and len(set(counts[-5:])) == 1:
+                break
+            time.sleep(0.02)
+        return counts[-1]
+
+    def summary(self) -> Summary:
+        with source.connect() as connection:
+            connection.send(Request(Op.STATUS, argument=protocol.SUMMARY).pack())
+            return Summary.unpack(connection.recv(protocol.SUMMARY_SIZE))
+
+    def settled(self, clients: int = 0) -> Summary:
+        """When it has so many clients, and nothing to do."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            summary = self.summary()
+            if summary.clients == clients and summary.ready == 16 and summary.memory == (16 + clients) * TABLE:
+                return summary
+            assert time.monotonic() < deadline, summary
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def privileged() -> None:
+    if os.geteuid():
+        require("bpf", "the daemon's tests become another user, which takes root")
+    try:
+        BpfFeed().close()
+    except UnavailableError as error:
+        require("bpf", str(error))
+
+
+@pytest.fixture
+def directory(privileged: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """That other users can get into."""
+    directory = Path(tempfile.mkdtemp(prefix="umn"))
+    directory.chmod(0o755)
+    monkeypatch.setenv(protocol.ENVIRONMENT, str(directory / "socket"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def options() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def daemon(directory: Path, options: list[str]) -> Iterator[Daemon]:
+    daemon = Daemon(directory, *options)
+    daemon.start()
+    yield daemon
+    assert daemon.process
+    if daemon.process.poll() is None:
+        assert daemon.end() == 0, daemon.log.read_text()
+    assert "Traceback" not in daemon.log.read_text()
+
+
+class Child:
+    """A process of another user's that runs a function, and talks with it through `pipe`."""
+
+    def __init__(self, function: Callable[[Connection], Any], uid: int = NOBODY) -> None:
+        self.pipe, theirs = Pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.pipe.close()
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+                theirs.send((True, function(theirs)))
+            except BaseException as error:
+                try:
+                    theirs.send((False, pickle.loads(pickle.dumps(error))))
+                except BaseException:
+                    theirs.send((False, RuntimeError(repr(error))))
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def hear(self) -> Any:
+        assert self.pipe.poll(PATIENCE)
+        return self.pipe.recv()
+
+    def result(self) -> Any:
+        try:
+            good, value = self.hear()
+        finally:
+            self.kill()
+        if not good:
+            raise value
+        return value
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.pipe.close()
+
+
+def as_nobody(function: Callable[[Connection], Any]) -> Any:
+    return Child(function).result()
+
+
+def change(umn: ummunotify.Notifier) -> None:
+    """Unmap something that is watched: it is told at once, and once."""
+    address = map_memory(PAGE)
+    ctypes.c_ubyte.from_address(address).value = 1
+    region = umn.watch((address, PAGE))
+    assert region.valid
+    unmap_memory(address, PAGE)
+    assert not region.valid
+    assert umn.changed
+    assert region in [event.region for event in umn.read()]
+    region.close()
+
+
+def held() -> list[str]:
+    """This process's descriptors and mappings that are the library's."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listdir used
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+    lines = links + Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in lines if re.search("anon_inode:(bpf|kvm)|/dev/kvm", line)]
+
+
+def stress(pipe: Connection) -> int:
+    """Change one thing after the other until told to stop, and miss nothing."""
+    rng = random.Random(os.getpid())
+    changes = 0
+    with ummunotify.open(source="daemon") as umn:
+        base = map_memory(64 * PAGE)
+        regions = [umn.watch((base + i * PAGE, PAGE)) for i in range(64)]
+        pipe.send("watching")
+        while not pipe.poll():
+            first = rng.randrange(64)
+            count = rng.randrange(1, 65 - first)
+            for i in range(first, first + count):
+                ctypes.c_ubyte.from_address(base + i * PAGE).value = 1
+            unmap_memory(base + first * PAGE, count * PAGE)
+            valid = [region.valid for region in regions]
+            assert not any(valid[first : first + count])
+            assert set(regions[first : first + count]) <= {event.region for event in umn.read()}
+            for region in regions[first : first + count]:
+                region.renew()
+            assert map_memory(count * PAGE, base + first * PAGE) == base + first * PAGE
+            changes += 1
+    return changes
