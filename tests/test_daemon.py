@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import ctypes
 import faulthandler
@@ -24,8 +23,6 @@ from pathlib import Path
 
 import pytest
 from daemons import COMMAND, NOBODY, PAGE, PATIENCE, Child, Daemon, as_nobody, change, held, stress
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support import map_memory, unmap_memory
 
 import ummunotify
@@ -35,9 +32,6 @@ from ummunotify.daemon.protocol import Op, Reply, Request, Status
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
 from ummunotify.sources.bpf import BpfFeed
-
-FUZZ_MESSAGES = int(os.environ.get("UMMUNOTIFY_FUZZ_MESSAGES", "2000"))
-
 
 # ---- what it is for ----
 
@@ -534,67 +528,6 @@ def test_scale(daemon: Daemon) -> None:
     resident = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{daemon.pid}/status").read_text())
     assert resident
     assert int(resident[1]) < 60 << 10
-
-
-# ---- garbage ----
-
-OPS = st.integers(0, 6)
-REQUESTS = st.builds(
-    lambda op, version, argument: Request(op, version, argument).pack(), OPS, st.integers(0, 2), st.integers(0, 20)
-)
-MESSAGES = st.lists(
-    st.tuples(
-        st.one_of(
-            st.binary(min_size=1, max_size=40),
-            REQUESTS,
-            st.sampled_from([Request(op).pack() for op in Op]),
-        ),
-        st.integers(0, 3),  # descriptors that are sent along
-        st.booleans(),  # read the answer first
-    ),
-    min_size=1,
-    max_size=20,
-)
-
-
-def send(connection: socket.socket, messages: list[tuple[bytes, int, bool]]) -> int:
-    """How many of them it took."""
-    for number, (data, fds, read) in enumerate(messages):
-        try:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * fds))] if fds else []
-            connection.sendmsg([data], rights)
-            if read:
-                _, got, _, _ = socket.recv_fds(connection, 100, 253, socket.MSG_DONTWAIT)
-                for fd in got:
-                    os.close(fd)
-        except BlockingIOError:
-            pass
-        except OSError:
-            return number + 1
-    return len(messages)
-
-
-def test_garbage(daemon: Daemon) -> None:
-    daemon.settled()
-    fds, sent = daemon.fds(), 0
-
-    @settings(
-        max_examples=max(1, FUZZ_MESSAGES // 10),
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(MESSAGES)
-    def fuzz(messages: list[tuple[bytes, int, bool]]) -> None:
-        nonlocal sent
-        with source.connect() as connection:
-            sent += send(connection, messages)
-
-    while sent < FUZZ_MESSAGES:
-        fuzz()
-    as_nobody(lambda _: change(ummunotify.open()))
-    daemon.settled()
-    assert daemon.fds(fds) == fds
 
 
 # ---- looking on ----
