@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import multiprocessing
 import os
@@ -13,15 +14,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from multiprocessing.connection import Connection
 
 import pytest
-from changes import CLONE_EXIT, FORK_PAUSE, Memory, call, clone_exit, madvise, map_at, run_code, store, untouched
 from support import in_child
 
 import ummunotify
 from ummunotify import ClosedError, ForkedError, Notifier, Region
+from ummunotify.selftest.changes import (
+    CLONE_EXIT,
+    FORK_PAUSE,
+    Memory,
+    call,
+    clone_exit,
+    madvise,
+    map_at,
+    run_code,
+    store,
+    untouched,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -398,13 +409,15 @@ def test_multiprocessing(method: str, umn: Notifier, watched: Region, monkeypatc
     monkeypatch.setattr(sys.modules[__name__], "_notifier", umn)
     monkeypatch.setattr(sys.modules[__name__], "_region", watched)
     context = multiprocessing.get_context(method)
-    with ExitStack() as stack:
-        pool = stack.enter_context(context.Pool(2))
+    with context.Pool(2) as pool:
         arguments = (watched.address, watched.length, method == "fork")
         results = [pool.apply_async(worker, arguments) for _ in range(4)]
         assert [result.get(LONG) for result in results] == [[]] * 4
         pool.close()
         pool.join()
+    # Its semaphores go before the process that watches over them.
+    del pool, results
+    gc.collect()
     if method == "forkserver":
         from multiprocessing.forkserver import _forkserver
 
@@ -458,13 +471,15 @@ def test_fork_while_others_are_in_it(umn: Notifier, watched: Region, memory: Mem
     threads = [loop(act) for act in (watch_many, change, lambda: other.read(0.001), open_and_close)]
     deadline = time.monotonic() + 2
     forks = 0
-    while time.monotonic() < deadline or forks < 3:
-        in_child(lambda: (check_child(umn, watched), check_child(other, region)))
-        forks += 1
-    in_child(lambda: use_own(memory))
-    stop.set()
-    for thread in threads:
-        thread.join(LONG)
+    try:
+        while time.monotonic() < deadline or forks < 3:
+            in_child(lambda: (check_child(umn, watched), check_child(other, region)))
+            forks += 1
+        in_child(lambda: use_own(memory))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(LONG)
     assert errors == []
     other.close()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import os
 import select
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -114,12 +115,12 @@ class Notifier(WatchTable):
         with self._lock:
             self._inside -= 1
             if not self._inside and not self._open:
-                self._release()
+                _making.release(self)
 
     def _grow(self) -> None:
         self._enter()
         try:
-            with self._growing, _making:
+            with self._growing, _making.held():
                 pages = self._next_pages()
                 if not pages:
                     self._check()
@@ -165,6 +166,8 @@ class Notifier(WatchTable):
             self._leave()
 
     def _take(self) -> list[Invalidation]:
+        if not self._open:  # closed meanwhile; or this is the child of a signal handler that has forked
+            self._drain()  # which knows the error
         if self._feed.doubtful():
             self._doubt()
         if self._wakes:
@@ -188,7 +191,7 @@ class Notifier(WatchTable):
         """
         self._enter()
         try:
-            with _making:
+            with _making.held():
                 fd = self._feed.wake_fd()
             if not self._wakes:
                 self._wakes = True
@@ -237,18 +240,21 @@ class Notifier(WatchTable):
                 return
             self._close_table()
             self._open = False
-            _notifiers.discard(self)
             if self._closing_fd >= 0:
                 os.eventfd_write(self._closing_fd, 1)
             # Else the last of those who are inside does it.
             if not self._inside:
-                self._release()
+                _making.release(self)
 
     def _release(self) -> None:
-        self._feed.close()
-        if self._closing_fd >= 0:
-            os.close(self._closing_fd)
-            self._closing_fd = -1
+        """Called under `_making`."""
+        try:
+            self._feed.close()
+        finally:
+            if self._closing_fd >= 0:
+                os.close(self._closing_fd)
+                self._closing_fd = -1
+            _notifiers.discard(self)
 
     def _abandon(self) -> None:
         """In the child of a fork. Takes no lock: a thread that is not here may hold it."""
@@ -276,18 +282,73 @@ async def _readable(loop: asyncio.AbstractEventLoop, fds: list[int]) -> None:
 
 _notifiers: weakref.WeakSet[Notifier] = weakref.WeakSet()
 
-_making = threading.RLock()
-"""Held while there are descriptors and mappings that `_abandon_all` would not find; so there is no fork meanwhile."""
+
+class _Making:
+    """Held where descriptors and mappings are made or released, by any notifier; so there is no fork meanwhile.
+
+    A child could not know those that are just about to be noted down somewhere, or no longer are.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0  # how often the thread that holds the lock has taken it
+        self._leaving: collections.deque[Notifier] = collections.deque()
+        os.register_at_fork(
+            before=self._lock.acquire, after_in_parent=self._after_in_parent, after_in_child=self._after_in_child
+        )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+        finally:
+            self._sweep()
+
+    def release(self, notifier: Notifier) -> None:
+        """Release what it has: now, or when whoever holds the lock lets go of it.
+
+        This must not wait: a signal handler or the garbage collector may close a notifier at any moment, also while
+        this very thread holds the lock.
+        """
+        self._leaving.append(notifier)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        # Whoever has the lock comes here after he has let go of it.
+        while self._leaving and self._lock.acquire(blocking=False):
+            try:
+                if self._depth:
+                    return
+                self._depth = 1
+                try:
+                    while self._leaving:
+                        try:
+                            self._leaving[0]._release()
+                        finally:
+                            self._leaving.popleft()
+                finally:
+                    self._depth = 0
+            finally:
+                self._lock.release()
+
+    def _after_in_parent(self) -> None:
+        self._lock.release()
+        self._sweep()
+
+    def _after_in_child(self) -> None:
+        for notifier in [*_notifiers, *self._leaving]:
+            notifier._abandon()
+        _notifiers.clear()
+        self._leaving.clear()
+        self._lock.release()
 
 
-def _abandon_all() -> None:
-    for notifier in list(_notifiers):
-        notifier._abandon()
-    _notifiers.clear()
-    _making.release()
-
-
-os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_abandon_all)
+_making = _Making()
 
 
 def open(source: str | None = None, *, probe: str | None = None, max_regions: int | None = None) -> Notifier:
@@ -302,15 +363,15 @@ def open(source: str | None = None, *, probe: str | None = None, max_regions: in
     reasons: dict[str, str] = {}
     for candidate in sources.candidates(source, probe):
         try:
-            return _open(candidate, max_regions)
+            return open_candidate(candidate, max_regions)
         except UnavailableError as error:
             reasons[candidate.name] = str(error)
     raise SourceUnavailableError(reasons)
 
 
-def _open(candidate: sources.Candidate, max_regions: int | None = None) -> Notifier:
-    """Raises UnavailableError."""
-    with _making:
+def open_candidate(candidate: sources.Candidate, max_regions: int | None = None) -> Notifier:
+    """With this source and no other. Raises UnavailableError."""
+    with _making.held():
         feed = candidate.open()
         try:
             return Notifier(feed, max_regions=max_regions)
@@ -339,7 +400,7 @@ def survey() -> list[Finding]:
     findings = []
     for candidate in sources.every():
         try:
-            _open(candidate).close()
+            open_candidate(candidate).close()
             findings.append(Finding(candidate.name, True, "", ""))
         except UnavailableError as error:
             findings.append(Finding(candidate.name, False, error.reason, error.remedy))

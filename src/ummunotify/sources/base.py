@@ -17,7 +17,8 @@ class UnavailableError(Exception):
 class Feed(Protocol):
     """A source's connection to one table.
 
-    The notifier calls it from one thread at a time, but for `acknowledge`.
+    The notifier makes it and calls it from one thread at a time, for all feeds of the process together, and there is no
+    fork meanwhile; but for `acknowledge`, `doubtful` and `wake_fd` once that has been made.
     """
 
     name: str

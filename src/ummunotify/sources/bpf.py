@@ -6,15 +6,12 @@ file descriptors, so that the child of a fork can let go of it by closing them.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import errno
 import fcntl
 import os
 import secrets
 import struct
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from .._core import Ring, map_shared, show_secret, skipped_runs
@@ -307,54 +304,17 @@ def create_vm(kvm: int) -> int:
 
 
 class _Process:
-    """What all notifiers of this process share; made for the first and closed with the last."""
+    """What all notifiers of this process share; made for the first and closed with the last.
+
+    One thread at a time: whoever holds a feed sees to that (see Feed).
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0  # how often the thread that holds the lock has taken it
-        self._leaving: collections.deque[BpfFeed] = collections.deque()
         self.maps: Maps | None = None
         self.vm = -1
         self.feeds = 0
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                self._depth += 1
-                try:
-                    yield
-                finally:
-                    self._depth -= 1
-        finally:
-            self._sweep()
-
-    def retire(self, feed: BpfFeed) -> None:
-        """Close the feed: now, or when whoever holds the lock lets go of it.
-
-        This must not wait: a signal handler or the garbage collector may close a notifier at any moment, also while
-        this very thread holds the lock.
-        """
-        self._leaving.append(feed)
-        self._sweep()
-
-    def _sweep(self) -> None:
-        # Whoever has the lock comes here after he has let go of it.
-        while self._leaving and self._lock.acquire(blocking=False):
-            try:
-                if self._depth:
-                    return
-                self._depth = 1
-                try:
-                    while self._leaving:
-                        self._leaving.popleft().drop()
-                finally:
-                    self._depth = 0
-            finally:
-                self._lock.release()
-
     def enter(self) -> Maps:
-        """The caller holds the lock."""
         if self.maps is None:
             maps = Maps()
             try:
@@ -372,7 +332,6 @@ class _Process:
         return self.maps
 
     def leave(self) -> None:
-        """The caller holds the lock."""
         self.feeds -= 1
         if not self.feeds:
             self.close()
@@ -408,24 +367,22 @@ class BpfFeed:
         self._prepared: list[int] = []  # descriptors of the last of them, not mapped yet; the last one first
         self._ring: tuple[int, Ring] | None = None
         self._closed = False
-        with self._process.locked():
-            self._maps = self._process.enter()
-            try:
-                self._skipped = skipped_runs(self._maps.fds["program"])
-                self._table = self._maps.take()
-            except BaseException:
-                self._process.leave()
-                raise
+        self._maps = self._process.enter()
+        try:
+            self._skipped = skipped_runs(self._maps.fds["program"])
+            self._table = self._maps.take()
+        except BaseException:
+            self._process.leave()
+            raise
 
     def add_segment(self, pages: int) -> int:
-        with self._process.locked():
-            if not self._prepared:
-                # Each such step waits for running programs (see Maps.drop), so the steps grow with the table.
-                count = max(1, self._segments // 8)
-                self._prepared = self._maps.add_segments(self._table, self._segments, count)
-                self._prepared.reverse()
-                self._segments += count
-            fd = self._prepared.pop()
+        if not self._prepared:
+            # Each such step waits for running programs (see Maps.drop), so the steps grow with the table.
+            count = max(1, self._segments // 8)
+            self._prepared = self._maps.add_segments(self._table, self._segments, count)
+            self._prepared.reverse()
+            self._segments += count
+        fd = self._prepared.pop()
         try:
             # The mapping keeps the map: one descriptor less.
             return map_shared(fd, pages * PAGE)
@@ -433,30 +390,28 @@ class BpfFeed:
             os.close(fd)
 
     def bind(self) -> None:
-        with self._process.locked():
+        try:
+            secret = self._maps.expect(self._table)
             try:
-                secret = self._maps.expect(self._table)
-                try:
-                    show_secret(secret)
-                finally:
-                    seen = self._maps.settle(self._table, secret)
-            except OSError as error:
-                raise _why(error) from error
+                show_secret(secret)
+            finally:
+                seen = self._maps.settle(self._table, secret)
+        except OSError as error:
+            raise _why(error) from error
         if not seen:
             raise UnavailableError(
                 "the probe did not see a change made for it to see", "please report this with the kernel's version"
             )
 
     def wake_fd(self) -> int:
-        with self._process.locked():
-            if self._ring is None:
-                fd = self._maps.add_ring(self._table)
-                try:
-                    self._ring = fd, Ring(fd)
-                except BaseException:
-                    os.close(fd)
-                    raise
-            return self._ring[0]
+        if self._ring is None:
+            fd = self._maps.add_ring(self._table)
+            try:
+                self._ring = fd, Ring(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        return self._ring[0]
 
     def acknowledge(self) -> None:
         if self._ring is not None:
@@ -467,12 +422,9 @@ class BpfFeed:
         return self._skipped != before
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._process.retire(self)
-
-    def drop(self) -> None:
-        """The caller holds the lock."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self._maps.drop(self._table, self._segments, self._ring is not None)
         finally:
