@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from changes import Memory, private
+from ummunotify.selftest.changes import Memory, private
 from support import require
 
 import ummunotify

@@ -1,4 +1,4 @@
-"""The real kernel: each change of a mapping, and what must not count as one (the cases are in changes.py)."""
+"""The real kernel: each change of a mapping, and what must not count as one; the cases are `ummunotify selftest`'s."""
 
 from __future__ import annotations
 
@@ -8,53 +8,29 @@ import sys
 from pathlib import Path
 
 import pytest
-from changes import CASES, SLOW_CHANGES, Act, Case, Memory, MissingError, in_thread
 from support import require
 
-from ummunotify import Notifier, Region
-
-
-class Watched:
-    """Each unit of the memory, all of it, and its neighbours on both sides."""
-
-    def __init__(self, umn: Notifier, memory: Memory) -> None:
-        self.umn = umn
-        self.memory = memory
-        self.units = {unit: umn.watch((memory.at(unit), memory.unit)) for unit in range(-1, memory.count + 1)}
-        self.whole = umn.watch((memory.address, memory.length))
-        self.last_byte = umn.watch((memory.at(memory.count) - 1, 1))
-
-    @property
-    def all(self) -> list[Region]:
-        return [*self.units.values(), self.whole, self.last_byte]
-
-    @property
-    def invalid(self) -> set[int]:
-        return {unit for unit, region in self.units.items() if not region.valid}
+from ummunotify import Notifier
+from ummunotify.selftest import Watched, units
+from ummunotify.selftest.changes import CASES, SLOW_CHANGES, Act, Case, Memory, MissingError, in_thread
 
 
 def run(case: Case, act: Act, umn: Notifier) -> None:
     try:
         with Memory() as memory:
             case.prepare(memory)
-            watched = Watched(umn, memory)
-            try:
+            with Watched(umn, memory) as watched:
                 assert watched.invalid == set()
                 assert not umn.changed
                 act(memory)
                 memory.fill()
                 check(case, watched)
-            finally:
-                for region in watched.all:
-                    region.close()
-                umn.read()
     except MissingError as error:
         require("changes", f"{case.name}: {error}")
 
 
 def check(case: Case, watched: Watched) -> None:
-    expected = {unit for first, last in case.expected for unit in range(first, last)}
-    allowed = expected | {unit for first, last in case.needless for unit in range(first, last)}
+    expected, allowed = units(case)
     umn, memory = watched.umn, watched.memory
     invalid = watched.invalid
     assert expected <= invalid, "missed"

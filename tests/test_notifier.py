@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from changes import ANONYMOUS, MAP_NORESERVE, PAGE, PROT_NONE, READ_WRITE, Memory, call, madvise
 from support import require
 
 import ummunotify
@@ -45,6 +44,7 @@ from ummunotify import (
     UnknownRegionError,
 )
 from ummunotify.bpf import libbpf
+from ummunotify.selftest.changes import ANONYMOUS, MAP_NORESERVE, PAGE, PROT_NONE, READ_WRITE, Memory, call, madvise
 
 LONG = 60.0
 """Seconds in which everything has happened that is going to."""
