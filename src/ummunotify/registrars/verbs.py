@@ -18,7 +18,7 @@ _LIMITS = {errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EMFILE, errno.ENFILE,
 
 
 class VerbsRegistrar:
-    """Registers memory in a protection domain: a `pyverbs.pd.PD`, or one of the device named, which is then opened here.
+    """Registers memory in a protection domain: a `pyverbs.pd.PD`, or one of the device named, then opened here.
 
     The handle is a `pyverbs.mr.MR`, with `lkey` and `rkey`. `access` consists of the flags IBV_ACCESS_*; without it,
     this side may read and write the memory and whoever is told the rkey may too.
@@ -78,7 +78,8 @@ class VerbsRegistrar:
         self._check()
         with self._lock:
             if handle not in self._live:
-                raise RegistrarError(f"{handle} is not registered here (was it deregistered before?)")
+                # Not the handle itself: pyverbs crashes when a closed one is printed.
+                raise RegistrarError("this memory is not registered here (was it deregistered before?)")
             self._live.remove(handle)
         try:
             handle.close()
