@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -9,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ummunotify.selftest.changes import Memory, private
 from support import require
 
 import ummunotify
 from ummunotify import Notifier
+from ummunotify.selftest.changes import Memory, private
 
 pytest_plugins = ("daemons",)
 
@@ -27,7 +28,13 @@ def resources() -> tuple[dict[str, str], list[str], set[str]]:
         except FileNotFoundError:  # the one that listdir used
             continue
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "bpf-" in line or "kvm" in line]
-    return fds, maps, set(os.listdir("/proc/self/task"))
+    threads = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError):
+            name = Path(f"/proc/self/task/{thread}/comm").read_text()
+            if not name.startswith("iou-"):  # the kernel's own; they stay for some seconds
+                threads.add(thread)
+    return fds, maps, threads
 
 
 @pytest.fixture(autouse=True)
