@@ -27,6 +27,7 @@ from support import map_memory, unmap_memory
 
 import ummunotify
 from ummunotify.bpf import libbpf
+from ummunotify.daemon import protocol
 from ummunotify.daemon.limits import TABLE, Limits, Usage
 from ummunotify.daemon.protocol import Op, Reply, Request, Status
 from ummunotify.sources import daemon as source
@@ -272,6 +273,76 @@ def test_it_keeps_only_what_it_needs(daemon: Daemon) -> None:
     assert set(status["Uid"].split()) == {str(NOBODY)}
     assert not status["Groups"].strip()
     assert status["Threads"] == "2"
+
+
+# ---- from a container ----
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
+    0x20000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
+MS_BIND, MS_REC = 4096, 16384
+PR_SET_DUMPABLE = 4
+
+
+def enter_container(path: str) -> None:
+    """Become the first process, and root, of new namespaces. In them are /socket, the package, the system's libraries.
+
+    No /dev, above all.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name: str, *arguments: bytes | int | None) -> None:
+        if getattr(libc, name)(*arguments):
+            raise OSError(ctypes.get_errno(), f"{name}{arguments}: {os.strerror(ctypes.get_errno())}")
+
+    call("prctl", PR_SET_DUMPABLE, 1)  # /proc/self is root's since the user changed
+    call("unshare", CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {NOBODY} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {NOBODY} 1")
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        os._exit(0)
+    root = Path("/mnt")
+    call("mount", b"tmpfs", bytes(root), b"tmpfs", 0, None)
+    (root / "proc").mkdir()
+    (root / "socket").touch()
+    call("mount", b"proc", bytes(root / "proc"), b"proc", 0, None)
+    call("mount", path.encode(), bytes(root / "socket"), None, MS_BIND, None)
+    for folder in ("/usr", "/lib", "/lib64", os.path.dirname(ummunotify.__file__)):
+        inside = root / folder[1:]
+        inside.mkdir(parents=True)
+        call("mount", folder.encode(), bytes(inside), None, MS_BIND | MS_REC, None)
+    os.chroot(root)
+    os.chdir("/")
+    os.environ[protocol.ENVIRONMENT] = "/socket"
+
+
+def test_a_container_with_nothing_but_the_socket(daemon: Daemon) -> None:
+    def program(pipe: Connection) -> tuple[str, int, int, bool]:
+        enter_container(daemon.path)
+        with ummunotify.open() as umn:
+            change(umn)
+            pipe.send("open")
+            pipe.recv()
+            return umn.source, os.getpid(), os.getuid(), os.path.exists("/dev")
+
+    child = Child(program)
+    assert child.hear() == "open"
+    status = json.loads(subprocess.run([*COMMAND, "status", "--json"], capture_output=True, check=True).stdout)
+    (client,) = status["clients"]
+    child.pipe.send("go on")
+    assert child.result() == ("daemon:kvm", 1, 0, False)
+    # To the daemon, and its limits, it is the user that it is on the host.
+    assert client["uid"] == NOBODY
+    assert client["pid"] > child.pid
+    daemon.settled()
 
 
 # ---- clients come and go ----
