@@ -21,6 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "changes.h"
 #include "table.h"
 #include "uffd.h"
 
@@ -202,206 +203,28 @@ static void run_race(uint64_t count)
 
 /* ---- Random changes against an oracle ---- */
 
-/* Each group of pages, in each half of the arena, is changed by one thread; anybody watches them. */
-#define GROUP_PAGES 8
-#define GROUPS_MAX 64
-#define REGIONS 24 /* per thread */
+static void run_changes(uint32_t threads, double seconds)
+{
+	const struct changes_options options = {
+		.source = umn_uffd_source(uffd), .threads = threads, .changes = UINT64_MAX, .seconds = seconds};
+	struct changes_totals totals;
+	const char *wrong = changes_run(table, &options, &totals);
 
-static uint8_t *arena;
-static uint32_t half; /* of the arena, in pages */
-/* The number of the last change of each page that has begun, and of the last one that has succeeded. */
-static uint64_t begun[2 * GROUPS_MAX * GROUP_PAGES], done[2 * GROUPS_MAX * GROUP_PAGES];
-static uint64_t totals[8]; /* see the printf */
-enum { CHANGES, CHECKS, VALID, INVALID, FALSE_ALARMS, REFUSED, RENEWED, EVENTS };
+	if (wrong)
+		fail("%s", wrong);
+	printf("%lu changes, %lu checks: %lu valid, %lu had to be invalid, %lu were without a reason; %lu addresses taken over\n",
+	       totals.changes, totals.checks, totals.valid, totals.hit, totals.false_alarms, totals.taken);
+}
+
+/* ---- Freeing watched memory of the heap, whatever locks are held ---- */
+
+static uint64_t totals[4]; /* see the printf */
+enum { BLOCKS, VALID, INVALID, EVENTS };
 
 static void count(int what, uint64_t n)
 {
 	__atomic_fetch_add(&totals[what], n, __ATOMIC_RELAXED);
 }
-
-static void begin(uint32_t first, uint32_t last)
-{
-	for (uint32_t i = first; i < last; i++)
-		store(&begun[i], begun[i] + 1);
-}
-
-static void end(uint32_t first, uint32_t last)
-{
-	for (uint32_t i = first; i < last; i++)
-		store(&done[i], begun[i]);
-}
-
-/* One change of pages [first, last) of its own group, perhaps together with those in the other half. */
-static void change(uint64_t *state, uint32_t first, uint32_t last)
-{
-	uint32_t other = (first + half) % (2 * half);
-	uint8_t *start = arena + first * PAGE, *moved;
-	size_t length = (last - first) * PAGE;
-	int failed = 0;
-
-	begin(first, last);
-	switch (random64(state) % 7) {
-	case 0:
-	case 1:
-		failed = munmap(start, length);
-		break;
-	case 2:
-		failed = madvise(start, length, MADV_DONTNEED);
-		break;
-	case 3:
-		failed = madvise(start, length, MADV_FREE);
-		break;
-	case 4:
-		failed = map(start, length, MAP_FIXED) == MAP_FAILED;
-		break;
-	case 5:
-		begin(other, other + last - first);
-		/* Where there is a hole, newer kernels (6.17) leave alone what is at the destination; this looks for holes. */
-		failed = msync(start, length, MS_ASYNC) ||
-			 mremap(start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, arena + other * PAGE) == MAP_FAILED;
-		if (!failed)
-			end(other, other + last - first);
-		break;
-	case 6:
-		moved = mremap(start, length, length, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
-		failed = moved == MAP_FAILED;
-		if (!failed)
-			munmap(moved, length);
-		break;
-	}
-	if (!failed)
-		end(first, last);
-	count(CHANGES, !failed);
-	/* Mostly other memory goes there at once, and some is left unmapped for a while. */
-	if (random64(state) % 4)
-		for (uint32_t i = first; i < last; i++)
-			map(arena + i * PAGE, PAGE, MAP_FIXED_NOREPLACE);
-}
-
-struct watched {
-	struct umn_region *region;
-	uint32_t first, last;
-	uint64_t since[3 * GROUP_PAGES]; /* the number of the last change that had begun when it was watched */
-};
-
-static void forget_older(struct watched *w)
-{
-	for (uint32_t i = w->first; i < w->last; i++)
-		w->since[i - w->first] = load(&begun[i]);
-}
-
-static void check_region(uint64_t *state, struct watched *w)
-{
-	uint64_t before[3 * GROUP_PAGES];
-	bool hit = false, valid, valid_again;
-
-	for (uint32_t i = w->first; i < w->last; i++)
-		hit |= (before[i - w->first] = load(&done[i])) > w->since[i - w->first];
-	if (random64(state) % 4 == 0 && hit && !umn_table_changed(table) && umn_region_valid(w->region))
-		fail("missed, and nothing has changed");
-	valid = umn_region_valid(w->region);
-	count(CHECKS, 1);
-	count(valid ? VALID : INVALID, 1);
-	if (valid && hit)
-		fail("missed: a region is valid whose memory was changed");
-	valid_again = umn_region_valid(w->region);
-	if (!valid && valid_again)
-		fail("a region is valid again by itself");
-	if (valid)
-		return;
-	/* Was there a reason? A change may have begun and not have ended, or failed. */
-	for (uint32_t i = w->first; i < w->last; i++)
-		hit |= load(&begun[i]) > w->since[i - w->first];
-	count(FALSE_ALARMS, !hit);
-	if (random64(state) % 2) {
-		if (!umn_table_renew(table, w->region)) {
-			forget_older(w);
-			count(RENEWED, 1);
-			return;
-		}
-		check(!umn_region_valid(w->region));
-	}
-	umn_table_unwatch(table, w->region);
-	w->region = NULL;
-}
-
-static void watch_some(uint64_t *state, struct watched *w)
-{
-	uint32_t length = 1 + random64(state) % (3 * GROUP_PAGES - 1);
-	uint64_t from = random64(state) % PAGE, less = random64(state) % (PAGE - 1);
-	int error;
-
-	w->first = random64(state) % (2 * half - length);
-	w->last = w->first + length;
-	if (length == 1)
-		from = less = 0;
-	error = watch(arena + w->first * PAGE + from, length * PAGE - from - less, &w->region);
-	if (error) {
-		if (error != UMN_UFFD_UNMAPPED)
-			fail("watch: %s", strerror(error));
-		w->region = NULL;
-		count(REFUSED, 1);
-		return;
-	}
-	forget_older(w);
-}
-
-static void *change_and_watch(void *number)
-{
-	uint64_t state = 88172645463325252u + (uintptr_t)number;
-	uint32_t group, first, last;
-	struct watched watched[REGIONS] = {0}, *w;
-	struct umn_event events[16];
-
-	while (now() < deadline) {
-		for (int i = 0; i < 20; i++) {
-			w = &watched[random64(&state) % REGIONS];
-			if (w->region)
-				check_region(&state, w);
-			else
-				watch_some(&state, w);
-		}
-		group = (uint32_t)(uintptr_t)number * GROUP_PAGES + random64(&state) % 2 * half;
-		first = random64(&state) % GROUP_PAGES;
-		last = first + 1 + random64(&state) % (GROUP_PAGES - first);
-		change(&state, group + first, group + last);
-		if (random64(&state) % 8 == 0)
-			count(EVENTS, umn_table_drain(table, events, 16));
-	}
-	for (int i = 0; i < REGIONS; i++)
-		if (watched[i].region)
-			umn_table_unwatch(table, watched[i].region);
-	return NULL;
-}
-
-static void run_threads(void *(*run)(void *), uint32_t threads)
-{
-	pthread_t *all = calloc(threads, sizeof *all);
-
-	for (uint32_t i = 0; i < threads; i++)
-		pthread_create(&all[i], NULL, run, (void *)(uintptr_t)i);
-	for (uint32_t i = 0; i < threads; i++)
-		pthread_join(all[i], NULL);
-	free(all);
-}
-
-static void run_changes(uint32_t threads)
-{
-	struct umn_event events[16];
-
-	check(threads <= GROUPS_MAX);
-	half = (threads < 2 ? 2 : threads) * GROUP_PAGES;
-	arena = map(NULL, 2 * half * PAGE, 0);
-	run_threads(change_and_watch, threads);
-	while (umn_table_drain(table, events, 16))
-		;
-	check(!umn_table_changed(table));
-	printf("%lu changes, %lu checks: %lu valid, %lu invalid, of these %lu without a reason; %lu refused, %lu renewed, %lu events\n",
-	       totals[CHANGES], totals[CHECKS], totals[VALID], totals[INVALID], totals[FALSE_ALARMS], totals[REFUSED], totals[RENEWED],
-	       totals[EVENTS]);
-}
-
-/* ---- Freeing watched memory of the heap, whatever locks are held ---- */
 
 static void *allocate_and_free(void *number)
 {
@@ -420,7 +243,7 @@ static void *allocate_and_free(void *number)
 			memset(memory[i], 1, length);
 			check(!watch(memory[i], length, &regions[i]));
 			umn_region_valid(regions[i]);
-			count(CHANGES, 1);
+			count(BLOCKS, 1);
 			continue;
 		}
 		if (random64(&state) % 4 == 0)
@@ -439,10 +262,21 @@ static void *allocate_and_free(void *number)
 	return NULL;
 }
 
+static void run_threads(void *(*run)(void *), uint32_t threads)
+{
+	pthread_t *all = calloc(threads, sizeof *all);
+
+	for (uint32_t i = 0; i < threads; i++)
+		pthread_create(&all[i], NULL, run, (void *)(uintptr_t)i);
+	for (uint32_t i = 0; i < threads; i++)
+		pthread_join(all[i], NULL);
+	free(all);
+}
+
 static void run_heap(uint32_t threads)
 {
 	run_threads(allocate_and_free, threads);
-	printf("%lu blocks of the heap watched; after free %lu valid, %lu invalid; %lu events\n", totals[CHANGES], totals[VALID],
+	printf("%lu blocks of the heap watched; after free %lu valid, %lu invalid; %lu events\n", totals[BLOCKS], totals[VALID],
 	       totals[INVALID], totals[EVENTS]);
 }
 
@@ -457,7 +291,7 @@ int main(int argc, char **argv)
 	if (!strcmp(argv[1], "race"))
 		run_race(strtoull(argv[2], NULL, 10));
 	else if (!strcmp(argv[1], "changes"))
-		run_changes(threads);
+		run_changes(threads, atof(argv[2]));
 	else if (!strcmp(argv[1], "heap"))
 		run_heap(threads);
 	else

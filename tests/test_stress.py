@@ -1,0 +1,83 @@
+"""The real kernel, under stress: threads that change mappings at random, against an oracle that knows what each has changed.
+
+UMMUNOTIFY_CHANGES is how many changes to make; UMMUNOTIFY_SLOW=1 stands for ten million. Without them it takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import require
+
+import ummunotify
+
+HERE = Path(__file__).parent
+CORE = HERE.parent / "src/ummunotify/core"
+CHANGES = int(os.environ.get("UMMUNOTIFY_CHANGES", 10_000_000 if "UMMUNOTIFY_SLOW" in os.environ else 0))
+SECONDS = 3.0
+
+
+def run(*command: str | Path) -> None:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except FileNotFoundError:
+        require(str(command[0]), "it is not installed")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """core/changes.pyx, with a copy of the owner's side of the table."""
+    if importlib.util.find_spec("Cython") is None:
+        require("cython", "it is not installed")
+    folder = tmp_path_factory.mktemp("changes")
+    source, library = folder / "changes.c", folder / "changes.so"
+    run(sys.executable, "-m", "cython", "-3", HERE / "core/changes.pyx", "-o", source)
+    flags = ["-shared", "-fPIC", "-O2", "-g", "-pthread", f"-I{sysconfig.get_path('include')}"]
+    includes = [f"-I{ummunotify.get_include()}", f"-I{CORE}", f"-I{HERE / 'core'}"]
+    run("gcc", *flags, *includes, source, HERE / "core/changes.c", CORE / "table.c", "-o", library)
+    spec = importlib.util.spec_from_file_location("changes", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("source", ["bpf", "uffd"])
+def test_random_changes(source: str, native: Any, record_property: Any) -> None:
+    try:
+        umn = ummunotify.open(source=source)
+    except ummunotify.SourceUnavailableError as error:
+        require(source, str(error))
+    begin = time.monotonic()
+    with umn:
+        wrong, totals = native.run(
+            umn,
+            threads=4,
+            # userfaultfd is blind to changes of files, so `watch` refuses them.
+            files=source == "bpf",
+            changes=CHANGES or 1 << 62,
+            seconds=1e6 if CHANGES else SECONDS,
+            seed=time.time_ns() % 1_000_000,
+        )
+        overflows = umn.stats["overflows"]
+    totals |= {"overflows": overflows, "seconds": round(time.monotonic() - begin, 1)}
+    report = ", ".join(f"{number:,} {what}" for what, number in totals.items())
+    print(f"{umn.source}: {report}")
+    record_property("stress", report)
+    assert wrong is None, report
+    assert totals["hit"] > 1000, report
+    assert totals["valid"] > 1000, report
+    assert totals["renewed"] > 1000, report
+    assert totals["taken"] > 10, report
+    # They cost time only, but if they were many then something else would be tested than was meant to be.
+    assert totals["false_alarms"] < totals["checks"] / 10, report
