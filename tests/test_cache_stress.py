@@ -48,7 +48,8 @@ def map_over(address: int) -> int:
 
 
 class Acquired(Protocol):
-    handle: FixedBuffer
+    @property
+    def handle(self) -> FixedBuffer: ...
 
 
 class Cache(Protocol):

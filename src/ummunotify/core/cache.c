@@ -40,7 +40,7 @@ struct slab {
 };
 UMN_STATIC_ASSERT(sizeof(struct slab) == SLAB, "31 entries and the link");
 UMN_STATIC_ASSERT(sizeof(struct umn_entry) == 128, "umn_entry_of relies on it");
-UMN_STATIC_ASSERT(offsetof(struct umn_entry, place) < 64, "a hit needs one cache line of the entry");
+UMN_STATIC_ASSERT(offsetof(struct umn_entry, link) == 64, "a hit needs one cache line of the entry");
 
 struct cache {
 	struct umn_cache shared;
@@ -234,7 +234,7 @@ static bool leave_if_idle(struct cache *c, struct umn_entry *entry)
 
 static void retire(struct cache *c, struct umn_entry *entry)
 {
-	c->stale += !umn_region_untouched(entry->region);
+	c->stale += !umn_entry_untouched(entry);
 	index_remove(c, entry);
 	entry->place = RETIRED;
 	/* Whoever takes the last user away after this sees that it is retired; if that was before, it leaves here. */
@@ -424,6 +424,10 @@ void umn_cache_publish(struct umn_cache *cache, struct umn_entry *entry, const s
 
 	pthread_mutex_lock(&c->lock);
 	entry->region = region;
+	__atomic_store_n(&entry->slot, region->slot, __ATOMIC_RELAXED);
+	entry->header = region->header;
+	entry->late = region->source ? region : NULL;
+	entry->overflow = __atomic_load_n(&region->overflow, __ATOMIC_RELAXED);
 	entry->handle = handle;
 	entry->watch = watch;
 	__atomic_store_n(&entry->stamp, c->shared.clock + 1, __ATOMIC_RELAXED);
@@ -464,7 +468,7 @@ struct umn_entry *umn_cache_find(struct umn_cache *cache, uint64_t start, uint64
 			entry = umn_entry_of(link);
 			if (entry->start > start || entry->end < end)
 				continue;
-			if (umn_region_valid(entry->region))
+			if (umn_entry_valid(entry))
 				found = entry;
 			else
 				retire(c, entry);
@@ -522,7 +526,7 @@ static void merge_entry(struct cache *c, struct umn_entry *entry, struct merge *
 	uint64_t low = entry->start < m->low ? entry->start : m->low;
 	uint64_t high = entry->end > m->high ? entry->end : m->high;
 	/* A stale one may be of memory that is no longer mapped. */
-	bool fits = high - low <= m->max_length && umn_region_untouched(entry->region);
+	bool fits = high - low <= m->max_length && umn_entry_untouched(entry);
 
 	if (!overlaps(entry, m->start, m->end) || !(fits || m->all) || !leave_if_idle(c, entry))
 		return;

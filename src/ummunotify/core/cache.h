@@ -40,23 +40,29 @@ struct umn_link {
 	struct umn_link *next;
 };
 
-/* A registration. What a hit needs is in the first 64 bytes. Everything but `state` and `stamp` stays as it is while the entry
- * is in use. Entries stay entries for as long as the cache lives, so that a hit may look at one that is no longer what it was. */
+/* A registration. Everything but `state` and `stamp` stays as it is while the entry is in use. Entries stay entries for as long as
+ * the cache lives, so that a hit may look at one that is no longer what it was. */
 struct umn_entry {
+	/* What a hit needs, in one cache line. */
 	uint64_t state;
 	uint64_t start, end; /* bytes that are registered */
-	const struct umn_region *region;
 	void *handle; /* the owner's */
-	struct umn_link link[2];
+	/* Of the region, so that a hit need not go there too. It is not renewed while it is here. */
+	const struct umn_slot *slot;
+	const struct umn_header *header;
+	const struct umn_region *late; /* the region if its source's news may come late, or NULL */
+	uint32_t overflow;
 	uint32_t stamp; /* the cache's clock when it was last released */
-	uint8_t order;	/* no longer than 1 << order bytes */
 
-	uint8_t place; /* the rest is cache.c's */
-	uint32_t life;
+	struct umn_link link[2];
+	const struct umn_region *region;
 	void *watch; /* the owner's */
-	struct umn_entry *next;
+	struct umn_entry *next; /* the rest is cache.c's */
 	size_t position;
 	uint32_t key;
+	uint32_t life;
+	uint8_t order; /* no longer than 1 << order bytes */
+	uint8_t place;
 } __attribute__((aligned(128)));
 
 struct umn_index {
@@ -92,6 +98,18 @@ static inline struct umn_entry *umn_entry_of(const struct umn_link *link)
 	return (struct umn_entry *)((uintptr_t)link & -sizeof(struct umn_entry));
 }
 
+/* umn_region_untouched and umn_region_valid of its region. */
+static inline bool umn_entry_untouched(const struct umn_entry *entry)
+{
+	return (__atomic_load_n(&entry->slot->state, __ATOMIC_ACQUIRE) & (UMN_LIVE | UMN_INVALID)) == UMN_LIVE &&
+	       __atomic_load_n(&entry->header->overflow, __ATOMIC_ACQUIRE) == entry->overflow;
+}
+
+static inline bool umn_entry_valid(const struct umn_entry *entry)
+{
+	return umn_entry_untouched(entry) && (!entry->late || umn_region_valid(entry->late));
+}
+
 /* A valid registration that contains [start, end), start < end. It stays registered until it is released. NULL: there is none,
  * or it was not found without the lock. */
 static inline struct umn_entry *umn_cache_acquire(struct umn_cache *cache, uint64_t start, uint64_t end)
@@ -117,12 +135,14 @@ static inline struct umn_entry *umn_cache_acquire(struct umn_cache *cache, uint6
 	}
 	return NULL;
 found:
+	/* The atomic operation takes about as long as to fetch this. */
+	__builtin_prefetch(__atomic_load_n(&entry->slot, __ATOMIC_RELAXED));
 	/* So far a guess: the entry may have become another since. Count in first, then see whether it is open. An open entry that
 	 * is counted in does not become another, as nobody makes it leave without having found no user in the same atomic
 	 * operation. Acquire: what is read from here on was written before it was opened. */
 	state = __atomic_fetch_add(&entry->state, UMN_USER + UMN_HIT, __ATOMIC_ACQUIRE);
 	if ((state & UMN_OPEN) && __atomic_load_n(&entry->start, __ATOMIC_RELAXED) <= start &&
-	    __atomic_load_n(&entry->end, __ATOMIC_RELAXED) >= end && umn_region_valid(entry->region))
+	    __atomic_load_n(&entry->end, __ATOMIC_RELAXED) >= end && umn_entry_valid(entry))
 		return entry;
 	/* The count may have kept somebody from making it leave, so that is ours to do. */
 	state = __atomic_fetch_sub(&entry->state, UMN_USER + UMN_HIT, __ATOMIC_ACQ_REL);
@@ -138,7 +158,7 @@ static inline bool umn_cache_release(struct umn_cache *cache, struct umn_entry *
 
 	/* It went stale while it was used: as long as it is ours it can be said to be so. This is only to deregister it soon, so the
 	 * check that costs nothing will do. */
-	if (!umn_region_untouched(entry->region))
+	if (!umn_entry_untouched(entry))
 		cache->retire(cache, entry);
 	__atomic_store_n(&entry->stamp, __atomic_load_n(&cache->clock, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
 	/* Release: all use of the handle comes before it is deregistered by whoever finds no user. From here on the entry may
