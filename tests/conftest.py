@@ -19,6 +19,9 @@ from ummunotify.selftest.changes import Memory, private
 pytest_plugins = ("daemons",)
 
 
+PAGE = 4096
+
+
 def resources() -> tuple[dict[str, str], list[str], set[str]]:
     """Descriptors and what they are open on, the mappings that are the library's, and threads."""
     fds = {}
@@ -62,6 +65,11 @@ def keeper() -> Iterator[Notifier]:
     except ummunotify.SourceUnavailableError as error:
         require("bpf", str(error))
     with opened:
+        # A table of several segments leaves something for the next ones to be forgotten sooner.
+        if opened.source.startswith("bpf"):
+            with ummunotify.open() as large:
+                for i in range(5000):
+                    large.watch((PAGE + i, 1))
         yield opened
 
 

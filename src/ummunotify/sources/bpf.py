@@ -217,15 +217,25 @@ class Maps:
     def drop(self, table: int, segments: int, ring: bool) -> None:
         """Stop feeding the table and forget its memory.
 
-        The kernel returns from each deletion in a map of maps only when no program can be using what was deleted
+        The kernel returns from a change of a map of maps only when no program can be using what was there before
         (maybe_wait_bpf_programs in kernel/bpf/syscall.c), so the number can be given to another table.
         """
         self.unlink(table)
-        for number in range(segments):
-            libbpf.map_delete(self.fds["segments"], _U32.pack(table * SEGMENTS + number))
+        self._forget_segments(table, segments)
         if ring:
             libbpf.map_delete(self.fds["rings"], _U32.pack(table))
         self.free.append(table)
+
+    def _forget_segments(self, table: int, count: int) -> None:
+        # One wait for all: they are replaced together, as they cannot be deleted together.
+        if count > 1:
+            with contextlib.suppress(OSError):  # no descriptor is left to this process
+                if "blank" not in self.fds:
+                    self.fds["blank"] = create_segment()
+                self.put_segments([(table, number, self.fds["blank"]) for number in range(count)])
+                return
+        for number in range(count):
+            libbpf.map_delete(self.fds["segments"], _U32.pack(table * SEGMENTS + number))
 
     def unlink(self, table: int) -> None:
         """Stop feeding the table. Programs may be on their way through it until its segments are replaced."""
