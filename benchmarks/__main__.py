@@ -19,14 +19,14 @@ import click
 
 from . import report
 
-SECTIONS = ("watching",)
+SECTIONS = ("watching", "daemon")
 """The modules, in the page's order."""
 
 
 def _measure(name: str, quick: bool, folder: Path) -> str:
     click.echo(f"{name} ...", err=True)
     module = importlib.import_module(f".{name}", __package__)
-    return f"## {module.TITLE}\n\n{report.machine()}\n\n{module.section(quick, folder).strip()}"
+    return f"## {module.TITLE}\n\n{report.machine()}\n\n{report.wrapped(module.section(quick, folder))}"
 
 
 @click.command(help=__doc__)

@@ -2,14 +2,16 @@
 
 "Not watching" is a fork of the watching process: its memory is laid out in the same way, but it has no notifier. The
 two take turns, a block of a millisecond or two each, on one CPU. What counts is the thread's CPU time, in pairs of
-blocks during which neither had to wait for another process and no other program on the machine was attached to the
-same tracepoint.
+blocks during which neither had to wait for another process, and if possible no other program on the machine was
+attached to the same tracepoint.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -34,13 +36,20 @@ AREA = 0x1000_0000_0000
 OUTSIDE = 0x0800_0000_0000
 BLOCK = 100
 """How many times to map, touch and unmap between two looks at the clock."""
+ENOUGH = 100
+"""So many pairs are enough to do without those during which other programs were attached to the tracepoint."""
+SCATTERED = 1000
+ENOUGH = 100
+"""So many pairs are enough to do without those during which other programs were attached to the tracepoint."""
 SCATTERED = 1000
 OUT, BETWEEN, HIT = "outside", "between", "hit"
-"""Where the changes are: in a hundred places, over and over. Each hit is the first since its region was renewed."""
+"""Where the changes are, a hundred places: before all regions; in the gaps between neighbours; in the neighbours
+themselves, each hit being the first since its region was renewed."""
 BETWEEN_SCATTERED, HIT_SCATTERED = "between, scattered", "hit, scattered"
-"""The same in a thousand places at random, so that what is needed for each is no longer in the nearest caches."""
-WARM_UP = 30
-_BLOCK_RESULT = struct.Struct("=dd?")
+"""The same in a thousand places at random, so that little of what is needed for one is in the caches from another."""
+_KVM_CREATE_VM = 0xAE01
+_REQUEST = struct.Struct("=32sI")
+_RESULT = struct.Struct("=dd?")
 
 
 class Budget(NamedTuple):
@@ -78,30 +87,30 @@ class Case(NamedTuple):
         return self.blocks[number % len(self.blocks)]
 
 
-def _case(addresses: list[int], hit: bool) -> Case:
-    for address in addresses:
-        bare.unmap(address, PAGE)
-    repeated = addresses if len(addresses) >= BLOCK else (addresses * BLOCK)[:BLOCK]
-    return Case([bare.addresses(repeated[i : i + BLOCK]) for i in range(0, len(repeated), BLOCK)], hit)
+def _blocks(addresses: list[int]) -> list[bare.Addresses]:
+    return [bare.addresses(addresses[i : i + BLOCK]) for i in range(0, len(addresses), BLOCK)]
 
 
 def _cases(regions: int) -> dict[str, Case]:
     """Where to map and unmap. What lies around each of the places stays mapped, so that page tables stay too."""
     bare.reserve(OUTSIDE, BLOCK * STRIDE)
     bare.reserve(AREA, regions * STRIDE)
-    pick = random.Random(2010)
-    cases = {OUT: _case([OUTSIDE + i * STRIDE + GAP for i in pick.sample(range(BLOCK), BLOCK)], False)}
-    if regions > 1:
-        gaps = [AREA + i * STRIDE + GAP for i in pick.sample(range(regions - 1), min(BLOCK + SCATTERED, regions - 1))]
-        cases[BETWEEN] = _case(gaps[:BLOCK], False)
-        if len(gaps) == BLOCK + SCATTERED:
-            cases[BETWEEN_SCATTERED] = _case(gaps[BLOCK:], False)
-    if regions >= BLOCK:
-        hits = [AREA + i * STRIDE for i in pick.sample(range(regions), min(BLOCK + SCATTERED, regions))]
-        cases[HIT] = _case(hits[:BLOCK], True)
-        if len(hits) == BLOCK + SCATTERED:
-            cases[HIT_SCATTERED] = _case(hits[BLOCK:], True)
-    return cases
+    scattered = random.Random(2010).sample(range(regions), SCATTERED) if regions > SCATTERED else []
+    middle = max(0, (regions - BLOCK) // 2)
+    hit = list(range(middle, min(middle + BLOCK, regions)))
+    between = [i for i in hit if i < regions - 1]
+    places = {
+        OUT: [OUTSIDE + i * STRIDE + GAP for i in range(BLOCK)],
+        BETWEEN: [AREA + i * STRIDE + GAP for i in between * (BLOCK // max(1, len(between)))],
+        BETWEEN_SCATTERED: [AREA + i * STRIDE + GAP for i in scattered],
+        HIT: [AREA + i * STRIDE for i in hit],
+        HIT_SCATTERED: [AREA + i * STRIDE for i in scattered],
+    }
+    for addresses in places.values():
+        for address in set(addresses):
+            bare.unmap(address, PAGE)
+    hits = (HIT, HIT_SCATTERED)
+    return {name: Case(_blocks(addresses), name in hits) for name, addresses in places.items() if addresses}
 
 
 def _watch(umn: ummunotify.Notifier, regions: int) -> None:
@@ -112,47 +121,53 @@ def _watch(umn: ummunotify.Notifier, regions: int) -> None:
 
 
 @contextmanager
-def _not_watching(cases: dict[str, Case]) -> Iterator[Callable[[str, int], bare.Timing]]:
-    """A fork of this process that times blocks on demand."""
-    names = list(cases)
-    ask_read, ask = os.pipe()
-    answer, answer_write = os.pipe()
+def _answering(make: Callable[[], Callable[[bytes], bytes]]) -> Iterator[Callable[[bytes], bytes]]:
+    """A fork of this process that calls what `make` makes there with what it is sent, and sends back the result."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if not child:
-        os.close(ask)
         try:
-            while request := os.read(ask_read, 2):
-                os.write(answer_write, _BLOCK_RESULT.pack(*_timed(cases[names[request[0]]], request[1])))
+            ours.close()
+            answer = make()
+            while request := theirs.recv(100):
+                theirs.send(answer(request))
         finally:
             os._exit(0)
+    theirs.close()
 
-    def timed(name: str, number: int) -> bare.Timing:
-        os.write(ask, bytes((names.index(name), number % 256)))
-        return bare.Timing(*_BLOCK_RESULT.unpack(os.read(answer, _BLOCK_RESULT.size)))
+    def ask(request: bytes) -> bytes:
+        ours.send(request)
+        return ours.recv(100)
 
-    os.close(ask_read)
-    os.close(answer_write)
     try:
-        yield timed
+        yield ask
     finally:
-        os.close(ask)
-        os.close(answer)
+        ours.close()
         os.waitpid(child, 0)
+
+
+def _timed(case: Case, number: int) -> bare.Timing:
+    """Times a block, when the process has run for a while since another had the CPU."""
+    if not _warm_up:
+        bare.reserve(OUTSIDE - 2 * PAGE, PAGE)
+        _warm_up.append(bare.addresses([OUTSIDE - 4 * PAGE] * BLOCK))
+    bare.churn(_warm_up[0] if case.hit else case.block(number - 1))
+    return bare.churn(case.block(number))
 
 
 _warm_up: list[bare.Addresses] = []
 
 
-def _timed(case: Case, number: int) -> bare.Timing:
-    if not _warm_up:
-        bare.reserve(OUTSIDE - 2 * PAGE, PAGE)
-        _warm_up.append(bare.addresses([OUTSIDE - 4 * PAGE] * WARM_UP))
-    bare.churn(_warm_up[0])
-    return bare.churn(case.block(number))
+class Noise(NamedTuple):
+    dropped: float
+    """The fraction of the pairs during which another process had the CPU."""
+    others: float
+    """How many other programs were attached to the tracepoint during those that count, on average. Each has to find
+    out, for each munmap of a process that is subscribed, that it is not about its own tables."""
 
 
 class Added(NamedTuple):
-    """What was found with a number of regions, by where the changes are: outside, between, hit."""
+    """What was found with a number of regions, by where the changes are."""
 
     regions: int
     pairs: dict[str, Pairs]
@@ -160,16 +175,13 @@ class Added(NamedTuple):
     """How long the BPF program ran for each munmap, by the kernel's own count; that includes the counting."""
     bytes: int
     """Shared memory of the table."""
-    disturbed: float
-    """The fraction of the pairs that were dropped."""
+    noise: Noise
 
 
 def added(regions: int, budget: Budget) -> Added:
-    """To be called in a process of its own."""
+    """Against not watching. To be called in a process of its own."""
     pin()
     cases = _cases(regions)
-    pairs = {name: Pairs() for name in cases}
-    tried = 0
     with ummunotify.open() as umn:
         _watch(umn, regions)
 
@@ -179,20 +191,59 @@ def added(regions: int, budget: Budget) -> Added:
                 _settle(umn, len(cases[name].block(number)))
             return timing
 
-        with _not_watching(cases) as not_watching:
-            for number in until(budget, lambda: max(_doubt(of) for of in pairs.values())):
-                for name, of in pairs.items():
-                    tried += 1
-                    before = bare.probes()
-                    if number % 2:
-                        first, second = watching(name, number), not_watching(name, number)
-                    else:
-                        second, first = not_watching(name, number), watching(name, number)
-                    if before == bare.probes() >= 1 and not first.disturbed and not second.disturbed:
-                        of.add(first.cpu, second.cpu)
-            program = {name: _program_time(umn, partial(watching, name, 0)) for name in cases}
-        kept = sum(len(of.times) for of in pairs.values())
-        return Added(regions, pairs, program, int(umn.stats["bytes"]), 1 - kept / tried)
+        pairs, noise = _in_turns(cases, watching, 1, budget)
+        program = {name: _program_time(umn, case) for name, case in cases.items()}
+        return Added(regions, pairs, program, int(umn.stats["bytes"]), noise)
+
+
+def subscribed(budget: Budget) -> Pairs:
+    """With nothing but an empty virtual machine, against without. To be called in a process of its own."""
+    pin()
+    cases = {OUT: _cases(1)[OUT]}
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    machine = fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
+    try:
+        return _in_turns(cases, lambda name, number: _timed(cases[name], number), 0, budget)[0][OUT]
+    finally:
+        os.close(machine)
+        os.close(kvm)
+
+
+def _in_turns(
+    cases: dict[str, Case], watching: Callable[[str, int], bare.Timing], own: int, budget: Budget
+) -> tuple[dict[str, Pairs], Noise]:
+    """Times with `watching`, for which so many programs are attached, and in a process that does not watch."""
+    alone = {name: Pairs() for name in cases}
+    in_company = {name: Pairs() for name in cases}
+    tried = company = 0
+
+    def answer(request: bytes) -> bytes:
+        name, number = _REQUEST.unpack(request)
+        return _RESULT.pack(*_timed(cases[name.rstrip(b"\0").decode()], number))
+
+    with _answering(lambda: answer) as ask:
+
+        def not_watching(name: str, number: int) -> bare.Timing:
+            return bare.Timing(*_RESULT.unpack(ask(_REQUEST.pack(name.encode(), number))))
+
+        for number in until(budget, lambda: max(_doubt(of) for of in alone.values())):
+            for name in cases:
+                tried += 1
+                others = bare.probes() - own
+                if number % 2:
+                    first, second = watching(name, number), not_watching(name, number)
+                else:
+                    second, first = not_watching(name, number), watching(name, number)
+                if others == bare.probes() - own and not first.disturbed and not second.disturbed:
+                    company += others
+                    (in_company if others else alone)[name].add(first.cpu, second.cpu)
+    kept, kept_alone = (sum(len(of.times) for of in pairs.values()) for pairs in (in_company, alone))
+    dropped = 1 - (kept + kept_alone) / tried
+    if all(len(of.times) >= ENOUGH for of in alone.values()):
+        return alone, Noise(dropped, 0)
+    if not kept:
+        raise RuntimeError("the machine is too busy to measure anything")
+    return {name: in_company[name] + alone[name] for name in cases}, Noise(dropped, company / (kept + kept_alone))
 
 
 def _doubt(pairs: Pairs) -> float:
@@ -202,22 +253,25 @@ def _doubt(pairs: Pairs) -> float:
 def _settle(umn: ummunotify.Notifier, expected: int) -> None:
     """The regions that were hit are as they were before."""
     events = umn.read()
-    if len(events) != expected:
+    if len(events) < expected:  # more: false alarms, which a busy machine may cause
         raise RuntimeError(f"{expected} regions were hit, {len(events)} reported")
     for event in events:
         event.region.renew()
 
 
-def _program_time(umn: ummunotify.Notifier, run: Callable[[], object]) -> float:
+def _program_time(umn: ummunotify.Notifier, case: Case) -> float:
     program = cast(BpfFeed, umn._feed)._maps.fds["program"]
     statistics = libbpf.enable_statistics()
     times = []
     try:
-        for _ in range(20):
+        for number in range(20):
+            block = case.block(number)
             before = libbpf.program_info(program)
-            run()
+            bare.churn(block)
             after = libbpf.program_info(program)
             times.append((after.run_time_ns - before.run_time_ns) / (after.run_cnt - before.run_cnt))
+            if case.hit:
+                _settle(umn, len(block))
     finally:
         os.close(statistics)
     return spread(times).median
@@ -226,59 +280,49 @@ def _program_time(umn: ummunotify.Notifier, run: Callable[[], object]) -> float:
 def other_process(regions: int, budget: Budget) -> Pairs:
     """In this process, with and without another one that watches. To be called in a process of its own."""
     case = _cases(1)[OUT]
-    ask_read, ask = os.pipe()
-    answer, answer_write = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(ask)
-        try:
-            while os.read(ask_read, 1):
-                with ummunotify.open() as umn:
-                    _watch(umn, regions)
-                    os.write(answer_write, b"o")
-                    os.read(ask_read, 1)
-                os.write(answer_write, b"c")
-        finally:
-            os._exit(0)
-    os.close(ask_read)
-    os.close(answer_write)
-    pin()
     pairs = Pairs()
-
-    def toggle() -> None:
-        os.write(ask, b"t")
-        os.read(answer, 1)
-
-    def measure(probes: int) -> float | None:
-        times = []
-        for number in range(16):
-            if bare.probes() == probes:
-                timing = _timed(case, number)
-                if not timing.disturbed and bare.probes() == probes:
-                    times.append(timing.cpu)
-        return spread(times).median if len(times) >= 4 else None
-
-    for number in until(budget, lambda: _doubt(pairs)):
-        first = measure(number % 2)
-        toggle()
-        second = measure(1 - number % 2)
-        if first is not None and second is not None:
-            pairs.add(*((second, first) if number % 2 == 0 else (first, second)))
-    os.close(ask)
-    os.waitpid(child, 0)
+    with _answering(partial(_watch_now_and_then, regions)) as toggle:
+        pin()
+        for number in until(budget, lambda: _doubt(pairs)):
+            watched = number % 2
+            first = _median_time(case)
+            toggle(b"t")
+            second = _median_time(case)
+            if first and second:
+                pairs.add(*((first, second) if watched else (second, first)))
     return pairs
+
+
+def _watch_now_and_then(regions: int) -> Callable[[bytes], bytes]:
+    """Opens a notifier and closes it, in turns."""
+    opened: list[ummunotify.Notifier] = []
+
+    def toggle(_: bytes) -> bytes:
+        if opened:
+            opened.pop().close()
+        else:
+            opened.append(ummunotify.open())
+            _watch(opened[0], regions)
+        return b"."
+
+    return toggle
+
+
+def _median_time(case: Case) -> float | None:
+    times = [timing.cpu for timing in (_timed(case, number) for number in range(40)) if not timing.disturbed]
+    return spread(times).median if len(times) >= 4 else None
 
 
 def one_munmap(regions: int, rounds: int) -> tuple[Spread, Spread]:
     """One munmap of an area in which so many regions are watched, in ns, and not watched. In a process of its own."""
     pin()
-    hit, bare_times = [], []
+    watched: list[float] = []
+    not_watched: list[float] = []
     with ummunotify.open() as umn:
         _watch(umn, regions)
         for _ in range(rounds):
-            bare.reserve(AREA, regions * STRIDE)
-            hit.append(bare.unmap(AREA, regions * STRIDE).cpu)
+            for times, area in ((watched, AREA), (not_watched, OUTSIDE)):
+                bare.reserve(area, regions * STRIDE)
+                times.append(bare.unmap(area, regions * STRIDE).cpu)
             _settle(umn, regions)
-            bare.reserve(OUTSIDE, regions * STRIDE)
-            bare_times.append(bare.unmap(OUTSIDE, regions * STRIDE).cpu)
-    return spread(hit), spread(bare_times)
+    return spread(watched), spread(not_watched)

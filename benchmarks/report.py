@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,14 +37,22 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def wrapped(text: str) -> str:
+    """The text, each of its paragraphs filled anew. Headings, tables and pictures stay as they are."""
+    return "\n\n".join(
+        part if part[0] in "|!#" else textwrap.fill(" ".join(part.split()), 120, break_on_hyphens=False)
+        for part in re.split(r"\n\n+", text.strip())
+    )
+
+
 def machine() -> str:
     """When and on what something is measured, as a sentence."""
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     flags = re.search(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     virtual = " (a virtual machine)" if flags and "hypervisor" in flags[1].split() else ""
     return (
-        f"Measured on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} CPUs, {cpu[1] if cpu else platform.machine()}{virtual}"
-        f", Linux {platform.release()}, Python {platform.python_version()}."
+        f"Measured on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} CPUs, {cpu[1] if cpu else platform.machine()}"
+        f"{virtual}, Linux {platform.release()}, Python {platform.python_version()}."
     )
 
 

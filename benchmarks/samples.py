@@ -47,6 +47,11 @@ class Pairs:
     def add(self, with_it: float, without: float) -> None:
         self.times.append((with_it, without))
 
+    def __add__(self, other: Pairs) -> Pairs:
+        both = Pairs()
+        both.times = self.times + other.times
+        return both
+
     def _spread(self, combine: Callable[[float, float], float]) -> Spread:
         return spread([combine(*pair) for pair in self.times])
 

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* Hits of the registration cache, and of UCX's, without Python in between. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include <ucm/api/ucm.h>
+#include <ucs/memory/rcache.h>
+
+#include "core/cache.h"
+
+static uint64_t now(clockid_t clock)
+{
+	struct timespec t;
+
+	clock_gettime(clock, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* ---- UCX ---- */
+
+static ucs_status_t reg(void *context, ucs_rcache_t *rcache, void *arg, ucs_rcache_region_t *region, uint16_t flags)
+{
+	(void)context, (void)rcache, (void)arg, (void)region, (void)flags;
+	return UCS_OK;
+}
+
+static void dereg(void *context, ucs_rcache_t *rcache, ucs_rcache_region_t *region)
+{
+	(void)context, (void)rcache, (void)region;
+}
+
+static void dump(void *context, ucs_rcache_t *rcache, ucs_rcache_region_t *region, char *text, size_t max)
+{
+	(void)context, (void)rcache, (void)region, (void)max;
+	*text = 0;
+}
+
+/* As UCX's own transports make it, for CPU memory. NULL: it failed. */
+ucs_rcache_t *bench_ucx_new(void)
+{
+	static const ucs_rcache_ops_t ops = {.mem_reg = reg, .mem_dereg = dereg, .dump_region = dump};
+	const ucs_rcache_params_t params = {
+		.region_struct_size = sizeof(ucs_rcache_region_t) + 16,
+		.alignment = UCS_RCACHE_MIN_ALIGNMENT,
+		.max_alignment = 4096,
+		.ucm_events = UCM_EVENT_VM_UNMAPPED,
+		.ucm_event_priority = 1000,
+		.ops = &ops,
+		.max_regions = -1ul,
+		.max_size = -1ul,
+		.max_unreleased = -1ul,
+	};
+	ucs_rcache_t *rcache;
+
+	return ucs_rcache_create(&params, "benchmark", NULL, &rcache) == UCS_OK ? rcache : NULL;
+}
+
+/* ---- One thread ---- */
+
+/* Each returns the thread's own time in ns, or 0 if something was not found. */
+uint64_t bench_hits(struct umn_cache *cache, const uint64_t *addresses, uint32_t n, uint64_t length)
+{
+	uint64_t begun = now(CLOCK_THREAD_CPUTIME_ID);
+	struct umn_entry *entry;
+
+	for (uint32_t i = 0; i < n; i++) {
+		entry = umn_cache_acquire(cache, addresses[i], addresses[i] + length);
+		if (!entry)
+			return 0;
+		umn_cache_release(cache, entry);
+	}
+	return now(CLOCK_THREAD_CPUTIME_ID) - begun;
+}
+
+uint64_t bench_ucx_hits(ucs_rcache_t *rcache, const uint64_t *addresses, uint32_t n, uint64_t length)
+{
+	uint64_t begun = now(CLOCK_THREAD_CPUTIME_ID);
+	ucs_rcache_region_t *region;
+
+	for (uint32_t i = 0; i < n; i++) {
+		if (ucs_rcache_get(rcache, (void *)addresses[i], length, PROT_READ | PROT_WRITE, NULL, &region) != UCS_OK)
+			return 0;
+		ucs_rcache_region_put(rcache, region);
+	}
+	return now(CLOCK_THREAD_CPUTIME_ID) - begun;
+}
+
+/* ---- Several threads ---- */
+
+struct worker {
+	pthread_t thread;
+	struct umn_cache *cache;
+	ucs_rcache_t *rcache;
+	const uint64_t *addresses;
+	uint32_t n, rounds;
+	uint64_t length;
+	pthread_barrier_t *barrier;
+	int failed;
+};
+
+static void *work(void *argument)
+{
+	struct worker *w = argument;
+
+	pthread_barrier_wait(w->barrier);
+	for (uint32_t i = 0; i < w->rounds; i++)
+		w->failed |= !(w->rcache ? bench_ucx_hits(w->rcache, w->addresses, w->n, w->length)
+					 : bench_hits(w->cache, w->addresses, w->n, w->length));
+	return NULL;
+}
+
+/* Each thread has its own n addresses. The time that passes until all are done, in ns; 0: something was not found. */
+uint64_t bench_threads(struct umn_cache *cache, ucs_rcache_t *rcache, const uint64_t *addresses, uint32_t n, uint64_t length,
+		       uint32_t threads, uint32_t rounds)
+{
+	struct worker *workers = calloc(threads, sizeof *workers);
+	pthread_barrier_t barrier;
+	uint64_t begun;
+	int failed = 0;
+
+	pthread_barrier_init(&barrier, NULL, threads + 1);
+	for (uint32_t i = 0; i < threads; i++) {
+		workers[i] = (struct worker){.cache = cache,
+					     .rcache = rcache,
+					     .addresses = addresses + (size_t)i * n,
+					     .n = n,
+					     .rounds = rounds,
+					     .length = length,
+					     .barrier = &barrier};
+		pthread_create(&workers[i].thread, NULL, work, &workers[i]);
+	}
+	begun = now(CLOCK_MONOTONIC);
+	pthread_barrier_wait(&barrier);
+	for (uint32_t i = 0; i < threads; i++) {
+		pthread_join(workers[i].thread, NULL);
+		failed |= workers[i].failed;
+	}
+	begun = now(CLOCK_MONOTONIC) - begun;
+	pthread_barrier_destroy(&barrier);
+	free(workers);
+	return failed ? 0 : begun;
+}
