@@ -1,4 +1,4 @@
-"""The real kernel, under stress: threads that change mappings at random, against an oracle that knows what each has changed.
+"""The real kernel, under stress: threads that change mappings at random, against an oracle of what each has changed.
 
 UMMUNOTIFY_CHANGES is how many changes to make; UMMUNOTIFY_SLOW=1 stands for ten million. Without them it takes seconds.
 """
