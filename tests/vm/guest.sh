@@ -28,6 +28,7 @@ for path in "$PWD" "$(readlink -f "$(command -v python)")" "$VIRTUAL_ENV"; do
     while [ "$path" != / ]; do path=$(dirname "$path"); chmod o+x "$path"; done
 done
 mount -t bpf bpf /sys/fs/bpf
+echo +memory >/sys/fs/cgroup/cgroup.subtree_control
 modprobe kvm-amd # what QEMU emulates
 # An RDMA device that needs no hardware, and Debian's pyverbs, but nothing else of what is beside it.
 modprobe rdma_rxe

@@ -1,8 +1,28 @@
 # What runs in each guest, unless run.py is told otherwise.
 set -e
 # Not "changes": what this kernel cannot do is no failure.
-export UMMUNOTIFY_REQUIRE=bpf,rdma,cgroup PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-for source in bpf:kvm; do
-    echo "== $source: each change of a mapping"
-    UMMUNOTIFY_SOURCE=$source python -m pytest -q -rsfE --tb=short -p no:cacheprovider tests/test_changes.py -k 'same_thread or reclaim'
+export UMMUNOTIFY_REQUIRE=bpf,uffd,rdma,cgroup PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+
+step() { echo "== $(cut -d' ' -f1 /proc/uptime) s: $*"; }
+selftest() { "$@" >/run/selftest || { cat /run/selftest && exit 1; } && tail -n 1 /run/selftest; }
+
+sources=$(python -c 'from ummunotify import sources; print(*(each.name for each in sources.every()))')
+for source in $sources; do
+    case $source in daemon:*) continue ;; esac
+    step "root, $source"
+    selftest ummunotify selftest --source "$source"
 done
+
+nobody="setpriv --reuid=nobody --regid=nogroup --clear-groups --inh-caps=-all"
+step "nobody, uffd"
+selftest $nobody ummunotify selftest --source uffd
+step "nobody, daemon"
+ummunotify daemon --socket /run/ummunotify/socket --user nobody &
+while [ ! -S /run/ummunotify/socket ]; do sleep 0.2; done
+selftest $nobody ummunotify selftest --source daemon
+kill $!
+wait $!
+
+step "tests"
+python -m pytest -q -rsfE --tb=short -p no:cacheprovider tests/test_changes.py -k 'not another_thread' tests/vm
+step "done"
