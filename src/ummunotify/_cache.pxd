@@ -59,3 +59,4 @@ cdef class Registration:
     cdef uint64_t _start, _end
 
     cdef int _check(self) except -1
+    cdef int _release(self) except -1

@@ -74,17 +74,21 @@ cdef class Registration:
         If the memory has changed meanwhile and nobody else uses the registration, it is deregistered now; if that fails
         this raises DeregistrationError, and the cache tries again when it is flushed or closed.
         """
+        self._release()
+
+    cdef int _release(self) except -1:
         cdef umn_entry *entry = self._entry
         if entry is not NULL:
             self._entry = NULL
             if umn_cache_release(self._table._cache, entry):
                 self._table._left()
+        return 0
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.release()
+        self._release()
 
     def __repr__(self):
         if self._entry is NULL:
