@@ -29,7 +29,7 @@ bench: $(VENV)/installed
 
 # The kernel tests on other kernels; see tests/vm/kernels.toml.
 vmtest: $(VENV)/installed
-	tools/debian-packages qemu-system-x86 kmod iproute2 systemd ibverbs-providers python3-pyverbs
+	tools/debian-packages qemu-system-x86 busybox-static kmod udev systemd e2fsprogs iproute2 ibverbs-providers python3-pyverbs
 	$(RUN)python tests/vm/run.py
 
 lint: $(VENV)/installed
