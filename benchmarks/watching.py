@@ -178,7 +178,11 @@ def _size(what: str, goal: int, measured: float) -> Row:
 
 
 def section(quick: bool, folder: Path) -> str:
-    figures = measure(quick)
+    return page(measure(quick), folder)
+
+
+def page(figures: Figures, folder: Path) -> str:
+    """The text, and the picture that goes with it."""
     most = figures.added[max(figures.added)]
     curve.draw(list(figures.added.values()), KINDS, figures.subscribed.added.median, folder / "benchmarks.svg")
     return f"""\
@@ -196,8 +200,8 @@ def _method(figures: Figures) -> str:
     dropped = [of.dropped for of in noise]
     others = sum(of.others for of in noise) / len(noise)
     company = (
-        f"On average {others:.1f} notifiers of other processes were open meanwhile, which could not be helped. The program"
-        " of each runs for each munmap of a process that watches: the ratios are better without."
+        f"On average {others:.1f} notifiers of other processes were open meanwhile, which could not be helped. The"
+        " program of each runs for each munmap of a process that watches: the ratios are better without."
         if others
         else "No other notifier was open on the machine meanwhile."
     )
