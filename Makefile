@@ -25,6 +25,7 @@ test: $(VENV)/installed
 
 # Writes docs/benchmarks.md, or only the sections that SECTIONS names.
 bench: $(VENV)/installed
+	tools/debian-packages libucx-dev
 	$(RUN)python -m benchmarks $(SECTIONS)
 
 # The kernel tests on other kernels; see tests/vm/kernels.toml.

@@ -19,7 +19,7 @@ import click
 
 from . import report
 
-SECTIONS = ("watching", "daemon")
+SECTIONS = ("watching", "cache", "daemon")
 """The modules, in the page's order."""
 
 

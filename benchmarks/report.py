@@ -21,19 +21,22 @@ _MARK = re.compile(r"^<!-- section (\w+) -->\n", re.MULTILINE)
 
 
 class Row(NamedTuple):
-    """A figure that was to be reached."""
+    """A figure, and whether it is what was to be reached (None: nothing was)."""
 
     what: str
     goal: str
     measured: str
     baseline: str
-    reached: bool
+    reached: bool | None
+
+
+_VERDICT = {True: "reached", False: "**missed**", None: ""}
 
 
 def table(rows: Iterable[Row]) -> str:
     lines = ["| what | goal | measured | baseline | |", "|---|---|---|---|---|"]
     for row in rows:
-        lines.append("| {} | {} | {} | {} | {} |".format(*row[:4], "reached" if row.reached else "**missed**"))
+        lines.append("| {} | {} | {} | {} | {} |".format(*row[:4], _VERDICT[row.reached]))
     return "\n".join(lines) + "\n"
 
 

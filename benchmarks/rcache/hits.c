@@ -8,10 +8,12 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "core/cache.h"
+
+#ifdef WITH_UCX
 #include <ucm/api/ucm.h>
 #include <ucs/memory/rcache.h>
-
-#include "core/cache.h"
+#endif
 
 static uint64_t now(clockid_t clock)
 {
@@ -19,45 +21,6 @@ static uint64_t now(clockid_t clock)
 
 	clock_gettime(clock, &t);
 	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
-/* ---- UCX ---- */
-
-static ucs_status_t reg(void *context, ucs_rcache_t *rcache, void *arg, ucs_rcache_region_t *region, uint16_t flags)
-{
-	(void)context, (void)rcache, (void)arg, (void)region, (void)flags;
-	return UCS_OK;
-}
-
-static void dereg(void *context, ucs_rcache_t *rcache, ucs_rcache_region_t *region)
-{
-	(void)context, (void)rcache, (void)region;
-}
-
-static void dump(void *context, ucs_rcache_t *rcache, ucs_rcache_region_t *region, char *text, size_t max)
-{
-	(void)context, (void)rcache, (void)region, (void)max;
-	*text = 0;
-}
-
-/* As UCX's own transports make it, for CPU memory. NULL: it failed. */
-ucs_rcache_t *bench_ucx_new(void)
-{
-	static const ucs_rcache_ops_t ops = {.mem_reg = reg, .mem_dereg = dereg, .dump_region = dump};
-	const ucs_rcache_params_t params = {
-		.region_struct_size = sizeof(ucs_rcache_region_t) + 16,
-		.alignment = UCS_RCACHE_MIN_ALIGNMENT,
-		.max_alignment = 4096,
-		.ucm_events = UCM_EVENT_VM_UNMAPPED,
-		.ucm_event_priority = 1000,
-		.ops = &ops,
-		.max_regions = -1ul,
-		.max_size = -1ul,
-		.max_unreleased = -1ul,
-	};
-	ucs_rcache_t *rcache;
-
-	return ucs_rcache_create(&params, "benchmark", NULL, &rcache) == UCS_OK ? rcache : NULL;
 }
 
 /* ---- One thread ---- */
@@ -77,7 +40,46 @@ uint64_t bench_hits(struct umn_cache *cache, const uint64_t *addresses, uint32_t
 	return now(CLOCK_THREAD_CPUTIME_ID) - begun;
 }
 
-uint64_t bench_ucx_hits(ucs_rcache_t *rcache, const uint64_t *addresses, uint32_t n, uint64_t length)
+#ifdef WITH_UCX
+
+static ucs_status_t reg(void *context, ucs_rcache_t *rcache, void *arg, ucs_rcache_region_t *region, uint16_t flags)
+{
+	(void)context, (void)rcache, (void)arg, (void)region, (void)flags;
+	return UCS_OK;
+}
+
+static void dereg(void *context, ucs_rcache_t *rcache, ucs_rcache_region_t *region)
+{
+	(void)context, (void)rcache, (void)region;
+}
+
+static void dump(void *context, ucs_rcache_t *rcache, ucs_rcache_region_t *region, char *text, size_t max)
+{
+	(void)context, (void)rcache, (void)region, (void)max;
+	*text = 0;
+}
+
+/* As UCX's own transports make it, for CPU memory. NULL: it failed. */
+void *bench_ucx_new(void)
+{
+	static const ucs_rcache_ops_t ops = {.mem_reg = reg, .mem_dereg = dereg, .dump_region = dump};
+	const ucs_rcache_params_t params = {
+		.region_struct_size = sizeof(ucs_rcache_region_t) + 16,
+		.alignment = UCS_RCACHE_MIN_ALIGNMENT,
+		.max_alignment = 4096,
+		.ucm_events = UCM_EVENT_VM_UNMAPPED,
+		.ucm_event_priority = 1000,
+		.ops = &ops,
+		.max_regions = -1ul,
+		.max_size = -1ul,
+		.max_unreleased = -1ul,
+	};
+	ucs_rcache_t *rcache;
+
+	return ucs_rcache_create(&params, "benchmark", NULL, &rcache) == UCS_OK ? rcache : NULL;
+}
+
+uint64_t bench_ucx_hits(void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length)
 {
 	uint64_t begun = now(CLOCK_THREAD_CPUTIME_ID);
 	ucs_rcache_region_t *region;
@@ -90,12 +92,25 @@ uint64_t bench_ucx_hits(ucs_rcache_t *rcache, const uint64_t *addresses, uint32_
 	return now(CLOCK_THREAD_CPUTIME_ID) - begun;
 }
 
+#else
+void *bench_ucx_new(void)
+{
+	return NULL;
+}
+
+uint64_t bench_ucx_hits(void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length)
+{
+	(void)rcache, (void)addresses, (void)n, (void)length;
+	return 0;
+}
+#endif
+
 /* ---- Several threads ---- */
 
 struct worker {
 	pthread_t thread;
 	struct umn_cache *cache;
-	ucs_rcache_t *rcache;
+	void *rcache;
 	const uint64_t *addresses;
 	uint32_t n, rounds;
 	uint64_t length;
@@ -115,7 +130,7 @@ static void *work(void *argument)
 }
 
 /* Each thread has its own n addresses. The time that passes until all are done, in ns; 0: something was not found. */
-uint64_t bench_threads(struct umn_cache *cache, ucs_rcache_t *rcache, const uint64_t *addresses, uint32_t n, uint64_t length,
+uint64_t bench_threads(struct umn_cache *cache, void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length,
 		       uint32_t threads, uint32_t rounds)
 {
 	struct worker *workers = calloc(threads, sizeof *workers);

@@ -1,0 +1,107 @@
+"""What the registration cache costs, beside the caches of UCX, and what it saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+from . import report
+from .rcache import calls, files, hits
+
+TITLE = "The registration cache"
+
+_LIBFABRIC = """\
+libfabric's cache is not beside them. Its functions (`ofi_mr_cache_search`, ...) are not exported, and the public
+`fi_mr_reg` leads to the cache only in the providers of RDMA devices (verbs, efa, ...), which offer nothing where there
+is no such device, as here.
+"""
+
+
+def section(quick: bool, folder: Path) -> str:
+    native = hits.measure(quick)
+    python = calls.measure(quick)
+    reading = files.measure(quick)
+    return "\n".join([_native(native), _threads(native), _python(python), _files(reading)])
+
+
+def _ns(value: float) -> str:
+    return f"{value:.1f} ns" if value < 100 else f"{value:.0f} ns"
+
+
+def _native(native: hits.Native) -> str:
+    rows = []
+    for order, pairs in native.pairs.items():
+        ours = median(ours for ours, _ in pairs)
+        best = min(ours for ours, _ in pairs)
+        theirs = [theirs for _, theirs in pairs if theirs is not None]
+        faster = not theirs or median(ours / theirs for ours, theirs in pairs if theirs is not None) < 1
+        rows.append(
+            report.Row(
+                f"a hit in C, {hits.REGISTRATIONS:,} registrations {order}",
+                "25 ns, and less than UCX",
+                f"{_ns(ours)} (best {_ns(best)})",
+                f"UCX {_ns(median(theirs))} (best {_ns(min(theirs))})" if theirs else "no UCX here",
+                ours <= 25 and faster,
+            )
+        )
+    return (
+        "A hit is `umn_cache_acquire` and `umn_cache_release`; in UCX, `ucs_rcache_get` and `ucs_rcache_region_put`. "
+        "The two take turns on the same addresses, each walks all of them once before it is timed, and what counts is "
+        "CPU time in blocks that no other process interrupted (the median; the best block in brackets).\n\n"
+        + report.table(rows)
+        + "\n"
+        + _LIBFABRIC
+    )
+
+
+def _threads(native: hits.Native) -> str:
+    rows = []
+    for name, times in native.threads.items():
+        ours = name == hits.OURS
+        one, many = (min(column) for column in zip(*times, strict=True))
+        scale = one * hits.THREADS / many
+        rows.append(
+            report.Row(
+                f"{hits.THREADS} threads that hit different buffers, against one" + ("" if ours else f" ({name})"),
+                "1.8 times as many hits on 2 CPUs" if ours else "",
+                f"{scale:.2f} times as many",
+                f"one thread: {_ns(one)} each",
+                scale >= 1.8 if ours else None,
+            )
+        )
+    return (
+        "Wall-clock time, the best of many short runs, as whatever else runs on the machine takes CPUs away:\n\n"
+        + report.table(rows)
+    )
+
+
+def _python(python: dict[str, float]) -> str:
+    goals = {calls.PAIR: 120, calls.ARRAY: 180}
+    rows = [
+        report.Row(
+            f"`{name}`",
+            f"{goals[name]} ns" if name in goals else "",
+            _ns(value),
+            f"`{calls.BASELINE}`: {_ns(python[calls.BASELINE])}",
+            value <= goals[name] if name in goals else None,
+        )
+        for name, value in python.items()
+        if name != calls.BASELINE
+    ]
+    return (
+        "Hits in Python, by pyperf (CPU time). `pair` is `(address, length)`, `array` a NumPy array of 1 MiB. What the "
+        "interpreter needs for the `with` statement itself can be seen from that of a `threading.Lock`:\n\n"
+        + report.table(rows)
+    )
+
+
+def _files(reading: files.Reading) -> str:
+    lines = ["| how | GiB/s | each block | CPU time of it |", "|---|---|---|---|"]
+    for name, (wall, cpu) in reading.times.items():
+        lines.append(
+            f"| {name} | {files.BLOCK / wall / (1 << 30) * 1e9:.2f} | {wall / 1000:.1f} us | {cpu / 1000:.1f} us |"
+        )
+    return (
+        f"To read {reading.size >> 20} MiB from the page cache in blocks of 1 MiB, in Python, into {files.BUFFERS} "
+        "buffers in turn (the median of several passes, in turns):\n\n" + "\n".join(lines) + "\n"
+    )

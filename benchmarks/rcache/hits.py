@@ -1,0 +1,131 @@
+"""Hits in C: hits.c, built and called. `python -m benchmarks.rcache.hits` is what `measure` runs.
+
+In a process of its own, because UCX patches libc's functions in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ummunotify
+
+HERE = Path(__file__).parent
+PAGE = mmap.PAGESIZE
+REGISTRATIONS = 10_000
+STRIDE = 2 * PAGE
+THREADS = 4
+OURS, UCX = "ours", "UCX"
+IN_ORDER, AT_RANDOM = "in order", "at random"
+
+
+class Native(NamedTuple):
+    pairs: dict[str, list[tuple[float, float | None]]]
+    """Of a hit, ours and UCX's in ns, by the order of the addresses."""
+    threads: dict[str, list[tuple[float, float]]]
+    """Of a hit by one thread, and by all of several in turn."""
+
+
+def measure(quick: bool) -> Native:
+    command = [sys.executable, "-m", __name__, *(["--quick"] if quick else [])]
+    return Native(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+class _Registrar:
+    def register(self, address: int, length: int) -> int:
+        return address
+
+    def deregister(self, handle: int) -> None:
+        pass
+
+
+def _build(folder: str) -> tuple[ctypes.CDLL, bool]:
+    """The library, and whether UCX is in it."""
+    path = f"{folder}/hits.so"
+    compile_it = ["gcc", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", f"-I{ummunotify.get_include()}"]
+    compile_it += [str(HERE / "hits.c"), "-o", path]
+    ucx = Path("/usr/include/ucs/memory/rcache.h").exists()
+    subprocess.run([*compile_it, *(["-DWITH_UCX", "-lucs", "-lucm"] if ucx else [])], check=True)
+    library = ctypes.CDLL(path)
+    pointer, size, count = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32
+    library.bench_ucx_new.restype = pointer
+    library.bench_hits.argtypes = library.bench_ucx_hits.argtypes = (pointer, pointer, count, size)
+    library.bench_threads.argtypes = (pointer, pointer, pointer, count, size, count, count)
+    library.bench_hits.restype = library.bench_ucx_hits.restype = library.bench_threads.restype = size
+    return library, ucx
+
+
+def _native_cache(cache: ummunotify.RegistrationCache[int]) -> int:
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    return int(pointer(cache.capsule, b"ummunotify.cache"))
+
+
+def _interruptions() -> int:
+    usage = resource.getrusage(resource.RUSAGE_THREAD)
+    return usage.ru_nivcsw + usage.ru_nvcsw
+
+
+def _undisturbed(run: Any, *arguments: Any, tries: int = 20) -> Iterator[float]:
+    """The time of a run, after one to warm up, that was not interrupted; nothing if there was none."""
+    for _ in range(tries):
+        run(*arguments)
+        before = _interruptions()
+        time = run(*arguments)
+        if not time:
+            raise RuntimeError("something was not found")
+        if before == _interruptions():
+            yield time
+            return
+
+
+def _main(quick: bool) -> None:
+    rounds = 20 if quick else 1000
+    with tempfile.TemporaryDirectory() as folder, ummunotify.RegistrationCache(_Registrar()) as cache:
+        library, ucx = _build(folder)
+        area = mmap.mmap(-1, REGISTRATIONS * STRIDE, flags=mmap.MAP_PRIVATE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        places = [base + i * STRIDE for i in range(REGISTRATIONS)]
+        random.Random(1).shuffle(places)
+        for place in places:
+            cache.acquire((place, PAGE)).release()
+        ours, theirs = _native_cache(cache), library.bench_ucx_new() if ucx else None
+        pairs: dict[str, list[tuple[float, float | None]]] = {}
+        for order, those in ((IN_ORDER, sorted(places)), (AT_RANDOM, random.Random(2).sample(places, len(places)))):
+            addresses = (ctypes.c_uint64 * REGISTRATIONS)(*those)
+            arguments = (addresses, REGISTRATIONS, PAGE)
+            pairs[order] = []
+            if theirs:
+                library.bench_ucx_hits(theirs, *arguments)  # registers
+            for _ in range(rounds):
+                for time in _undisturbed(library.bench_hits, ours, *arguments):
+                    if not theirs:
+                        pairs[order].append((time / REGISTRATIONS, None))
+                    for other in _undisturbed(library.bench_ucx_hits, theirs, *arguments) if theirs else ():
+                        pairs[order].append((time / REGISTRATIONS, other / REGISTRATIONS))
+        each = REGISTRATIONS // THREADS
+        threads: dict[str, list[tuple[float, float]]] = {}
+        for name, caches in {OURS: (ours, None), **({UCX: (None, theirs)} if theirs else {})}.items():
+            threads[name] = []
+            for _ in range(rounds // 10):
+                one, many = (
+                    library.bench_threads(*caches, addresses, each, PAGE, count, 40) / (each * 40)
+                    for count in (1, THREADS)
+                )
+                threads[name].append((one, many))
+        assert cache.stats.misses == REGISTRATIONS
+        del area
+    json.dump(Native(pairs, threads)._asdict(), sys.stdout)
+
+
+if __name__ == "__main__":
+    _main("--quick" in sys.argv)
