@@ -47,10 +47,8 @@ def _native(native: hits.Native) -> str:
     return (
         "A hit is `umn_cache_acquire` and `umn_cache_release`; in UCX, `ucs_rcache_get` and `ucs_rcache_region_put`. "
         "The two take turns on the same addresses, each walks all of them once before it is timed, and what counts is "
-        "CPU time in blocks that no other process interrupted (the median; the best block in brackets).\n\n"
-        + report.table(rows)
-        + "\n"
-        + _LIBFABRIC
+        "CPU time in blocks that no other process interrupted (the median; the best block in brackets). All that this "
+        "section measures runs at real-time priority, if that is allowed.\n\n" + report.table(rows) + "\n" + _LIBFABRIC
     )
 
 
@@ -69,10 +67,7 @@ def _threads(native: hits.Native) -> str:
                 scale >= 1.8 if ours else None,
             )
         )
-    return (
-        "Wall-clock time, the best of many short runs, as whatever else runs on the machine takes CPUs away:\n\n"
-        + report.table(rows)
-    )
+    return "Wall-clock time, the best of many short runs:\n\n" + report.table(rows)
 
 
 def _python(python: dict[str, float]) -> str:
@@ -103,5 +98,9 @@ def _files(reading: files.Reading) -> str:
         )
     return (
         f"To read {reading.size >> 20} MiB from the page cache in blocks of 1 MiB, in Python, into {files.BUFFERS} "
-        "buffers in turn (the median of several passes, in turns):\n\n" + "\n".join(lines) + "\n"
+        "buffers in turn (the median of several passes, in turns):\n\n"
+        + "\n".join(lines)
+        + "\n\nFrom the page cache all three copy, and a fixed buffer is copied to page by page, so plain `read` is the "
+        "fastest. Where a device writes to the buffer (RDMA, a GPU, direct I/O) there is no copy, and what registering "
+        "costs for each block is what the cache saves.\n"
     )

@@ -15,6 +15,8 @@ import pyperf  # type: ignore[import-untyped]
 
 import ummunotify
 
+from . import undisturbed
+
 PAIR = "cache.acquire(pair).release()"
 ARRAY = "cache.acquire(array).release()"
 WITH_PAIR = "with cache.acquire(pair): pass"
@@ -43,6 +45,7 @@ def measure(quick: bool) -> dict[str, float]:
 
 
 def _main() -> None:
+    undisturbed()
     runner = pyperf.Runner(program_args=("-m", "benchmarks.rcache.calls"))
     cache = ummunotify.RegistrationCache(_Registrar())
     array = np.zeros(1 << 20, dtype=np.uint8)

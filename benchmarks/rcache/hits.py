@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import ummunotify
 
+from . import undisturbed
+
 HERE = Path(__file__).parent
 PAGE = mmap.PAGESIZE
 REGISTRATIONS = 10_000
@@ -89,7 +91,8 @@ def _undisturbed(run: Any, *arguments: Any, tries: int = 20) -> Iterator[float]:
 
 
 def _main(quick: bool) -> None:
-    rounds = 20 if quick else 1000
+    rounds = 20 if quick else 300
+    undisturbed()
     with tempfile.TemporaryDirectory() as folder, ummunotify.RegistrationCache(_Registrar()) as cache:
         library, ucx = _build(folder)
         area = mmap.mmap(-1, REGISTRATIONS * STRIDE, flags=mmap.MAP_PRIVATE)
