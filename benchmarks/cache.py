@@ -100,7 +100,7 @@ def _files(reading: files.Reading) -> str:
         f"To read {reading.size >> 20} MiB from the page cache in blocks of 1 MiB, in Python, into {files.BUFFERS} "
         "buffers in turn (the median of several passes, in turns):\n\n"
         + "\n".join(lines)
-        + "\n\nFrom the page cache all three copy, and a fixed buffer is copied to page by page, so plain `read` is the "
+        + "\n\nFrom the page cache all three copy, and a fixed buffer is copied to page by page: plain `read` is the "
         "fastest. Where a device writes to the buffer (RDMA, a GPU, direct I/O) there is no copy, and what registering "
         "costs for each block is what the cache saves.\n"
     )
