@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import hashlib
 import mmap
 import os
-import random
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import ummunotify
-from ummunotify import RegistrationCache
 from ummunotify.registrars import (
     RegistrarError,
     RegistrarUnavailableError,
@@ -32,7 +24,6 @@ sys.path.append(str(Path(__file__).parents[1]))
 from support import in_child, map_memory, require, unmap_memory
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.append(str(EXAMPLES))
 DEVICE = "rxe0"
 PAGE = mmap.PAGESIZE
 ROUNDS = 20_000 if "UMMUNOTIFY_SLOW" in os.environ else 200
@@ -103,129 +94,11 @@ def test_fork(registrar: VerbsRegistrar) -> None:
     registrar.deregister(handle)
 
 
-class NaiveCache:
-    """What everybody writes first: keyed by the address, and never told that the memory has gone."""
-
-    def __init__(self, registrar: VerbsRegistrar) -> None:
-        self._registrar = registrar
-        self._handles: dict[tuple[int, int], Any] = {}
-
-    @contextlib.contextmanager
-    def acquire(self, buffer: tuple[int, int]) -> Iterator[Any]:
-        if buffer not in self._handles:
-            self._handles[buffer] = self._registrar.register(*buffer)
-        yield Entry(self._handles[buffer])
-
-    def close(self) -> None:
-        pass
-
-
-class Entry:
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-
-class Peer:
-    """One of two processes, each with buffers that it frees and maps again at random, at the same addresses."""
-
-    BUFFERS = 8
-
-    def __init__(self, wire: Connection, seed: int, naive: bool) -> None:
-        from rdma import Endpoint  # in the child: RDMA does not survive a fork
-
-        self.wire = wire
-        self.random = random.Random(seed)
-        self.endpoint = Endpoint(DEVICE)
-        self.registrar = VerbsRegistrar(self.endpoint.domain)
-        self.umn = ummunotify.open()
-        self.cache: Any = NaiveCache(self.registrar) if naive else RegistrationCache(self.registrar, notifier=self.umn)
-        self.lengths = [PAGE * self.random.randint(1, 4) for _ in range(self.BUFFERS)]
-        self.buffers = [map_memory(length) for length in self.lengths]
-        wire.send(self.endpoint.name)
-        self.endpoint.connect(wire.recv())
-        self.wrong = 0
-
-    def pick(self) -> tuple[int, int]:
-        """A buffer, often a new one where an old one was."""
-        i = self.random.randrange(self.BUFFERS)
-        address, length = self.buffers[i], self.lengths[i]
-        if self.random.random() < 0.5:
-            unmap_memory(address, length)
-            map_memory(length, address)
-        return address, length
-
-    def fill(self, address: int, length: int) -> bytes:
-        content = hashlib.shake_128(self.random.randbytes(16)).digest(length)
-        ctypes.memmove(address, content, length)
-        return content
-
-    def check(self, address: int, expected: bytes) -> None:
-        self.wrong += ctypes.string_at(address, len(expected)) != expected
-
-    def serve(self) -> None:
-        """Offers buffers to be read and written by the other side."""
-        for _ in range(ROUNDS):
-            address, length = self.pick()
-            content = self.fill(address, length)
-            with self.cache.acquire((address, length)) as registered:
-                self.wire.send((address, registered.handle.rkey, content))
-                self.check(address, self.wire.recv())
-
-    def transfer(self) -> None:
-        for _ in range(ROUNDS):
-            remote, rkey, expected = self.wire.recv()
-            address, length = self.pick()
-            length = min(length, len(expected))
-            with self.cache.acquire((address, length)) as registered:
-                self.endpoint.read(address, registered.handle, length, remote, rkey)
-                self.check(address, expected[:length])
-            address, limit = self.pick()
-            length = min(limit, length)
-            content = self.fill(address, length)
-            with self.cache.acquire((address, length)) as registered:
-                self.endpoint.write(address, registered.handle, length, remote, rkey)
-            self.wire.send(content)
-
-
-def transfers(naive: bool) -> int:
-    """How many of the transfers between two processes were wrong."""
-    ours, theirs = Pipe()
-
-    def child() -> None:
-        peer = Peer(theirs, 1, naive)
-        peer.serve()
-        theirs.send(peer.wrong)
-        assert theirs.recv() == "done"
-
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            child()
-            status = 0
-        finally:
-            os._exit(status)
-    theirs.close()
-    peer = Peer(ours, 2, naive)
-    try:
-        peer.transfer()
-        wrong = peer.wrong + ours.recv()
-        ours.send("done")
-    finally:
-        assert os.waitpid(pid, 0)[1] == 0
-        peer.cache.close()
-        peer.umn.close()
-        peer.registrar.close()
-        peer.endpoint.close()
-        for address, length in zip(peer.buffers, peer.lengths, strict=True):
-            unmap_memory(address, length)
-    assert isinstance(wrong, int)
-    return wrong
-
-
-def test_no_wrong_byte() -> None:
-    assert transfers(naive=False) == 0
-
-
-def test_naive_cache_corrupts() -> None:
-    assert transfers(naive=True) > 0
+@pytest.mark.parametrize(("how", "right"), [("--remap=0.5", True), ("--no-cache", True), ("--naive", False)])
+def test_two_processes_that_free_their_buffers(how: str, right: bool) -> None:
+    command = [sys.executable, str(EXAMPLES / "rdma_pingpong.py"), DEVICE, how, "--rounds", str(ROUNDS)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not result.stderr
+    assert result.returncode == (0 if right else 1)
+    assert result.stdout.startswith(f"{2 * ROUNDS} transfers")
+    assert result.stdout.endswith(" 0 of them wrong\n") == right
