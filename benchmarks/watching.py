@@ -57,7 +57,7 @@ class Figures(NamedTuple):
 def measure(quick: bool) -> Figures:
     numbers = (1, 2, MANY) if quick else (1, 2, 10, 100, 1000, 10_000, MANY, 1_000_000)
     short = Budget(0.003, 0, 1) if quick else Budget(0.003, 5, 10)
-    long = short if quick else Budget(0.002, 10, 25)
+    long = short if quick else Budget(0.002, 10, 20)
     return Figures(
         {n: _alone(added, n, long if n in (1, 2, MANY, 1_000_000) else short) for n in numbers},
         _alone(subscribed, short),
