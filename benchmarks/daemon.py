@@ -263,11 +263,12 @@ def section(quick: bool, folder: Path) -> str:
     return f"""
 {report.table(rows)}
 The last three with {count} processes of {REGIONS:,} regions each, all of one file. Their tables take
-{ranks.kernel / 1e6:.0f} MB of kernel memory. Truncating the file took {ranks.truncate * 1e3:.0f} ms: the kernel tells of each
-process's mapping, and each time all that watch these addresses are told, as the probe does not say whose they are.
+{ranks.kernel / 1e6:.0f} MB of kernel memory. Truncating the file took {ranks.truncate * 1e3:.0f} ms: the kernel
+tells of each process's mapping, and each time all that watch these addresses are told, as the probe does
+not say whose they are.
 
-"Each" of {AT_ONCE} at once is the time in which all of them were opened, divided by {AT_ONCE}: there are {os.cpu_count()}
-CPUs. In the median a process waited {hundred.latency * 1e3:.0f} ms. Of CPU time one `open()` takes
+"Each" of {AT_ONCE} at once is the time in which all of them were opened, divided by {AT_ONCE}: there are
+{os.cpu_count()} CPUs. In the median a process waited {hundred.latency * 1e3:.0f} ms. Of CPU time one `open()` takes
 {hundred.clients_cpu * 1e3:.1f} ms in the client, most of it for the virtual machine and the self-test, and
 {hundred.daemon_cpu * 1e3:.1f} ms in the daemon.
 

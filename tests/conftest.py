@@ -7,6 +7,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ def resources() -> tuple[dict[str, str], list[str], set[str]]:
             if not name.startswith("iou-"):  # the kernel's own; they stay for some seconds
                 threads.add(thread)
     return fds, maps, threads
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tracker() -> None:
+    """What multiprocessing starts when it is first needed, and keeps, is there from the beginning."""
+    resource_tracker.ensure_running()
 
 
 @pytest.fixture(autouse=True)

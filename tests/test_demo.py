@@ -58,8 +58,10 @@ def test_the_data_is_lost_without(output: str) -> None:
 def test_the_data_arrives_with(output: str) -> None:
     _, with_it = halves(output)
     assert len(set(ADDRESS.findall("\n".join(with_it)))) == 1
-    valid = [re.findall("True|False", line)[0] for line in lines_with(with_it, "region.valid")]
+    valid = [re.findall("True|False", line)[0] for line in lines_with(with_it, ".valid")]
     assert valid == ["True", "False", "True"]
+    assert lines_with(with_it, "stale")
+    assert lines_with(with_it, "a hit")
     assert DATA in lines_with(with_it, "contents of b")[0]
     assert lines_with(with_it, "Right")
 

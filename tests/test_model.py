@@ -44,7 +44,7 @@ class Watched:
     hits: list[tuple[int, int]] = field(default_factory=list)
     """Changes since it was last reported, in bytes of the arena, clipped to the region."""
     blind: bool = False
-    """What it was watching is no longer there, and the source does not see what is there now: it says so by `renew` only."""
+    """What was there has been replaced, and the source does not see what is there now until it is renewed."""
     maybe: bool = False
     """It has changed since, which may be reported or not; it stays invalid all the same."""
 
@@ -253,7 +253,7 @@ def test_model(source: str) -> None:
         run_state_machine_as_test(
             Model,
             settings=settings(
-                max_examples=20_000 if "UMMUNOTIFY_SLOW" in os.environ else 100,
+                max_examples=3_000 if "UMMUNOTIFY_SLOW" in os.environ else 100,
                 stateful_step_count=50,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

@@ -13,7 +13,6 @@ class _Stats(TypedDict):
     levels: int
     overflows: int
 
-
 @final
 class Region:
     def __init__(self, *args: object, **kwargs: object) -> None: ...

@@ -97,34 +97,34 @@ class _Demo:
         )
 
     def _with(self, umn: ummunotify.Notifier) -> bool:
-        a = self._map_first()
-        with umn.watch((a, _PAGE)) as region:
-            self._step("region = watch(a)", "from now on we can ask whether a has changed")
-            handle = self._register("a", a)
-            before = region.valid
+        with ummunotify.RegistrationCache(self._registrar, notifier=umn) as cache:
+            a = self._map_first()
+            first = cache.acquire((a, _PAGE))
+            self._step("first = acquire(a)", "a miss: a is watched, then its page is pinned")
+            before = first.valid
+            self._check("first", before)
             _unmap(a)
-            after = region.valid
             b, how = _map_again(a)
-            self._check(before)
-            self._step("munmap(a)", "a is freed")
+            after = first.valid
+            self._step("munmap(a)", "a is freed; the kernel tells of it")
             self._step(f"b = mmap({_PAGE})", f"b is at {b:#x}: {how}")
-            self._check(after)
-            renewed = False
-            if not after:
-                self._registrar.deregister(handle)
-                self._step("deregister(handle)", "the old page of a is let go")
-                # Watched again first and pinned after, so that no change is missed in between.
-                region.renew()
-                self._step("region.renew()", "from now on we can ask whether b has changed")
-                handle = self._register("b", b)
-                renewed = region.valid
-                self._check(renewed)
-            self._read(handle, b)
-            seen = ctypes.string_at(b, len(_DATA))
-            self._step("contents of b", _dump(seen), "green")
-            self._registrar.deregister(handle)
+            self._check("first", after)
+            first.release()
+            with cache.acquire((b, _PAGE)) as second:
+                stats = cache.stats
+                renewed = stats.stale == 1 and stats.misses == 2 and second.valid
+                if renewed:
+                    self._step("second = acquire(b)", "stale: the old handle is let go, and b is pinned")
+                self._check("second", second.valid)
+                self._read(second.handle, b)
+                seen = ctypes.string_at(b, len(_DATA))
+                self._step("contents of b", _dump(seen), "green")
+            with cache.acquire((b, _PAGE)):
+                kept = cache.stats.hits == 1
+                if kept:
+                    self._step("acquire(b)", "a hit: nothing has changed, so nothing is to do")
         _unmap(b)
-        return self._verdict(before and renewed and seen == _DATA, "Right: the data is in b.")
+        return self._verdict(before and not after and renewed and kept and seen == _DATA, "Right: the data is in b.")
 
     def _map_first(self) -> int:
         address = _map()
@@ -140,9 +140,9 @@ class _Demo:
         count = self._registrar.read_fixed(self._file, handle, address, len(_DATA), 0)
         self._step("read(file, handle)", f"{_dump(_DATA)}  ({count} bytes, no error)")
 
-    def _check(self, valid: bool) -> None:
+    def _check(self, name: str, valid: bool) -> None:
         meaning = "the handle can be used" if valid else "the handle must not be used"
-        self._step("region.valid", f"{valid}: {meaning}", "" if valid else "green")
+        self._step(f"{name}.valid", f"{valid}: {meaning}", "" if valid else "green")
 
     def _title(self, text: str) -> None:
         self._console.print(f"\n{text}", style="bold")
