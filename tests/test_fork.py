@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import mmap
 import multiprocessing
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 from support import in_child
@@ -72,8 +74,10 @@ def watched(umn: Notifier, memory: Memory) -> Iterator[Region]:
     assert [event.region for event in umn.read()] == [region]
 
 
-def check_child(umn: Notifier, region: Region) -> None:
-    """What a child must find."""
+def check_child(umn: Notifier, region: Region, *more: Any) -> None:
+    """What a child must find, of one notifier and its region or of several."""
+    if more:
+        check_child(*more)
     assert leftovers() == []
     assert umn.closed
     assert not region.valid
@@ -131,7 +135,7 @@ def test_forks_of_forks(umn: Notifier, watched: Region, memory: Memory) -> None:
     def child() -> None:
         with ummunotify.open() as own:
             region = own.watch((memory.at(1), memory.unit))
-            in_child(lambda: (check_child(umn, watched), check_child(own, region)))
+            in_child(lambda: check_child(umn, watched, own, region))
             assert region.valid
             hit(memory, 1)
             assert not region.valid
@@ -147,10 +151,11 @@ def test_the_parent_ends_first(watched: Region, memory: Memory) -> None:
     """As for a daemon."""
     ours, theirs = os.pipe()
 
+    parent = 0
+
     def child() -> None:
         if os.fork():
             return
-        os.waitid(os.P_PIDFD, 0, os.WEXITED) if False else None
         while os.getppid() == parent:
             time.sleep(0.001)
         use_own(memory)
@@ -162,7 +167,6 @@ def test_the_parent_ends_first(watched: Region, memory: Memory) -> None:
         parent = os.getpid()
         child()
 
-    parent = 0
     in_child(start)
     assert os.read(ours, 100) == b"works"
     os.close(ours)
@@ -265,7 +269,7 @@ def test_children_that_end_or_exec(watched: Region, memory: Memory) -> None:
     for number in (signal.SIGKILL, signal.SIGTERM):
         pid = os.fork()
         if pid == 0:
-            opens(lambda number=number: os.kill(os.getpid(), number))()
+            opens(functools.partial(os.kill, os.getpid(), number))()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
 
@@ -340,7 +344,7 @@ def test_subprocess(watched: Region) -> None:
         {"start_new_session": True},
     ):
         command = [sys.executable, "-S", "-c", LIST]
-        result = subprocess.run(command, capture_output=True, text=True, check=True, **options)  # type: ignore[call-overload]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, **options)
         assert result.stdout == "[]\n"
 
 
@@ -415,17 +419,12 @@ def test_multiprocessing(method: str, umn: Notifier, watched: Region, monkeypatc
         assert [result.get(LONG) for result in results] == [[]] * 4
         pool.close()
         pool.join()
-    # Its semaphores go before the process that watches over them.
     del pool, results
     gc.collect()
     if method == "forkserver":
         from multiprocessing.forkserver import _forkserver
 
         _forkserver._stop()  # type: ignore[attr-defined]
-    if method != "fork":
-        from multiprocessing.resource_tracker import _resource_tracker
-
-        _resource_tracker._stop()  # type: ignore[attr-defined]
 
 
 def test_it_is_not_sent_to_another_process(umn: Notifier, watched: Region) -> None:
@@ -473,7 +472,7 @@ def test_fork_while_others_are_in_it(umn: Notifier, watched: Region, memory: Mem
     forks = 0
     try:
         while time.monotonic() < deadline or forks < 3:
-            in_child(lambda: (check_child(umn, watched), check_child(other, region)))
+            in_child(lambda: check_child(umn, watched, other, region))
             forks += 1
         in_child(lambda: use_own(memory))
     finally:
