@@ -20,6 +20,7 @@ import time
 import urllib.request
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemons import COMMAND, NOBODY, PAGE, PATIENCE, Child, Daemon, as_nobody, change, held, stress
@@ -30,6 +31,7 @@ from ummunotify.bpf import libbpf
 from ummunotify.daemon import protocol
 from ummunotify.daemon.limits import TABLE, Limits, Usage
 from ummunotify.daemon.protocol import Op, Reply, Request, Status
+from ummunotify.daemon.server import STEPS_FOREIGN
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
 from ummunotify.sources.bpf import BpfFeed
@@ -459,6 +461,52 @@ def test_a_corrupt_table_harms_only_its_owner(daemon: Daemon) -> None:
     finally:
         child.kill()
     daemon.settled()
+
+
+@pytest.mark.parametrize(("notifiers", "gives_up"), [(2, False), (8, True)])
+def test_a_long_walk_is_cut_short_for_its_table_only(daemon: Daemon, notifiers: int, gives_up: bool) -> None:
+    """What somebody else's change may take in all is shared among the tables; one that needs more says so."""
+    pages = STEPS_FOREIGN // 4  # more than an eighth, less than half
+    with tempfile.TemporaryFile() as file:
+        file.truncate(pages * PAGE)
+
+        def program(pipe: Connection) -> dict[str, Any]:
+            umns = [ummunotify.open() for _ in range(notifiers)]
+            *large, small = umns
+            with mmap.mmap(file.fileno(), pages * PAGE) as mapped:
+                assert len(bytes(mapped)) == pages * PAGE  # all of it is there to be taken away
+                address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+                elsewhere = [umn.watch((1 << 20, PAGE)) for umn in umns]
+                for umn in large:
+                    for i in range(pages):
+                        umn.watch((address + i * PAGE, PAGE))
+                last = small.watch((address + (pages - 1) * PAGE, PAGE))
+                poll = select.poll()
+                for umn in umns:
+                    assert not umn.read()
+                    poll.register(umn.fileno(), select.POLLIN)
+                pipe.send("watching")
+                pipe.recv()
+                said = {
+                    "woken": len(poll.poll(0)),
+                    "valid": [region.valid for region in elsewhere],
+                    "told": [len(umn.read()) for umn in large],
+                    "gave_up": [umn.stats["overflows"] > 0 for umn in umns],
+                    "small": [event.region is last for event in small.read()],
+                }
+            pipe.send((True, said))
+            os._exit(0)
+
+        child = Child(program)
+        assert child.hear() == "watching"
+        os.ftruncate(file.fileno(), 0)
+        child.pipe.send("truncated")
+        said = child.result()
+    assert said["woken"] == notifiers
+    assert said["small"] == [True]
+    assert said["gave_up"] == [gives_up] * (notifiers - 1) + [False]
+    assert said["valid"] == [not gives_up] * (notifiers - 1) + [True]
+    assert said["told"] == [pages + int(gives_up)] * (notifiers - 1)
 
 
 def test_a_secret_is_not_enough_to_watch_others(daemon: Daemon) -> None:

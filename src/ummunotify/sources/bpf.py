@@ -31,6 +31,8 @@ TABLES_PER_PROCESS = 256
 """As many as a change looks at: TABLES_PER_MM_MAX in watch.bpf.c."""
 
 _STEPS_MAX = 1 << 23
+_STEPS_LEAST = 32
+"""Enough to invalidate some regions among a million: 3 for each of the 5 levels, 1 for each hit."""
 _U64_MAX = (1 << 64) - 1
 
 _KVM_CREATE_VM = 0xAE01
@@ -83,8 +85,10 @@ def create_ring() -> int:
 class Maps:
     """The kernel side: the maps, the loaded programs and what they are attached to."""
 
-    def __init__(self, tables: int = TABLES, steps_foreign: int = _STEPS_MAX) -> None:
-        """Load. `steps_foreign` bounds the work for a table on behalf of a change that may be another process's.
+    def __init__(self, tables: int = TABLES, steps_foreign: int | None = None) -> None:
+        """Load. `steps_foreign` bounds the work in all tables on behalf of a change that may be another process's.
+
+        None: all tables are this process's own, and each may take what it needs.
 
         Raises UnavailableError.
         """
@@ -282,7 +286,11 @@ class Maps:
         only, mm = 0, 0
         if len(self.fed) == 1:
             only, mm = next((table + 1, mm) for table, mm in self.fed.items())
-        value = _CONTROL.pack(self.used, self.handshakes, mm, only, self.steps_foreign)
+        steps = _STEPS_MAX
+        if self.steps_foreign is not None:
+            # Each table has its share, so that none can use up the others'. One that takes more gives up by itself.
+            steps = max(_STEPS_LEAST, self.steps_foreign // max(1, len(self.fed)))
+        value = _CONTROL.pack(self.used, self.handshakes, mm, only, steps)
         libbpf.map_update(self.fds["control"], _U32.pack(0), value)
 
 
