@@ -8,6 +8,7 @@ from importlib import metadata
 import click
 
 _COMMANDS = {
+    "config": "Say what a compiler needs to build C programs with libummunotify.",
     "daemon": "Serve notifications to users who may not load BPF programs.",
     "demo": "Show, on real pages, the error that ummunotify prevents.",
     "doctor": "Say what works on this machine, what does not, and what to do about it.",

@@ -1071,6 +1071,22 @@ uint64_t umn_table_generation(struct umn_table *t)
 	return umn_generation(t->header);
 }
 
+uint64_t umn_table_seen(const struct umn_table *t)
+{
+	return load(&t->seen);
+}
+
+void umn_table_restart(struct umn_table *t)
+{
+	if (!lock(t))
+		return;
+	synchronize(t); /* whoever hit what was watched */
+	store(&t->header->generation, 0);
+	store(&t->seen, 0);
+	t->settled = 0;
+	unlock(t);
+}
+
 void umn_table_arm(struct umn_table *t)
 {
 	/* Full barrier after: armed before the drain reads the generation. See umn_invalidate. */

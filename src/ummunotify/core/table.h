@@ -133,6 +133,12 @@ bool umn_table_changed(const struct umn_table *table);
 /* umn_generation, for a source whose news comes late too: counted up here if something may be on its way. */
 uint64_t umn_table_generation(struct umn_table *table);
 
+/* The generation up to which all was reported: while it is the generation, there is nothing to drain that has arrived. */
+uint64_t umn_table_seen(const struct umn_table *table);
+
+/* Sets the generation to 0: after a source's self-test, when nothing is watched and nobody has looked at it yet. */
+void umn_table_restart(struct umn_table *table);
+
 /* The next change that hits a region sends one wake-up (through whatever the feeder uses). Arm, then drain. */
 void umn_table_arm(struct umn_table *table);
 

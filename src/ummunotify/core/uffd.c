@@ -806,15 +806,21 @@ static bool set_up(struct umn_uffd_failure *failure)
 	return true;
 }
 
-struct umn_uffd *umn_uffd_new(struct umn_uffd_failure *failure)
+void umn_uffd_at_fork(void)
 {
 	static pthread_once_t first = PTHREAD_ONCE_INIT;
+
+	pthread_once(&first, once);
+}
+
+struct umn_uffd *umn_uffd_new(struct umn_uffd_failure *failure)
+{
 	struct umn_uffd *u = calloc(1, sizeof *u);
 
 	*failure = (struct umn_uffd_failure){.step = UMN_UFFD_MEMORY, .error = ENOMEM};
 	if (!u)
 		return NULL;
-	pthread_once(&first, once);
+	umn_uffd_at_fork();
 	u->source = (struct umn_source){
 		.watch = watch, .unwatch = unwatch, .arrived = arrived, .settle = settle, .wake = wake, .stop = detach};
 	u->wake_fd = -1;

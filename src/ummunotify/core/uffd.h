@@ -38,6 +38,10 @@ struct umn_uffd_failure {
 
 struct umn_uffd; /* what feeds one table */
 
+/* Sees to it that a child of a fork has nothing of the sources. umn_uffd_new does this too: for callers whose own handlers have to
+ * come after these. */
+void umn_uffd_at_fork(void);
+
 /* NULL: *failure says why. */
 struct umn_uffd *umn_uffd_new(struct umn_uffd_failure *failure);
 struct umn_source *umn_uffd_source(struct umn_uffd *uffd);

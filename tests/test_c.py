@@ -1,0 +1,120 @@
+"""libummunotify from C and C++: the tests are programs, in tests/c."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from daemons import COMMAND, NOBODY, PATIENCE, Daemon
+from support import require
+
+import ummunotify
+
+HERE = Path(__file__).parent / "c"
+DAEMON, UFFD = "daemon", "uffd"
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def build(source: Path, target: Path, *options: str, compiler: str = "gcc") -> str:
+    """Compile a program. Its path."""
+    if not shutil.which(compiler):
+        require(compiler, "it is not installed")
+    command = [
+        compiler,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-O1",
+        "-g",
+        str(source),
+        "-o",
+        str(target),
+        "-pthread",
+        *options,
+    ]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 0, result.stderr
+    target.chmod(0o755)
+    return str(target)
+
+
+def run(*command: str, user: int | None = None, **environment: str) -> str:
+    """What the program says, which must not fail."""
+    result = subprocess.run(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
+        timeout=4 * PATIENCE,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(params=[DAEMON, UFFD])
+def source(request: pytest.FixtureRequest) -> str:
+    """Starts a daemon if it takes one."""
+    name = str(request.param)
+    if name == DAEMON:
+        request.getfixturevalue("daemon")
+    else:
+        try:
+            ummunotify.open(name).close()
+        except ummunotify.SourceUnavailableError as error:
+            require("uffd", str(error))
+    return name
+
+
+def flags() -> list[str]:
+    return output(*COMMAND, "config", "--cflags", "--libs").split()
+
+
+@pytest.fixture(scope="module")
+def public() -> Iterator[Path]:
+    """A directory that other users can get into."""
+    with tempfile.TemporaryDirectory(prefix="umn") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module", params=["gcc", "g++"])
+def program(request: pytest.FixtureRequest, public: Path) -> str:
+    return build(HERE / "library.c", public / f"library-{request.param}", *flags(), compiler=str(request.param))
+
+
+def test_library(program: str, source: str) -> None:
+    says = run(program, UMMUNOTIFY_SOURCE=source)
+    assert says.startswith(f"source: {source}")
+    assert "threads" in says
+
+
+def test_as_another_user(program: str, daemon: Daemon) -> None:
+    assert run(program, user=NOBODY).startswith("source: daemon:kvm")
+
+
+def test_pkgconfig(tmp_path: Path) -> None:
+    if not shutil.which("pkg-config"):
+        require("pkg-config", "it is not installed")
+    directory = output(*COMMAND, "config", "--pkgconfig")
+    words = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "ummunotify"],
+        env=os.environ | {"PKG_CONFIG_PATH": directory},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout.split()
+    program = tmp_path / "version.c"
+    program.write_text("#include <ummunotify.h>\nint main(void) { return !ummunotify_error(); }\n")
+    run(build(program, tmp_path / "version", *words))
