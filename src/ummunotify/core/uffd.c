@@ -91,6 +91,7 @@
 #define STACK_SIZE ((size_t)1 << 20) /* thread-local variables are in it too; only what is touched takes memory */
 #define EVENTS 16u		     /* read at a time */
 #define GRANULE_MAX 34		     /* the largest huge pages there are: 16 GiB */
+#define TRIES 100
 
 #define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
@@ -193,6 +194,20 @@ static int unregister_range(int fd, uint64_t start, uint64_t end)
 	struct uffdio_range range = {start, end - start};
 
 	return ioctl(fd, UFFDIO_UNREGISTER, &range) ? errno : 0;
+}
+
+/* Is all of [start, end) in one mapping, and that registered? UFFDIO_CONTINUE looks at this first and at once, under the mmap lock;
+ * then it fails, as it is not for private anonymous memory. Changes nothing. */
+static bool registered(int fd, uint64_t start, uint64_t end)
+{
+	struct uffdio_continue range = {.range = {start, end - start}, .mode = UFFDIO_CONTINUE_MODE_DONTWAKE};
+
+	while (ioctl(fd, UFFDIO_CONTINUE, &range)) {
+		if (errno != EAGAIN)
+			return errno != ENOENT;
+		sched_yield(); /* some change is under way somewhere */
+	}
+	return false; /* it cannot be */
 }
 
 /* Is nothing under way? See the top of this file, i. */
@@ -504,8 +519,11 @@ static int search_mapping(uint64_t address, struct mapping *mapping)
 }
 
 /* Is all of [start, end) memory whose changes userfaultfd tells? It tells only of those that this process makes of its mappings, so
- * the memory must not be anybody else's too. 0, or why not. */
-static int inspect(uint64_t start, uint64_t end, bool *huge)
+ * the memory must not be anybody else's too. 0, or why not; EAGAIN: `is_registered` turns out not to be so.
+ *
+ * Registering skips holes, and another thread can fill one as soon as that is done: then the kernel would tell nothing of what is there.
+ * So each mapping is asked about. From the moment at which a page is found to be registered, its changes are told. */
+static int inspect(uint64_t start, uint64_t end, bool is_registered, bool *huge)
 {
 	struct mapping mapping;
 	int error;
@@ -524,6 +542,8 @@ static int inspect(uint64_t start, uint64_t end, bool *huge)
 		if (mapping.shared || (mapping.file && !mapping.huge))
 			return UMN_UFFD_KIND;
 		*huge |= mapping.huge;
+		if (is_registered && !registered(the.fd, start, mapping.end < end ? mapping.end : end))
+			return EAGAIN;
 	}
 	return 0;
 }
@@ -577,18 +597,20 @@ static int cover(uint64_t start, uint64_t end, uint8_t *granule)
 		error = register_range(the.fd, first, last);
 		/* The kernel skips holes, and also registers memory whose changes it does not tell all of. Only now can nobody
 		 * exchange it unnoticed: that would be an event, and the region invalid. */
-		why = inspect(first, last, &huge);
+		why = inspect(first, last, !error, &huge);
 		if (!error && !why)
 			return 0;
 		count_down(first, last, error == EBUSY || error == EINVAL);
-		if (why || error != EINVAL)
-			return why ? why : error;
-		if (!huge) {
-			/* The kernel refuses what is now seen to be as it should. Something else may have been there then. */
-			if (++tries == 4)
-				break;
-			--*granule;
-		}
+		if (why == EAGAIN && tries < TRIES)
+			why = 0;
+		else if (why || error != EINVAL)
+			return why ? why == EAGAIN ? UMN_UFFD_UNMAPPED : why : error;
+		else if (huge)
+			continue;
+		/* What is now seen to be as it should was not when it was registered. */
+		if (++tries > TRIES)
+			break;
+		--*granule;
 	}
 	return UMN_UFFD_KIND;
 }
