@@ -5,6 +5,8 @@ from typing_extensions import disjoint_base
 
 from .types import Invalidation
 
+__pyx_capi__: dict[str, Any]  # Cython makes this
+
 class _Stats(TypedDict):
     regions: int
     bytes: int
