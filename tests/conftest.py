@@ -17,7 +17,7 @@ import ummunotify
 from ummunotify import Notifier
 from ummunotify.selftest.changes import Memory, private
 
-pytest_plugins = ("daemons",)
+pytest_plugins = ("daemons", "random_changes")
 
 
 PAGE = 4096

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -25,12 +26,13 @@ import pytest
 from support import map_memory, require, unmap_memory
 
 import ummunotify
+from ummunotify.bpf import libbpf
 from ummunotify.daemon import protocol
 from ummunotify.daemon.limits import TABLE
 from ummunotify.daemon.protocol import Op, Request, Summary
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
-from ummunotify.sources.bpf import BpfFeed
+from ummunotify.sources.bpf import SEGMENTS, BpfFeed
 
 PAGE = mmap.PAGESIZE
 NOBODY = 65534
@@ -87,6 +89,18 @@ class Daemon:
             time.sleep(0.02)
         return counts[-1]
 
+    def objects(self) -> set[tuple[str, int]]:
+        """The kernel's BPF objects that are its own, or its clients'."""
+        found: set[tuple[str, int]] = set()
+        for info in Path(f"/proc/{self.pid}/fdinfo").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                text = info.read_text()
+                found.update((kind, int(number)) for kind, number in re.findall(r"(prog|map|link)_id:\s*(\d+)", text))
+                # The maps in a map of maps: those of the first tables.
+                if re.search(r"map_type:\s*12\b", text):
+                    found.update(("map", number) for number in inner_maps(int(re.findall(r"map_id:\s*(\d+)", text)[0])))
+        return found
+
     def summary(self) -> Summary:
         with source.connect() as connection:
             connection.send(Request(Op.STATUS, argument=protocol.SUMMARY).pack())
@@ -101,6 +115,49 @@ class Daemon:
                 return summary
             assert time.monotonic() < deadline, summary
             time.sleep(0.02)
+
+
+_FD_BY_ID = {"prog": 13, "map": 14, "link": 30}
+"""BPF_PROG_GET_FD_BY_ID, and so on."""
+
+
+def object_fd(kind: str, number: int) -> int:
+    """A descriptor of one of the kernel's BPF objects. FileNotFoundError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    attribute = (ctypes.c_uint32 * 32)(number)
+    fd: int = libc.syscall(321, _FD_BY_ID[kind], attribute, ctypes.sizeof(attribute))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd
+
+
+def inner_maps(number: int, tables: int = 64) -> Iterator[int]:
+    """Of the map of maps with this number: the maps of the first tables."""
+    fd = object_fd("map", number)
+    try:
+        for table in range(tables):
+            with contextlib.suppress(OSError):
+                segments = libbpf.map_lookup(fd, struct.pack("=I", table * SEGMENTS), 4)
+                yield int(struct.unpack("=I", segments)[0])
+            with contextlib.suppress(OSError):
+                rings = libbpf.map_lookup(fd, struct.pack("=I", table), 4)
+                yield int(struct.unpack("=I", rings)[0])
+    finally:
+        os.close(fd)
+
+
+def left_of(objects: set[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Those that there still are, when none is left or it has been given time enough."""
+    deadline = time.monotonic() + PATIENCE
+    left = set(objects)
+    while left and time.monotonic() < deadline:
+        for kind, number in sorted(left):
+            try:
+                os.close(object_fd(kind, number))
+            except FileNotFoundError:
+                left.discard((kind, number))
+        time.sleep(0.02)
+    return left
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import io
 import json
 import mmap
 import os
@@ -18,12 +19,26 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import COMMAND, NOBODY, PAGE, PATIENCE, Child, Daemon, as_nobody, change, held, stress
+from daemons import (
+    COMMAND,
+    NOBODY,
+    PAGE,
+    PATIENCE,
+    Child,
+    Daemon,
+    as_nobody,
+    change,
+    held,
+    left_of,
+    object_fd,
+    stress,
+)
 from support import map_memory, unmap_memory
 
 import ummunotify
@@ -52,6 +67,21 @@ def test_an_unprivileged_user_takes_it_without_knowing(daemon: Daemon) -> None:
 
     assert as_nobody(program) == ("daemon:kvm", True, False, [(True, "munmap")])
     daemon.settled()
+
+
+def test_the_first_example_of_the_readme(daemon: Daemon) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(import mmap, ummunotify\n.*?)```", readme, re.DOTALL)
+
+    def program(_: Connection) -> tuple[str, str]:
+        names: dict[str, Any] = {}
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(example, names)
+        return names["umn"].source, said.getvalue()
+
+    name, said = as_nobody(program)
+    assert name == "daemon:kvm"
+    assert re.fullmatch(r"0x[0-9a-f]+-0x[0-9a-f]+: munmap by thread \d+\n", said)
 
 
 def test_waiting_and_growing(daemon: Daemon) -> None:
@@ -172,39 +202,61 @@ def test_a_daemon_that_hangs_does_not_hang_its_clients(directory: Path, monkeypa
 # ---- the daemon goes ----
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_daemon_ends_and_its_clients_miss_nothing(daemon: Daemon, number: int) -> None:
+SECONDS = 60.0 if "UMMUNOTIFY_SLOW" in os.environ else 2.0
+"""How long each client changes mappings at random."""
+
+
+def random_changes(native: Any) -> Callable[[Connection], tuple[str | None, dict[str, int]]]:
+    """What a client does: the differential test, whatever becomes of the daemon."""
+
+    def program(pipe: Connection) -> tuple[str | None, dict[str, int]]:
+        with ummunotify.open(source="daemon") as umn:
+            pipe.send("begun")
+            seed = time.time_ns() % 1_000_000
+            found: tuple[str | None, dict[str, int]]
+            found = native.run(umn, threads=3, files=True, changes=1 << 62, seconds=SECONDS, seed=seed)
+            return found
+
+    return program
+
+
+def test_the_daemon_ends_and_its_clients_miss_nothing(daemon: Daemon, native: Any) -> None:
+    """Killed, stopped, and started again, under stress; and one client sleeps in between."""
     children = []
+    objects: set[tuple[str, int]] = set()
+    ended = 0
     try:
-        for _ in range(4):
-            children.append(Child(stress))
-            assert children[-1].hear() == "watching"
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+            children.append(Child(random_changes(native)))
+            assert children[-1].hear() == "begun"
+            objects |= daemon.objects()
+            os.kill(children[0].pid, signal.SIGSTOP)
             daemon.end(number)
             with pytest.raises(UnavailableError):
                 source.connect()
-            time.sleep(0.1)
+            os.kill(children[0].pid, signal.SIGCONT)
             daemon.start()
-        daemon.settled()
-        for child in children:
-            child.pipe.send("stop")
-        assert all(child.result() > 10 for child in children)
+            ended += 1
+        # And from now on whenever it is up again.
+        while not all(child.pipe.poll() for child in children):
+            daemon.end(signal.SIGKILL)
+            daemon.start()
+            ended += 1
+            time.sleep(0.2)
+        results = [child.result() for child in children]
         children.clear()
     finally:
         for child in children:
             child.kill()
-
-
-def programs() -> set[int]:
-    """The numbers of all BPF programs that are attached to the probe, as their links say."""
-    found: set[int] = set()
-    for info in Path("/proc").glob("[0-9]*/fdinfo/*"):
-        try:
-            text = info.read_text()
-        except OSError:
-            continue
-        if "kvm_unmap_hva_range" in text:
-            found.update(map(int, re.findall(r"prog_id:\s*(\d+)", text)))
-    return found
+    print(f"the daemon ended {ended} times")
+    for wrong, totals in results:
+        print(", ".join(f"{count:,} {what}" for what, count in totals.items()))
+        assert wrong is None, totals
+        assert totals["hit"] > 100, totals
+        assert totals["valid"] > 100, totals
+    daemon.settled()
+    # What belonged to those that ended went with their last clients.
+    assert not left_of(objects)
 
 
 def test_old_and_new_do_not_mix_and_nothing_stays(daemon: Daemon) -> None:
@@ -221,19 +273,62 @@ def test_old_and_new_do_not_mix_and_nothing_stays(daemon: Daemon) -> None:
             assert event.exact
             return umn.generation - generation
 
-    before = programs()
     old = Child(program)
     assert old.hear() == "watching"
+    objects = daemon.objects()
+    attached = [(kind, number) for kind, number in objects if kind != "map"]
+    assert {kind for kind, _ in attached} == {"prog", "link"}
+    assert len(objects) > 2 + 6
     daemon.end(signal.SIGKILL)
     daemon.start()
     new = Child(program)
     assert new.hear() == "watching"
-    assert len(programs() - before) >= 1
-    for child in (old, new):
-        child.pipe.send("go on")
-        assert child.result() == 1
-    daemon.end()
-    assert programs() <= before
+    assert not objects & daemon.objects()
+    for kind, number in attached:
+        os.close(object_fd(kind, number))  # the old client's
+    old.pipe.send("go on")
+    assert old.result() == 1
+    assert not left_of(objects)
+    objects = daemon.objects()
+    assert daemon.end() == 0
+    new.pipe.send("go on")
+    assert new.result() == 1
+    assert not left_of(objects)
+
+
+def fill(umn: ummunotify.Notifier) -> None:
+    for i in range(1 << 20):
+        umn.watch((0x10000 + i * PAGE, PAGE))
+
+
+def test_without_its_daemon_a_notifier_cannot_grow_and_says_so(daemon: Daemon) -> None:
+    def program(pipe: Connection) -> str:
+        umn = ummunotify.open()
+        pipe.send("open")
+        pipe.recv()
+        with pytest.raises(ummunotify.TooManyRegionsError) as caught:
+            fill(umn)
+        for region in umn.regions[::2]:
+            region.close()
+        change(umn)
+        with ummunotify.open() as new:
+            change(new)
+        return str(caught.value)
+
+    child = Child(program)
+    assert child.hear() == "open"
+    daemon.end(signal.SIGKILL)
+    daemon.start()
+    child.pipe.send("go on")
+    assert "open a new one" in child.result()
+
+
+def test_the_other_side_has_another_version(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an upgrade of only one of them."""
+    monkeypatch.setattr(Request.__new__, "__defaults__", (protocol.VERSION + 1, 0))
+    with pytest.raises(ummunotify.SourceUnavailableError, match="install the same version"):
+        ummunotify.open(source="daemon")
+    daemon.settled()
 
 
 def test_a_second_daemon_leaves_the_first_alone(daemon: Daemon) -> None:

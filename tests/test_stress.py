@@ -5,13 +5,8 @@ UMMUNOTIFY_CHANGES is how many changes to make; UMMUNOTIFY_SLOW=1 stands for ten
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import subprocess
-import sys
-import sysconfig
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,37 +14,8 @@ from support import require
 
 import ummunotify
 
-HERE = Path(__file__).parent
-CORE = HERE.parent / "src/ummunotify/core"
 CHANGES = int(os.environ.get("UMMUNOTIFY_CHANGES", 10_000_000 if "UMMUNOTIFY_SLOW" in os.environ else 0))
 SECONDS = 3.0
-
-
-def run(*command: str | Path) -> None:
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    except FileNotFoundError:
-        require(str(command[0]), "it is not installed")
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """core/changes.pyx, with a copy of the owner's side of the table."""
-    if importlib.util.find_spec("Cython") is None:
-        require("cython", "it is not installed")
-    folder = tmp_path_factory.mktemp("changes")
-    source, library = folder / "changes.c", folder / "changes.so"
-    run(sys.executable, "-m", "cython", "-3", HERE / "core/changes.pyx", "-o", source)
-    flags = ["-shared", "-fPIC", "-O2", "-g", "-pthread", f"-I{sysconfig.get_path('include')}"]
-    includes = [f"-I{ummunotify.get_include()}", f"-I{CORE}", f"-I{HERE / 'core'}"]
-    run("gcc", *flags, *includes, source, HERE / "core/changes.c", CORE / "table.c", "-o", library)
-    spec = importlib.util.spec_from_file_location("changes", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("source", ["bpf", "uffd"])
