@@ -47,6 +47,9 @@ umount -R /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 (
     exec > "$1/log" 2>&1 < /dev/null
+    mkdir -p /run/systemd/journald.conf.d
+    printf '[Journal]\\nStorage=volatile\\nReadKMsg=no\\nAudit=no\\n' > /run/systemd/journald.conf.d/test.conf
+    /lib/systemd/systemd-journald &
     i=0
     while ! systemctl start ummunotify.socket; do
         sleep 0.1
@@ -55,10 +58,11 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
     done
     UMMUNOTIFY_SOCKET=/run/ummunotify/socket /opt/program -c "$CLIENT" > "$1/client"
     systemctl show ummunotify.service > "$1/service"
-    cat /run/errors
     cat /proc/$(systemctl show -P MainPID ummunotify.service)/status > "$1/status"
     systemctl stop ummunotify.socket ummunotify.service
     systemctl show ummunotify.service > "$1/stopped"
+    journalctl --sync
+    journalctl -D /run/log/journal -o json UMMUNOTIFY_EVENT=started + UMMUNOTIFY_EVENT=came > "$1/journal"
     touch "$1/done"
 ) &
 exec env -i container=other PATH="$PATH" SYSTEMD_UNIT_PATH="$1/units" \\
@@ -119,9 +123,7 @@ def test_it_runs_with_all_that_the_unit_forbids(tmp_path: Path, units: Path, cgr
         (units / f"{name}.target").write_text("[Unit]\nDefaultDependencies=no\n")
     more = units / "ummunotify.service.d" / "more.conf"
     more.parent.mkdir()
-    more.write_text(
-        "[Service]\nExecStart=\nExecStart=/opt/program -m ummunotify daemon\nStandardError=file:/run/errors\n"
-    )
+    more.write_text("[Service]\nExecStart=\nExecStart=/opt/program -m ummunotify daemon --verbose\n")
     with open(tmp_path / "console", "wb") as console:
         process = subprocess.Popen(
             ["sh", "-c", ENTER, "-", str(cgroup), INSIDE, str(tmp_path)],
@@ -150,6 +152,12 @@ def test_it_runs_with_all_that_the_unit_forbids(tmp_path: Path, units: Path, cgr
     stopped = dict(line.split("=", 1) for line in (tmp_path / "stopped").read_text().splitlines())
     assert stopped["Result"] == "success"
     assert stopped["ExecMainStatus"] == "0"
+    # In the journal each field is one, and none is an address.
+    started, came = (json.loads(line) for line in (tmp_path / "journal").read_text().splitlines())
+    assert (started["UMMUNOTIFY_EVENT"], started["UMMUNOTIFY_SOCKET"]) == ("started", "/run/ummunotify/socket")
+    assert (started["_TRANSPORT"], started["PRIORITY"]) == ("journal", "6")
+    assert (came["UMMUNOTIFY_EVENT"], came["UMMUNOTIFY_UID"], came["PRIORITY"]) == ("came", "65534", "7")
+    assert "0x" not in started["MESSAGE"] + came["MESSAGE"]
 
 
 def test_exposure(units: Path) -> None:

@@ -29,18 +29,42 @@ _LISTEN_FD = 3
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 
-class _Format(logging.Formatter):
-    """What the journal understands: the priority in front; the time it knows."""
+class _Journal(logging.Handler):
+    """Writes to the journal, sd_journal_send(3): whoever reads it can ask for each field."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return f"<{_PRIORITY.get(record.levelno, 5)}>{record.getMessage()}"
+    def __init__(self) -> None:
+        """OSError: there is none."""
+        super().__init__()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            self._socket.connect("/run/systemd/journal/socket")
+        except OSError:
+            self._socket.close()
+            raise
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = {"message": record.getMessage(), "priority": _PRIORITY.get(record.levelno, 5)}
+        fields |= {f"ummunotify_{name}": value for name, value in getattr(record, "fields", {}).items()}
+        lines = (f"{name.upper()}={value}".replace("\n", " ") for name, value in fields.items())
+        # It is not waited for: then whoever fills the journal would stop the daemon.
+        with contextlib.suppress(OSError):
+            self._socket.send("\n".join(lines).encode(), socket.MSG_DONTWAIT)
 
 
-def _log_to_stderr(level: int) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        _Format() if "JOURNAL_STREAM" in os.environ else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    )
+def _to_journal() -> bool:
+    """Does standard error go there? systemd.exec(5)."""
+    stderr = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+
+
+def _log(level: int) -> None:
+    handler: logging.Handler | None = None
+    if _to_journal():
+        with contextlib.suppress(OSError):
+            handler = _Journal()
+    if handler is None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("ummunotify.daemon")
     logger.addHandler(handler)
     logger.setLevel(level)
@@ -180,7 +204,7 @@ def _serve(
     metrics: str | None,
     verbose: bool,
 ) -> None:
-    _log_to_stderr(logging.DEBUG if verbose else logging.INFO)
+    _log(logging.DEBUG if verbose else logging.INFO)
     limits = Limits(clients, min(clients, clients_per_user), memory_per_user << 20)
     with contextlib.ExitStack() as undo:
         try:

@@ -51,8 +51,9 @@ log = logging.getLogger("ummunotify.daemon")
 
 
 def event(level: int, what: str, **fields: object) -> None:
-    """Log it with its fields as key=value."""
-    log.log(level, "%s", " ".join([what, *(f"{name}={value}" for name, value in fields.items())]))
+    """Log it with its fields: as key=value, and as they are for who can tell them apart. Never with addresses."""
+    text = " ".join([what, *(f"{name}={value}" for name, value in fields.items())])
+    log.log(level, "%s", text, extra={"fields": {"event": what, **fields}})
 
 
 class Refusal(Exception):
