@@ -676,15 +676,12 @@ def test_limits_on_clients(daemon: Daemon) -> None:
 def test_limits_on_memory(daemon: Daemon) -> None:
     def greedy(pipe: Connection) -> tuple[int, str]:
         with ummunotify.open() as umn:
-            try:
-                for i in range(1 << 20):
-                    umn.watch((0x10000 + i * PAGE, PAGE))
-            except ummunotify.TooManyRegionsError as error:
-                for region in umn.regions[::2]:
-                    region.close()
-                change(umn)
-                return umn.stats["bytes"], str(error)
-        raise AssertionError
+            with pytest.raises(ummunotify.TooManyRegionsError) as caught:
+                fill(umn)
+            for region in umn.regions[::2]:
+                region.close()
+            change(umn)
+            return umn.stats["bytes"], str(caught.value)
 
     size, why = as_nobody(greedy)
     assert 1 << 20 < size <= 2 << 20
@@ -693,12 +690,17 @@ def test_limits_on_memory(daemon: Daemon) -> None:
 
 
 def test_usage_counts_back_to_nothing() -> None:
-    usage = Usage(Limits(clients=10, clients_per_user=3, memory_per_user=3 * TABLE))
+    usage = Usage(Limits(clients=10, clients_per_user=3, memory=5 * TABLE, memory_per_user=3 * TABLE))
     assert [usage.enter(1)[0] for _ in range(4)] == [Status.OK] * 3 + [Status.USER_CLIENTS]
-    assert usage.grow(1, 5) == 0
+    assert usage.grow(1, 5) == (0, Status.USER_MEMORY, 3 * TABLE)
     usage.leave(1, 1)
-    assert usage.grow(1, 5) == 1
+    assert usage.grow(1, 5)[0] == 1
     assert usage.enter(1)[0] == Status.USER_MEMORY
+    assert usage.enter(2)[0] == Status.OK
+    assert usage.grow(2, 5)[0] == 1
+    assert usage.enter(2)[0] == Status.MEMORY
+    assert usage.grow(2, 1) == (0, Status.MEMORY, 5 * TABLE)
+    usage.leave(2, 2)
     usage.leave(1, 2)
     usage.leave(1, 1)
     assert not usage.clients

@@ -168,11 +168,18 @@ def _user(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--clients", default=Limits.clients, show_default=True, type=click.IntRange(1, 65536), help="At most.")
 @click.option("--clients-per-user", default=Limits.clients_per_user, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--memory-per-user",
-    default=Limits.memory_per_user >> 20,
-    show_default="an eighth of the memory",
+    "--memory",
+    default=Limits.memory >> 20,
+    show_default="half of the machine's",
     type=click.IntRange(1),
     help="In MiB, of kernel memory for tables.",
+)
+@click.option(
+    "--memory-per-user",
+    default=Limits.memory_per_user >> 20,
+    show_default="an eighth of the machine's",
+    type=click.IntRange(1),
+    help="Of that.",
 )
 @click.option("--ready", default=16, show_default=True, type=click.IntRange(1, 4096), help="Tables to keep ready.")
 @click.option("--kvm/--no-kvm", default=True, show_default=True, help="Give clients access to /dev/kvm.")
@@ -197,6 +204,7 @@ def _serve(
     user: tuple[int, int] | None,
     clients: int,
     clients_per_user: int,
+    memory: int,
     memory_per_user: int,
     ready: int,
     kvm: bool,
@@ -205,7 +213,7 @@ def _serve(
     verbose: bool,
 ) -> None:
     _log(logging.DEBUG if verbose else logging.INFO)
-    limits = Limits(clients, min(clients, clients_per_user), memory_per_user << 20)
+    limits = Limits(clients, min(clients, clients_per_user), memory << 20, min(memory, memory_per_user) << 20)
     with contextlib.ExitStack() as undo:
         try:
             _room(clients, ready)

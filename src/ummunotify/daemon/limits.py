@@ -16,8 +16,7 @@ SPARE = 16
 """Connections that are not clients: of each user, and of all users that use up everything else."""
 
 
-def _memory_per_user() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+_PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,9 @@ class Limits:
     clients: int = 1024
     clients_per_user: int = 512
     """Twice what an MPI job of 256 ranks needs."""
-    memory_per_user: int = _memory_per_user()
-    """Of all tables of a user, in bytes: some 75 a region."""
+    memory: int = _PHYSICAL // 2
+    """Of all tables, in bytes: some 75 a region."""
+    memory_per_user: int = _PHYSICAL // 8
 
 
 class Usage:
@@ -58,18 +58,24 @@ class Usage:
             return Status.CLIENTS, self.limits.clients
         if self.clients[uid] >= self.limits.clients_per_user:
             return Status.USER_CLIENTS, self.limits.clients_per_user
+        if self.memory.total() + TABLE > self.limits.memory:
+            return Status.MEMORY, self.limits.memory
         if self.memory[uid] + TABLE > self.limits.memory_per_user:
             return Status.USER_MEMORY, self.limits.memory_per_user
         self.clients[uid] += 1
         self.memory[uid] += TABLE
         return Status.OK, 0
 
-    def grow(self, uid: int, segments: int) -> int:
-        """Count up to `segments` in; how many there may be."""
-        room = max(0, self.limits.memory_per_user - self.memory[uid]) // SEGMENT
-        granted = min(segments, room)
+    def grow(self, uid: int, segments: int) -> tuple[int, Status, int]:
+        """Count up to `segments` in; how many there may be, and if none what limit they would exceed."""
+        of_all, of_user = self.limits.memory - self.memory.total(), self.limits.memory_per_user - self.memory[uid]
+        granted = min(segments, max(0, min(of_all, of_user)) // SEGMENT)
+        if not granted:
+            if of_user < SEGMENT:
+                return 0, Status.USER_MEMORY, self.limits.memory_per_user
+            return 0, Status.MEMORY, self.limits.memory
         self.memory[uid] += granted * SEGMENT
-        return granted
+        return granted, Status.OK, 0
 
     def shrink(self, uid: int, segments: int) -> None:
         self._subtract(self.memory, uid, segments * SEGMENT)

@@ -64,6 +64,8 @@ class Status(enum.IntEnum):
     FAILED = 7
     UNSEEN = 8
     """The secret was not shown."""
+    MEMORY = 9
+    """Of all users, in bytes."""
 
 
 class Request(NamedTuple):

@@ -353,10 +353,10 @@ class Server:
 
     def _grow(self, client: Client) -> None:
         wanted = min(max(1, client.segments // 8), protocol.GROW_MOST, SEGMENTS - client.segments)
-        granted = self._usage.grow(client.uid, wanted)
-        if not granted:
-            self._warn(client, "limit:USER_MEMORY")
-            client.answer(Reply(Status.USER_MEMORY, value=self._usage.limits.memory_per_user).pack())
+        granted, status, limit = self._usage.grow(client.uid, wanted)
+        if status != Status.OK:
+            self._warn(client, f"limit:{status.name}")
+            client.answer(Reply(status, value=limit).pack())
             return
         client.busy = True
         self._growing.append((client, granted))

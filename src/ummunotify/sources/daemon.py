@@ -42,6 +42,7 @@ def _refusal(status: int, value: int) -> tuple[str, str]:
             f"this user's tables would take more than the {mib} that the daemon allows",
             "watch fewer regions, or raise the daemon's --memory-per-user",
         ),
+        Status.MEMORY: (f"the tables of all users take the {mib} that the daemon allows", "raise its --memory"),
         Status.PROCESS_CLIENTS: ("this process has too many notifiers", "close some of them"),
         Status.UNSEEN: (
             "the daemon's program did not see a change made for it to see",
