@@ -51,6 +51,13 @@ cdef extern from "core/platform.h" nogil:
     void umn_ring_clear(umn_ring *ring)
     void umn_ring_unmap(umn_ring *ring)
 
+cdef extern from "core/doubt.h" nogil:
+    struct umn_doubt:
+        pass
+    int umn_doubt_open(umn_doubt *doubt, int fd)
+    void umn_doubt_abandon(umn_doubt *doubt)
+    void umn_doubt_close(umn_doubt *doubt)
+
 cdef enum:
     PAGE = 4096
     ROOM = 128
@@ -579,3 +586,28 @@ cdef class Ring:
     def close(self):
         """Unmap it. May be called more than once."""
         umn_ring_unmap(&self._ring)
+
+
+@cython.final
+cdef class Doubt:
+    """What a table needs whose probe the kernel may skip at times: see core/doubt.h."""
+
+    cdef umn_doubt _doubt
+
+    def __cinit__(self, int fd):
+        memset(&self._doubt, 0, sizeof(umn_doubt))
+        cdef int error = umn_doubt_open(&self._doubt, fd)
+        if error:
+            raise OSError(-error, os.strerror(-error))
+
+    def __dealloc__(self):
+        umn_doubt_close(&self._doubt)
+
+    @property
+    def address(self):
+        """Of the struct umn_source, which is there as long as this object."""
+        return <uintptr_t>&self._doubt
+
+    def abandon(self):
+        """Let go of the map; from then on there is no doubt. May be called more than once."""
+        umn_doubt_abandon(&self._doubt)

@@ -113,6 +113,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_prog_test_run_opts": (_INT, _INT, _POINTER),
     "bpf_raw_tracepoint_open": (_INT, _STRING, _INT),
     "bpf_enable_stats": (_INT, _INT),
+    "bpf_link_create": (_INT, _INT, _INT, _INT, _POINTER),
 }
 
 # int (*)(enum libbpf_print_level, const char *format, va_list). A va_list is passed as one pointer
@@ -473,6 +474,59 @@ def raw_tracepoint_open(tracepoint: str, program_fd: int) -> int:
         program_fd,
         undo=os.close,
     )
+
+
+_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
+_PERF_FLAG_FD_CLOEXEC = 8
+_KPROBE_TYPE = "/sys/bus/event_source/devices/kprobe/type"
+_BPF_PERF_EVENT = 41  # enum bpf_attach_type
+
+
+class _PerfEventAttr(ctypes.Structure):
+    # The second version of the kernel's structure, which all kernels take.
+    _fields_ = (
+        ("type", _U32),
+        ("size", _U32),
+        ("config", _U64),
+        ("sample_period", _U64),
+        ("sample_type", _U64),
+        ("read_format", _U64),
+        ("flags", _U64),
+        ("wakeup_events", _U32),
+        ("bp_type", _U32),
+        ("kprobe_func", _STRING),
+        ("probe_offset", _U64),
+    )
+    # Fields are aligned as in C; the string is a pointer in 64 bits.
+
+
+def kprobe_open(function: str, program_fd: int) -> int:
+    """Attach a program to the entry of a kernel function; return the link's descriptor, which the caller closes.
+
+    The program stays attached until the last copy of the descriptor is closed, in whatever process. Raises `BpfError`:
+    EOPNOTSUPP if the kernel has no kprobes, ENOENT if it has no such function, EINVAL before Linux 5.15.
+    """
+    doing = f"attach to the kernel's function {function!r}"
+    number = _PERF_EVENT_OPEN.get(os.uname().machine)
+    try:
+        with open(_KPROBE_TYPE) as file:
+            kind = int(file.read())
+    except FileNotFoundError:
+        number = None
+    if number is None:
+        raise BpfError(errno.EOPNOTSUPP, doing)
+    attributes = _PerfEventAttr(type=kind, size=ctypes.sizeof(_PerfEventAttr), kprobe_func=_c_string(function))
+    libc = ctypes.CDLL(None, use_errno=True)
+    # On whatever CPU the function runs: the event's CPU only says where samples would go.
+    arguments = (number, ctypes.byref(attributes), -1, 0, -1, ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC))
+    event = libc.syscall(*arguments)
+    if event < 0:
+        raise BpfError(ctypes.get_errno(), doing)
+    try:
+        # The link keeps the event.
+        return _call(doing, "bpf_link_create", program_fd, event, _BPF_PERF_EVENT, None, undo=os.close)
+    finally:
+        os.close(event)
 
 
 def enable_statistics() -> int:

@@ -16,10 +16,12 @@ typedef uint64_t __u64;
 typedef int64_t __s64;
 #define BPF_MAP_TYPE_HASH 1
 #define BPF_MAP_TYPE_ARRAY 2
+#define BPF_MAP_TYPE_PERCPU_ARRAY 6
 #define BPF_MAP_TYPE_ARRAY_OF_MAPS 12
 #define BPF_MAP_TYPE_RINGBUF 27
 #define BPF_F_MMAPABLE (1u << 10)
 #include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
 
 #include "../core/layout.h"
 
@@ -39,6 +41,12 @@ struct task_struct {
 	struct thread_info thread_info;
 	unsigned int flags;
 	struct mm_struct *mm;
+};
+enum mmu_notifier_event { MMU_NOTIFY_PROTECTION_VMA = 2, MMU_NOTIFY_PROTECTION_PAGE = 3, MMU_NOTIFY_SOFT_DIRTY = 4 };
+struct mmu_notifier_range {
+	struct mm_struct *mm;
+	unsigned long start, end;
+	enum mmu_notifier_event event;
 };
 #pragma clang attribute pop
 
@@ -109,6 +117,22 @@ struct {
 	__type(key, uint32_t);
 	__type(value, struct control);
 } control SEC(".maps");
+
+/* See `doubt` below. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, uint32_t);
+	__type(value, struct umn_doubts);
+} doubts SEC(".maps");
+/* Is this CPU one of those that `doubts` counts? */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, uint32_t);
+} doubted SEC(".maps");
 
 /* ---- The feeder. ---- */
 
@@ -368,4 +392,110 @@ int kvm(uint64_t *args)
 	else
 		bpf_loop(ctl->tables, feed_foreign, &change, 0);
 	return 0;
+}
+
+/* ---- What the probes below need: the kernel may skip programs at kprobes. ---- */
+
+/*
+ * The kernel does not run programs at kprobes on a CPU whose bpf_prog_active is not 0 (trace_call_bpf). Programs at kprobes
+ * raise it while they run, and cannot be preempted; but so do system calls on maps (bpf_disable_instrumentation), and those
+ * can. Whoever runs on that CPU then changes his memory unseen, until the other one is back and done.
+ *
+ * Programs at raw tracepoints run all the same. So this one looks whenever a CPU goes over to another task (and on each CPU
+ * once in the beginning). While a CPU's count is raised behind the back of the task that runs there, it is counted in `doubts`,
+ * and owners take no region for valid (core/doubt.c). When it no longer is, everything may be invalid, and only then
+ * (full barriers between) is the CPU not counted any more: an owner who finds no doubt, and after that no overflow, has
+ * missed nothing. Last come the wake-ups, for whoever found out by himself that there was doubt.
+ */
+extern int bpf_prog_active __ksym __weak;
+
+static long give_up_on(uint32_t id, void *unused)
+{
+	struct table *table = bpf_map_lookup_elem(&tables, &id);
+	struct umn_header *header = header_of(id);
+
+	/* As in umn_invalidate; using the results makes these ordered operations. */
+	if (table && table->mm && header && __sync_fetch_and_add(&header->overflow, 1) != UINT32_MAX)
+		return __sync_fetch_and_add(&header->generation, 1) == UINT64_MAX;
+	return 0;
+}
+
+static long wake(uint32_t id, void *unused)
+{
+	struct umn_header *header = header_of(id);
+	uint64_t one = 1;
+	void *ring;
+
+	if (header && UMN_LOAD(&header->armed) && __sync_lock_test_and_set(&header->armed, 0)) {
+		ring = bpf_map_lookup_elem(&rings, &id);
+		if (ring)
+			bpf_ringbuf_output(ring, &one, sizeof one, 0);
+	}
+	return 0;
+}
+
+/* Returns 1 if it can do its work. */
+SEC("raw_tp/sched_switch")
+int doubt(void *unused)
+{
+	uint32_t zero = 0;
+	struct umn_doubts *all = bpf_map_lookup_elem(&doubts, &zero);
+	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+	uint32_t *doubted_here = bpf_map_lookup_elem(&doubted, &zero);
+	int *active;
+
+	if (!all || !ctl || !doubted_here || !&bpf_prog_active)
+		return 0;
+	active = bpf_this_cpu_ptr(&bpf_prog_active);
+	if (!*active == !*doubted_here)
+		return 1;
+	if (*active) {
+		*doubted_here = __sync_fetch_and_add(&all->cpus, 1) != UINT32_MAX;
+	} else {
+		bpf_loop(ctl->tables, give_up_on, 0, 0);
+		*doubted_here = !__sync_fetch_and_sub(&all->cpus, 1);
+		bpf_loop(ctl->tables, wake, 0, 0);
+	}
+	return 1;
+}
+
+/* ---- The probe mmu_notifier: the function that calls all notifiers. It says whose change it is, and of what kind. ---- */
+
+/* The current task's change of [start, end) in the address space `mm`. */
+static __always_inline int feed_traced(struct control *ctl, uint64_t mm, uint64_t start, uint64_t end)
+{
+	struct change change = {.start = start, .end = end, .syscall = -1};
+	struct task_struct *task;
+	struct pt_regs *regs;
+
+	if (ctl->only && !ctl->handshakes && ctl->mm != mm)
+		return 0;
+	task = bpf_get_current_task_btf();
+	regs = (struct pt_regs *)bpf_task_pt_regs(task);
+	if (mm == (uint64_t)task->mm && regs->ax == (unsigned long)-ENOSYS &&
+	    !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) && !(task->thread_info.status & TS_COMPAT)) {
+		change.syscall = regs->orig_ax;
+		if (ctl->handshakes && change.syscall == NR_madvise)
+			shake_hands(mm, regs->r8);
+	}
+	if (ctl->only && ctl->mm == mm)
+		return feed(ctl->only - 1, start, end, change.syscall, STEPS_MAX);
+	feed_mm(mm, &change);
+	return 0;
+}
+
+SEC("kprobe")
+int mmu_notifier(struct pt_regs *ctx)
+{
+	struct mmu_notifier_range *range = (void *)ctx->di;
+	uint32_t zero = 0;
+	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+	unsigned int event = BPF_CORE_READ(range, event);
+
+	/* The pages stay where they are: mprotect and its like; what writes protect them, as fork does; and soft-dirty. */
+	if (!ctl || event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_PROTECTION_VMA) ||
+	    event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_PROTECTION_PAGE) ||
+	    event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_SOFT_DIRTY))
+		return 0;
+	return feed_traced(ctl, (uint64_t)BPF_CORE_READ(range, mm), BPF_CORE_READ(range, start), BPF_CORE_READ(range, end));
 }

@@ -90,6 +90,12 @@ struct umn_slot {
 	int32_t syscall; /* ... and the system call it was in (-1: a page fault or not known) */
 };
 
+/* For the probes that the kernel may skip: see core/doubt.h. The feeder writes it, for all its tables. */
+struct umn_doubts {
+	uint32_t cpus; /* on how many of them the kernel may be skipping the probe now */
+	uint32_t unused;
+};
+
 #ifdef __cplusplus
 #define UMN_STATIC_ASSERT static_assert
 #else

@@ -763,8 +763,9 @@ static void hit(struct umn_table *t, struct umn_region *region)
 {
 	if (!lock(t))
 		return;
-	/* As in umn_invalidate, but that the slot goes to the queue, which is behind the lock already. */
-	if (region->place == WATCHED) {
+	/* As in umn_invalidate, but that the slot goes to the queue, which is behind the lock already. Not if all has arrived
+	 * meanwhile: a source that sends its wake-ups by itself does so after that, and nobody would be woken for this. */
+	if (region->place == WATCHED && !t->source->arrived(t->source)) {
 		if (!(__sync_fetch_and_or(&slot_of(region)->state, UMN_INVALID | UMN_PENDING | UMN_MULTIPLE) & UMN_PENDING)) {
 			store(&slot_of(region)->thread, 0);
 			store(&slot_of(region)->syscall, -1);
@@ -772,7 +773,7 @@ static void hit(struct umn_table *t, struct umn_region *region)
 		}
 		__sync_fetch_and_add(&t->header->generation, 1);
 		/* With the lock held: so not while it is being closed. */
-		if (load(&t->header->armed) && __sync_lock_test_and_set(&t->header->armed, 0))
+		if (t->source->wake && load(&t->header->armed) && __sync_lock_test_and_set(&t->header->armed, 0))
 			t->source->wake(t->source);
 	}
 	unlock(t);

@@ -34,7 +34,8 @@ struct umn_source {
 	bool (*arrived)(struct umn_source *source);
 	/* The same, but waits for it, for up to this long. */
 	bool (*settle)(struct umn_source *source, unsigned int milliseconds);
-	void (*wake)(struct umn_source *source); /* sends a wake-up */
+	/* Sends a wake-up. NULL: the source does, each time that all has arrived again, if it finds the table armed. */
+	void (*wake)(struct umn_source *source);
 	void (*stop)(struct umn_source *source); /* once it has returned, the table is fed no more */
 	/* umn_table_set_source sets the rest. */
 	bool (*confirm)(const struct umn_region *region); /* an untouched region is valid */
