@@ -11,10 +11,10 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
-from support import require
+from support import probes, require
 
 import ummunotify
-from ummunotify import Notifier
+from ummunotify import Notifier, sources
 from ummunotify.selftest.changes import Memory, private
 
 pytest_plugins = ("daemons", "random_changes")
@@ -64,20 +64,27 @@ def nothing_left_over() -> Iterator[None]:
     assert after[2] <= before[2]
 
 
-@pytest.fixture(scope="session")
-def keeper() -> Iterator[Notifier]:
+@pytest.fixture(scope="session", params=probes())
+def keeper(request: pytest.FixtureRequest) -> Iterator[Notifier]:
     """A notifier that stays open, with which opening more takes milliseconds."""
+    source, _, probe = request.param.partition(":")
     try:
-        opened = ummunotify.open()
+        opened = ummunotify.open(source, probe=probe)
     except ummunotify.SourceUnavailableError as error:
         require("bpf", str(error))
     with opened:
         # A table of several segments leaves something for the next ones to be forgotten sooner.
-        if opened.source.startswith("bpf"):
-            with ummunotify.open() as large:
-                for i in range(5000):
-                    large.watch((PAGE + i, 1))
+        with ummunotify.open(source, probe=probe) as large:
+            for i in range(5000):
+                large.watch((PAGE + i, 1))
         yield opened
+
+
+@pytest.fixture(autouse=True)
+def the_keepers_source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test opens that has a keeper has the keeper's source and probe."""
+    if "keeper" in request.fixturenames:
+        monkeypatch.setenv(sources.ENVIRONMENT, request.getfixturevalue("keeper").source)
 
 
 @pytest.fixture

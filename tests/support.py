@@ -10,6 +10,9 @@ from typing import NoReturn
 
 import pytest
 
+from ummunotify import sources
+from ummunotify.bpf import libbpf
+
 # NumPy's threads would come with the import and go with a fork, and tests count threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -24,6 +27,14 @@ def require(feature: str, reason: str, *, always: bool = True) -> NoReturn:
     if feature in required or (always and "all" in required):
         pytest.fail(f"{feature} is required here, but: {reason}", pytrace=False)
     pytest.skip(f"{feature}: {reason}")
+
+
+def probes() -> list[str]:
+    """The BPF source with each probe that there may be here, or what UMMUNOTIFY_SOURCE insists on."""
+    named = os.environ.get(sources.ENVIRONMENT)
+    found = [each.name for each in sources.candidates(named or "bpf") if each.name.startswith("bpf:")]
+    # Most tests use them: what is missing for good should not show as a test that was skipped, a thousand times.
+    return [each for each in found if each == "bpf:kvm" or libbpf.kprobes_available()] or ["bpf:kvm"]
 
 
 def in_child(function: Callable[[], object]) -> None:

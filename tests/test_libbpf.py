@@ -69,6 +69,8 @@ def test_load_and_attach() -> None:
         with pytest.raises(BpfError, match="EBADF"):
             loaded.map_fd("tables")
         loaded.set_max_entries("tables", 7)
+        for needs_kprobes in ("mmu_notifier", "doubt"):
+            loaded.set_autoload(needs_kprobes, False)
         loaded.load()
         with pytest.raises(BpfError, match="EBUSY"):
             loaded.set_max_entries("tables", 8)

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import pytest
-from support import require
+from support import probes, require
 
 import ummunotify
 
@@ -18,19 +18,20 @@ CHANGES = int(os.environ.get("UMMUNOTIFY_CHANGES", 10_000_000 if "UMMUNOTIFY_SLO
 SECONDS = 3.0
 
 
-@pytest.mark.parametrize("source", ["bpf", "uffd"])
+@pytest.mark.parametrize("source", [*probes(), "uffd"])
 def test_random_changes(source: str, native: Any, record_property: Any) -> None:
+    name, _, probe = source.partition(":")
     try:
-        umn = ummunotify.open(source=source)
+        umn = ummunotify.open(name, probe=probe or None)
     except ummunotify.SourceUnavailableError as error:
-        require(source, str(error))
+        require(name, str(error))
     begin = time.monotonic()
     with umn:
         wrong, totals = native.run(
             umn,
             threads=4,
             # userfaultfd is blind to changes of files, so `watch` refuses them.
-            files=source == "bpf",
+            files=source != "uffd",
             changes=CHANGES or 1 << 62,
             seconds=1e6 if CHANGES else SECONDS,
             seed=time.time_ns() % 1_000_000,

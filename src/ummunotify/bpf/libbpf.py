@@ -455,10 +455,22 @@ class _TestRunOpts(ctypes.Structure):
     )
 
 
-def program_run(fd: int, arguments: bytes) -> None:
-    """Run a raw tracepoint's program once as if the tracepoint was hit with these arguments. Raises BpfError."""
-    options = _TestRunOpts(sz=ctypes.sizeof(_TestRunOpts), ctx_in=arguments, ctx_size_in=len(arguments))
+_TEST_RUN_ON_CPU = 1
+
+
+def program_run(fd: int, arguments: bytes = b"", cpu: int | None = None) -> int:
+    """Run a raw tracepoint's program once as if the tracepoint was hit with these arguments; return what it returns.
+
+    On this CPU or that one, between any two instructions of whatever runs there. Raises BpfError: ENXIO if that CPU is
+    not online.
+    """
+    options = _TestRunOpts(
+        sz=ctypes.sizeof(_TestRunOpts), ctx_in=arguments or None, ctx_size_in=len(arguments), cpu=cpu or 0
+    )
+    if cpu is not None:
+        options.flags = _TEST_RUN_ON_CPU
     _call("run a program", "bpf_prog_test_run_opts", fd, ctypes.byref(options))
+    return int(options.retval)
 
 
 def raw_tracepoint_open(tracepoint: str, program_fd: int) -> int:
@@ -500,6 +512,11 @@ class _PerfEventAttr(ctypes.Structure):
     # Fields are aligned as in C; the string is a pointer in 64 bits.
 
 
+def kprobes_available() -> bool:
+    """Whether the kernel has kprobes for perf events. Needs neither libbpf nor privileges; raises nothing."""
+    return os.path.exists(_KPROBE_TYPE)
+
+
 def kprobe_open(function: str, program_fd: int) -> int:
     """Attach a program to the entry of a kernel function; return the link's descriptor, which the caller closes.
 
@@ -508,13 +525,10 @@ def kprobe_open(function: str, program_fd: int) -> int:
     """
     doing = f"attach to the kernel's function {function!r}"
     number = _PERF_EVENT_OPEN.get(os.uname().machine)
-    try:
-        with open(_KPROBE_TYPE) as file:
-            kind = int(file.read())
-    except FileNotFoundError:
-        number = None
-    if number is None:
+    if number is None or not kprobes_available():
         raise BpfError(errno.EOPNOTSUPP, doing)
+    with open(_KPROBE_TYPE) as file:
+        kind = int(file.read())
     attributes = _PerfEventAttr(type=kind, size=ctypes.sizeof(_PerfEventAttr), kprobe_func=_c_string(function))
     libc = ctypes.CDLL(None, use_errno=True)
     # On whatever CPU the function runs: the event's CPU only says where samples would go.

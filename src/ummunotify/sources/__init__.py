@@ -22,9 +22,9 @@ class Candidate(NamedTuple):
 
 
 def _open_bpf(probe: str) -> Feed:
-    from .bpf import BpfFeed
+    from .bpf import BpfFeed, KprobeFeed
 
-    return BpfFeed(probe)
+    return BpfFeed(probe) if probe == "kvm" else KprobeFeed(probe)
 
 
 def _open_daemon() -> Feed:
@@ -40,6 +40,7 @@ def _open_uffd() -> Feed:
 
 
 _ALL = [
+    Candidate("bpf:mmu_notifier", lambda: _open_bpf("mmu_notifier")),
     Candidate("bpf:kvm", lambda: _open_bpf("kvm")),
     Candidate("daemon:kvm", _open_daemon),
     Candidate("uffd", _open_uffd),

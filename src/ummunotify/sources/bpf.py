@@ -14,7 +14,7 @@ import secrets
 import struct
 from pathlib import Path
 
-from .._core import Ring, map_shared, show_secret, skipped_runs
+from .._core import Doubt, Ring, map_shared, show_secret, skipped_runs
 from ..bpf import libbpf
 from .base import UnavailableError
 
@@ -41,8 +41,11 @@ _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 _CONTROL = struct.Struct("=IIQII")  # struct control
 
-PROBES = ("kvm",)
-"""Best first."""
+PROBES = ("mmu_notifier", "kvm")
+"""Best first: the first knows whose change it is, and of what kind."""
+
+_TRACEPOINT = "kvm_unmap_hva_range"
+_FUNCTION = "__mmu_notifier_invalidate_range_start"
 
 
 _CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
@@ -72,6 +75,23 @@ def _why(error: OSError) -> UnavailableError:
     return UnavailableError(str(error).splitlines()[0], "")
 
 
+def _why_not_attached(probe: str, error: OSError) -> UnavailableError:
+    if probe == "kvm" and error.errno == errno.ENOENT:
+        return UnavailableError(f"the kernel has no tracepoint {_TRACEPOINT}", "load the kvm module (modprobe kvm)")
+    if probe != "kvm" and error.errno == errno.ENOENT:
+        return UnavailableError(f"the kernel has no function {_FUNCTION}", "")
+    return _why(error)
+
+
+def _possible_cpus() -> list[int]:
+    """Those that there are or can be. OSError."""
+    found: list[int] = []
+    for part in Path("/sys/devices/system/cpu/possible").read_text().split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
 def create_segment() -> int:
     """Memory for a table. A map's descriptor; OSError."""
     return libbpf.create_map(libbpf.MapType.ARRAY, "umn_segment", 4, PAGE, SEGMENT_PAGES, libbpf.MapFlag.MMAPABLE)
@@ -85,16 +105,23 @@ def create_ring() -> int:
 class Maps:
     """The kernel side: the maps, the loaded programs and what they are attached to."""
 
-    def __init__(self, tables: int = TABLES, steps_foreign: int | None = None) -> None:
+    def __init__(self, tables: int = TABLES, steps_foreign: int | None = None, probe: str = "kvm") -> None:
         """Load. `steps_foreign` bounds the work in all tables on behalf of a change that may be another process's.
 
         None: all tables are this process's own, and each may take what it needs.
 
         Raises UnavailableError.
         """
+        self.probe = probe
         self.fds: dict[str, int] = {}
         if not _may_load():
             raise _not_permitted()
+        if probe != "kvm" and not libbpf.kprobes_available():
+            raise UnavailableError("the kernel has no kprobes", "use one that is built with CONFIG_KPROBE_EVENTS")
+        if not libbpf.btf_available():
+            raise UnavailableError(
+                "the kernel's types (BTF) are not available", "use a kernel that is built with CONFIG_DEBUG_INFO_BTF"
+            )
         data = Path(libbpf.__file__).with_name("watch.bpf.o").read_bytes()
         try:
             with contextlib.ExitStack() as undo:
@@ -103,10 +130,14 @@ class Maps:
                     loaded.set_max_entries("segments", tables * SEGMENTS)
                     for name in ("rings", "tables", "owners", "handshakes"):
                         loaded.set_max_entries(name, tables)
+                    for name in (*PROBES, "doubt"):
+                        loaded.set_autoload(name, name == probe or (name == "doubt" and probe != "kvm"))
                     loaded.load()
-                    for name in ("segments", "rings", "tables", "owners", "handshakes", "control"):
+                    for name in ("segments", "rings", "tables", "owners", "handshakes", "control", "doubts"):
                         self.fds[name] = loaded.map_fd(name)
-                    self.fds["program"] = loaded.program_fd("kvm")
+                    self.fds["program"] = loaded.program_fd(probe)
+                    if probe != "kvm":
+                        self.fds["doubt"] = loaded.program_fd("doubt")
                 undo.pop_all()
         except OSError as error:
             raise _why(error) from error
@@ -118,15 +149,31 @@ class Maps:
 
     def attach(self) -> None:
         """Attach the probe. Raises UnavailableError."""
-        tracepoint = "kvm_unmap_hva_range"
         try:
-            self.fds["link"] = libbpf.raw_tracepoint_open(tracepoint, self.fds["program"])
+            if self.probe == "kvm":
+                self.fds["link"] = libbpf.raw_tracepoint_open(_TRACEPOINT, self.fds["program"])
+            else:
+                self._look_out()
+                self.fds["link"] = libbpf.kprobe_open(_FUNCTION, self.fds["program"])
         except OSError as error:
-            if error.errno == errno.ENOENT:
+            raise _why_not_attached(self.probe, error) from error
+
+    def _look_out(self) -> None:
+        """For what the kernel skips at kprobes: see `doubt` in watch.bpf.c. Raises UnavailableError, OSError."""
+        self.fds["doubt_link"] = libbpf.raw_tracepoint_open("sched_switch", self.fds["doubt"])
+        # Each CPU once: what it runs now may have been there before.
+        for cpu in _possible_cpus():
+            try:
+                able = libbpf.program_run(self.fds["doubt"], cpu=cpu)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                continue
+            if not able:
                 raise UnavailableError(
-                    f"the kernel has no tracepoint {tracepoint}", "load the kvm module (modprobe kvm)"
-                ) from error
-            raise _why(error) from error
+                    "the kernel's types (BTF) lack bpf_prog_active, so skipped runs cannot be noticed",
+                    "use another probe: UMMUNOTIFY_SOURCE=bpf:kvm",
+                )
 
     def close(self) -> None:
         """Close every descriptor; what it was attached to is detached with the last copy of the link."""
@@ -313,7 +360,9 @@ def open_kvm() -> int:
 def create_vm(kvm: int) -> int:
     """An empty virtual machine, which subscribes this address space to MMU notifications.
 
-    Its descriptor; the subscription lasts until it is closed everywhere. Raises UnavailableError.
+    Its descriptor. KVM is told until it is closed everywhere; the kernel goes on calling the function that tells all
+    who have subscribed, for as long as the address space exists (mmu_notifier_unregister leaves
+    mm->notifier_subscriptions). Raises UnavailableError.
     """
     try:
         return fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
@@ -322,32 +371,40 @@ def create_vm(kvm: int) -> int:
 
 
 class _Process:
-    """What all notifiers of this process share; made for the first and closed with the last.
+    """What all notifiers of this process share that have the same probe; made for the first and closed with the last.
 
     One thread at a time: whoever holds a feed sees to that (see Feed).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, probe: str) -> None:
+        self.probe = probe
         self.maps: Maps | None = None
         self.vm = -1
         self.feeds = 0
 
     def enter(self) -> Maps:
         if self.maps is None:
-            maps = Maps()
+            maps = Maps(probe=self.probe)
             try:
                 maps.attach()
-                kvm = open_kvm()
-                try:
-                    self.vm = create_vm(kvm)
-                finally:
-                    os.close(kvm)
+                self._subscribe()
             except BaseException:
                 maps.close()
                 raise
             self.maps = maps
         self.feeds += 1
         return self.maps
+
+    def _subscribe(self) -> None:
+        kvm = open_kvm()
+        try:
+            vm = create_vm(kvm)
+        finally:
+            os.close(kvm)
+        if self.probe == "kvm":
+            self.vm = vm
+        else:
+            os.close(vm)
 
     def leave(self) -> None:
         self.feeds -= 1
@@ -358,17 +415,19 @@ class _Process:
         if self.maps is not None:
             self.maps.close()
             self.maps = None
-            os.close(self.vm)
+            if self.vm >= 0:
+                os.close(self.vm)
+                self.vm = -1
 
 
-_process = _Process()
+_processes = {probe: _Process(probe) for probe in PROBES}
 
 
 def _forget() -> None:
     """In the child of a fork: everything here is the parent's."""
-    global _process
-    process, _process = _process, _Process()
-    process.close()
+    for probe, process in _processes.items():
+        _processes[probe] = _Process(probe)
+        process.close()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -377,10 +436,10 @@ os.register_at_fork(after_in_child=_forget)
 class BpfFeed:
     """A table of this process's own, fed by this process's own BPF program."""
 
-    def __init__(self, probe: str | None = None) -> None:
+    def __init__(self, probe: str = "kvm") -> None:
         """Raises UnavailableError."""
-        self.name = "bpf:kvm"
-        self._process = _process
+        self.name = f"bpf:{probe}"
+        self._process = _processes[probe]
         self._segments = 0
         self._prepared: list[int] = []  # descriptors of the last of them, not mapped yet; the last one first
         self._ring: tuple[int, Ring] | None = None
@@ -460,3 +519,30 @@ class BpfFeed:
             self._ring[1].close()
             os.close(self._ring[0])
             self._ring = None
+
+
+class KprobeFeed(BpfFeed):
+    """The same for a probe that the kernel may skip, and which knows when: see core/doubt.h."""
+
+    def __init__(self, probe: str) -> None:
+        """Raises UnavailableError."""
+        super().__init__(probe)
+        try:
+            self._doubt = Doubt(self._maps.fds["doubts"])
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise _why(error) from error
+            raise
+        self.source_address = self._doubt.address
+
+    def refusal(self, number: int, start: int, end: int) -> Exception:
+        raise AssertionError("it refuses nothing")
+
+    def doubtful(self) -> bool:
+        return False  # where there is doubt it is known already
+
+    def _close_fds(self) -> None:
+        super()._close_fds()
+        if hasattr(self, "_doubt"):
+            self._doubt.abandon()
