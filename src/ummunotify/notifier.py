@@ -303,6 +303,9 @@ class _Making:
             with self._lock:
                 self._depth += 1
                 try:
+                    if self._depth == 1:
+                        # Or threads that hand the lock to one another would leave it all to the last of them.
+                        self._release_all()
                     yield
                 finally:
                     self._depth -= 1
@@ -326,15 +329,18 @@ class _Making:
                     return
                 self._depth = 1
                 try:
-                    while self._leaving:
-                        try:
-                            self._leaving[0]._release()
-                        finally:
-                            self._leaving.popleft()
+                    self._release_all()
                 finally:
                     self._depth = 0
             finally:
                 self._lock.release()
+
+    def _release_all(self) -> None:
+        while self._leaving:
+            try:
+                self._leaving[0]._release()
+            finally:
+                self._leaving.popleft()
 
     def _after_in_parent(self) -> None:
         self._lock.release()
