@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -794,25 +793,48 @@ def opened(pipe: Connection) -> None:
         pipe.recv()
 
 
+def scrape(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+
+
 def test_metrics(directory: Path) -> None:
     pytest.importorskip("prometheus_client")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    daemon = Daemon(directory, "--metrics", f"127.0.0.1:{port}")
+    path = directory / "metrics"
+    daemon = Daemon(directory, "--metrics", f"unix:{path}")
     daemon.start()
     try:
         child = Child(opened)
         assert child.hear() == "open"
-        with socket.create_connection(("127.0.0.1", port)):  # who says nothing delays nobody
-            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE).read().decode()
-        assert "ummunotify_clients 1.0" in text
-        assert "ummunotify_clients_served_total 1.0" in text
+        with contextlib.ExitStack() as silent:
+            for _ in range(20):  # who says nothing delays nobody
+                connection = silent.enter_context(socket.socket(socket.AF_UNIX))
+                connection.connect(str(path))
+            text = scrape(path)
+        assert text.startswith("HTTP/1.0 200 OK\r\n")
+        assert "\nummunotify_clients 1.0\n" in text
+        assert "\nummunotify_clients_served_total 1.0\n" in text
         child.kill()
+        daemon.settled()
+        assert "\nummunotify_clients 0.0\n" in scrape(path)
     finally:
         assert daemon.end() == 0
+
+
+def test_metrics_on_loopback_only() -> None:
+    metrics = pytest.importorskip("ummunotify.daemon.metrics")
+    for address in ("127.0.0.1:0", "[::1]:0"):
+        with contextlib.suppress(OSError), metrics.listen(address) as listener:  # not everybody has IPv6
+            assert listener.getsockname()[0] == address[:-2].strip("[]")
+    for address in ("0.0.0.0:1", "[::]:1", "example.org:1", "127.0.0.1", "127.0.0.1:http"):
+        with pytest.raises(ValueError, match=r"127\.0\.0\.1:PORT"):
+            metrics.listen(address)
     said = subprocess.run([*COMMAND, "daemon", "--metrics", "0.0.0.0:1"], capture_output=True, text=True)
     assert said.returncode == 1
     assert "127.0.0.1:PORT" in said.stderr
+    assert "Traceback" not in said.stderr
 
 
 def test_the_log_has_no_addresses(daemon: Daemon) -> None:
