@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import io
 import json
@@ -42,13 +43,13 @@ from support import map_memory, unmap_memory
 
 import ummunotify
 from ummunotify.bpf import libbpf
-from ummunotify.daemon import protocol
+from ummunotify.daemon import protocol, server
 from ummunotify.daemon.limits import TABLE, Limits, Usage
 from ummunotify.daemon.protocol import Op, Reply, Request, Status
 from ummunotify.daemon.server import STEPS_FOREIGN
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
-from ummunotify.sources.bpf import BpfFeed
+from ummunotify.sources.bpf import BpfFeed, Maps
 
 # ---- what it is for ----
 
@@ -686,6 +687,35 @@ def test_limits_on_memory(daemon: Daemon) -> None:
     assert 1 << 20 < size <= 2 << 20
     assert "--memory-per-user" in why
     daemon.settled()
+
+
+def test_the_kernel_has_no_memory_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked again; and that it never has any does not keep the daemon from ending."""
+    monkeypatch.setattr(server, "_RETRY_SECONDS", 0.01)
+
+    class Poor(Maps):
+        failures = 2
+
+        def __init__(self) -> None:
+            self.put: list[object] = []
+
+        def put_segments(self, items: list[tuple[int, int, int]]) -> None:
+            self.put.append(items)
+            if len(self.put) <= self.failures:
+                raise OSError(errno.ENOMEM, "no memory")
+
+        def put_rings(self, items: list[tuple[int, int]]) -> None:
+            self.put.append(items)
+
+    maps = Poor()
+    mason = server._Mason(maps)
+    mason.begin([(1, 2, 3)], [(4, 5)])
+    assert select.select([mason.fd], [], [], PATIENCE)[0]
+    mason.end()
+    assert maps.put == [[(1, 2, 3)]] * 3 + [[(4, 5)]]
+    maps.failures = 1 << 30
+    mason.begin([(1, 2, 3)], [])
+    mason.close()
 
 
 def test_usage_counts_back_to_nothing() -> None:

@@ -21,7 +21,7 @@ import click
 from ..bpf import libbpf
 from ..daemon import privileges, protocol
 from ..daemon.limits import SPARE, Limits
-from ..daemon.server import STEPS_FOREIGN, Server, event
+from ..daemon.server import SEGMENTS_AT_ONCE, STEPS_FOREIGN, Server, event
 from ..sources.base import UnavailableError
 from ..sources.bpf import Maps, open_kvm
 
@@ -125,8 +125,8 @@ def _room(clients: int, ready: int) -> None:
     """See that there may be enough descriptors: two for each client and each table."""
     needed = 2 * (clients + ready) + SPARE + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Those that are on their way to clients count against this too.
-    wanted = max(needed, 65536)
+    # Those that are on their way to clients must not be more than this either.
+    wanted = max(needed, clients * (SEGMENTS_AT_ONCE + 4))
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if wanted < needed:

@@ -39,6 +39,10 @@ _CHECK_SECONDS = 5.0
 _GATHER_SECONDS = 0.002
 _WARN_SECONDS = 10.0
 _ACCEPTS = 256
+SEGMENTS_AT_ONCE = 32
+"""In an answer, which its client may leave unread. The kernel lets as many descriptors be on their way as the daemon
+may open, and then refuses to pass on any more."""
+_RETRY_SECONDS = 1.0
 _REQUESTS_PER_USER = 16
 """In a turn of the loop: whoever floods the daemon waits for himself."""
 
@@ -352,7 +356,7 @@ class Server:
         client.answer(Reply(status).pack())
 
     def _grow(self, client: Client) -> None:
-        wanted = min(max(1, client.segments // 8), protocol.GROW_MOST, SEGMENTS - client.segments)
+        wanted = min(max(1, client.segments // 8), SEGMENTS_AT_ONCE, SEGMENTS - client.segments)
         granted, status, limit = self._usage.grow(client.uid, wanted)
         if status != Status.OK:
             self._warn(client, f"limit:{status.name}")
@@ -508,6 +512,7 @@ class _Mason:
         self._orders: queue.SimpleQueue[tuple[list[tuple[int, int, int]], list[tuple[int, int]]] | None]
         self._orders = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mason")
         self._thread.start()
 
@@ -521,6 +526,7 @@ class _Mason:
             raise self._error
 
     def close(self) -> None:
+        self._closing.set()
         self._orders.put(None)
         self._thread.join()
         os.close(self.fd)
@@ -528,13 +534,26 @@ class _Mason:
     def _work(self) -> None:
         while (order := self._orders.get()) is not None:
             try:
-                if order[0]:
-                    self._maps.put_segments(order[0])
-                if order[1]:
-                    self._maps.put_rings(order[1])
+                while not self._done(*order):
+                    if self._closing.wait(_RETRY_SECONDS):
+                        return
             except BaseException as error:
                 self._error = error
             os.eventfd_write(self.fd, 1)
+
+    def _done(self, segments: list[tuple[int, int, int]], rings: list[tuple[int, int]]) -> bool:
+        """False: the kernel had no memory for it; what was put in already may be put in again."""
+        try:
+            if segments:
+                self._maps.put_segments(segments)
+            if rings:
+                self._maps.put_rings(rings)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+                raise
+            event(logging.ERROR, "memory", error=errno.errorcode[error.errno])
+            return False
+        return True
 
 
 def _create_segments(count: int) -> list[int]:
