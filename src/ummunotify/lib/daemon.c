@@ -30,7 +30,7 @@ struct request {
 	uint32_t argument;
 };
 
-enum status { OK, END, WRONG_VERSION, CLIENTS, USER_CLIENTS, USER_MEMORY, PROCESS_CLIENTS, FAILED, UNSEEN };
+enum status { OK, END, WRONG_VERSION, CLIENTS, USER_CLIENTS, USER_MEMORY, PROCESS_CLIENTS, FAILED, UNSEEN, MEMORY };
 
 struct reply {
 	uint16_t status, fds;
@@ -70,6 +70,8 @@ static int refused(const struct reply *reply)
 	case USER_MEMORY:
 		return fail(ENOMEM, "this user's tables would take more than the %llu MiB that the daemon allows; watch fewer regions, "
 				    "or raise the daemon's --memory-per-user", value >> 20);
+	case MEMORY:
+		return fail(ENOMEM, "the tables of all users take the %llu MiB that the daemon allows; raise its --memory", value >> 20);
 	case PROCESS_CLIENTS:
 		return fail(ENODEV, "this process has too many notifiers; close some of them");
 	case UNSEEN:
