@@ -43,6 +43,7 @@ from support import map_memory, unmap_memory
 
 import ummunotify
 from ummunotify.bpf import libbpf
+from ummunotify.cli.daemon import closed_folder
 from ummunotify.daemon import protocol, server
 from ummunotify.daemon.limits import TABLE, Limits, Usage
 from ummunotify.daemon.protocol import Op, Reply, Request, Status
@@ -895,3 +896,13 @@ def test_install(tmp_path: Path) -> None:
     assert "SocketGroup=hpc" in text
     assert "SocketMode=0660" in text
     assert "@" not in text.replace("@system-service", "").replace("@privileged", "").replace("@resources", "")
+
+
+def test_install_says_where_a_service_cannot_be() -> None:
+    assert closed_folder("/usr/bin/env") is None
+    assert closed_folder("/var/tmp/venv/bin/ummunotify") == Path("/var/tmp")
+    with tempfile.TemporaryDirectory(dir="/opt") as folder:  # 0700
+        assert closed_folder(f"{folder}/bin/ummunotify") == Path(folder)
+        os.chmod(folder, 0o755)
+        os.mkdir(f"{folder}/bin")
+        assert closed_folder(f"{folder}/bin/ummunotify") is None

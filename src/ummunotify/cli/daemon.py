@@ -260,6 +260,14 @@ def _metrics_listener(address: str) -> Iterator[socket.socket]:
         yield listener
 
 
+def closed_folder(path: str) -> Path | None:
+    """Why the service's user cannot read the file: a folder that others may not enter, or that the unit replaces."""
+    for folder in reversed(Path(path).absolute().parents):
+        if str(folder) in ("/tmp", "/var/tmp") or not folder.stat().st_mode & stat.S_IXOTH:
+            return folder
+    return None
+
+
 @daemon.command()
 @click.option("--directory", default="/etc/systemd/system", show_default=True, help="Where the units go.")
 @click.option("--group", default="root", show_default=True, help="Who may connect, with --mode 0660.")
@@ -280,4 +288,11 @@ def install(directory: str, group: str, mode: int) -> None:
             click.echo(f"wrote {target}")
     except OSError as error:
         raise _fail(f"cannot write the units: {error}; run this as root, or choose a --directory") from None
+    for needed in (program, os.path.realpath(sys.executable), __file__):
+        if (folder := closed_folder(needed)) is not None:
+            click.echo(
+                f"But the service's user cannot read {needed}, because of {folder}; "
+                "install Python and the package where every user can, such as /usr and /opt",
+                err=True,
+            )
     click.echo("Now: systemctl daemon-reload && systemctl enable --now ummunotify.socket")
