@@ -47,7 +47,7 @@ from ummunotify.cli.daemon import closed_folder
 from ummunotify.daemon import protocol, server
 from ummunotify.daemon.limits import TABLE, Limits, Usage
 from ummunotify.daemon.protocol import Op, Reply, Request, Status
-from ummunotify.daemon.server import STEPS_FOREIGN
+from ummunotify.daemon.server import STEPS_FOREIGN, STEPS_OWN
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
 from ummunotify.sources.bpf import BpfFeed, Maps
@@ -603,6 +603,24 @@ def test_a_long_walk_is_cut_short_for_its_table_only(daemon: Daemon, notifiers: 
     assert said["gave_up"] == [gives_up] * (notifiers - 1) + [False]
     assert said["valid"] == [not gives_up] * (notifiers - 1) + [True]
     assert said["told"] == [pages + int(gives_up)] * (notifiers - 1)
+
+
+@pytest.mark.parametrize(("count", "gives_up"), [(STEPS_OWN // 2, False), (STEPS_OWN, True)])
+def test_nobody_keeps_a_cpu_for_long(daemon: Daemon, count: int, gives_up: bool) -> None:
+    """A walk through a table has preemption off: it is cut short even on behalf of its owner."""
+
+    def program(_: Connection) -> tuple[bool, int, bool]:
+        with ummunotify.open() as umn:
+            address = map_memory(count * PAGE)
+            ctypes.c_ubyte.from_address(address).value = 1
+            elsewhere = umn.watch((1 << 20, PAGE))
+            for i in range(count):
+                umn.watch((address + i * PAGE, PAGE))
+            assert not umn.stats["overflows"]
+            unmap_memory(address, count * PAGE)
+            return elsewhere.valid, len(umn.read()), umn.stats["overflows"] > 0
+
+    assert as_nobody(program) == (not gives_up, count + int(gives_up), gives_up)
 
 
 def test_a_secret_is_not_enough_to_watch_others(daemon: Daemon) -> None:

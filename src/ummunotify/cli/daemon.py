@@ -21,7 +21,7 @@ import click
 from ..bpf import libbpf
 from ..daemon import privileges, protocol
 from ..daemon.limits import SPARE, Limits
-from ..daemon.server import SEGMENTS_AT_ONCE, STEPS_FOREIGN, Server, event
+from ..daemon.server import SEGMENTS_AT_ONCE, STEPS_FOREIGN, STEPS_OWN, Server, event
 from ..sources.base import UnavailableError
 from ..sources.bpf import Maps, open_kvm
 
@@ -227,7 +227,7 @@ def _serve(
             listener = _inherited() or _bind(path, mode, group)
             undo.callback(listener.close)
             privileges.drop(user)
-            maps = Maps(clients + ready, STEPS_FOREIGN)
+            maps = Maps(clients + ready, STEPS_FOREIGN, STEPS_OWN)
             undo.callback(maps.close)
             maps.attach()
             server = Server(listener, maps, kvm_fd, limits, ready)

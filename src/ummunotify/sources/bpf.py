@@ -105,10 +105,17 @@ def create_ring() -> int:
 class Maps:
     """The kernel side: the maps, the loaded programs and what they are attached to."""
 
-    def __init__(self, tables: int = TABLES, steps_foreign: int | None = None, probe: str = "kvm") -> None:
+    def __init__(
+        self,
+        tables: int = TABLES,
+        steps_foreign: int | None = None,
+        steps_own: int = _STEPS_MAX,
+        probe: str = "kvm",
+    ) -> None:
         """Load. `steps_foreign` bounds the work in all tables on behalf of a change that may be another process's.
 
-        None: all tables are this process's own, and each may take what it needs.
+        None: all tables are this process's own, and each may take what it needs. `steps_own` bounds the work in one
+        table on behalf of any change.
 
         Raises UnavailableError.
         """
@@ -146,6 +153,7 @@ class Maps:
         self.used = 0
         self.handshakes = 0
         self.steps_foreign = steps_foreign
+        self.steps_own = steps_own
 
     def attach(self) -> None:
         """Attach the probe. Raises UnavailableError."""
@@ -210,7 +218,8 @@ class Maps:
     def allow(self, table: int, count: int) -> None:
         """Let a walk of the table take the steps that `count` more segments need; before they are put in."""
         mm, following, cells = self._get_table(table)
-        self._put_table(table, mm, following, cells + count * SEGMENT_PAGES * CELLS_PER_PAGE)
+        cells = min(cells + count * SEGMENT_PAGES * CELLS_PER_PAGE, self.steps_own)
+        self._put_table(table, mm, following, cells)
 
     def put_segments(self, items: list[tuple[int, int, int]]) -> None:
         """Of several tables: (table, number, the map's descriptor), all at the price of one. OSError.
