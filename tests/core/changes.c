@@ -23,7 +23,11 @@
 
 #define PAGE 4096ul
 /* Far below what the kernel places itself, or something else's memory would come to lie in the holes. */
+#ifdef __SANITIZE_THREAD__ /* It lets only some addresses be mapped. */
+#define ARENA ((uint8_t *)0x7e9000000000)
+#else
 #define ARENA ((uint8_t *)0x2a0000000000)
+#endif
 #define GROUP 8u /* pages of a thread, in each half of the arena */
 #define PAGES_MAX (2 * CHANGES_THREADS_MAX * GROUP)
 #define REGIONS 24u /* watched by a thread at a time */

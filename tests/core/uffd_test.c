@@ -4,10 +4,11 @@
  * oracle, and memory that is freed under all kinds of locks.
  *
  *	uffd_test race COUNT	until the other thread was given the address so often while munmap had not returned
+ *	uffd_test fill COUNT	until memory could be watched so often though another thread makes holes in it and fills them
  *	uffd_test changes SECONDS [THREADS]
  *	uffd_test heap SECONDS [THREADS]
  *
- * Built with and without ThreadSanitizer (tests/test_uffd.py).
+ * Built with and without ThreadSanitizer (Makefile).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -201,6 +202,66 @@ static void run_race(uint64_t count)
 	       round - 1, race.inside, race.untouched, race.unchanged);
 }
 
+/* ---- Another thread makes a hole and fills it while the memory around it is being watched ---- */
+
+static struct {
+	uint8_t *hole;
+	uint32_t stop, stopped; /* rounds */
+	bool end;
+} flip;
+
+static void *make_holes(void *unused)
+{
+	uint32_t round;
+
+	while (!load(&flip.end)) {
+		munmap(flip.hole, PAGE);
+		check(map(flip.hole, PAGE, MAP_FIXED_NOREPLACE) == flip.hole);
+		round = load(&flip.stop);
+		store(&flip.stopped, round);
+		while (round && load(&flip.stop) == round && !load(&flip.end))
+			sched_yield();
+	}
+	return unused;
+}
+
+static void run_fill(uint64_t count)
+{
+	uint64_t refused = 0, watched = 0, invalid = 0;
+	uint8_t *arena = map(NULL, 5 * PAGE, 0);
+	struct umn_region *region;
+	struct umn_event events[4];
+	pthread_t other;
+	uint32_t round = 0;
+
+	check(arena != MAP_FAILED);
+	flip.hole = arena + 2 * PAGE;
+	pthread_create(&other, NULL, make_holes, NULL);
+	while (watched < count) {
+		store(&flip.stop, 0);
+		if (watch(arena, 5 * PAGE, &region)) {
+			refused++;
+			continue;
+		}
+		watched++;
+		store(&flip.stop, ++round);
+		while (load(&flip.stopped) != round)
+			sched_yield();
+		/* What is there now is there to stay. If it is not what is watched, it must be invalid already. */
+		invalid += !umn_region_valid(region);
+		madvise(flip.hole, PAGE, MADV_DONTNEED);
+		if (umn_region_valid(region))
+			fail("a region is valid of which a page was filled in unseen, and changed");
+		umn_table_drain(table, events, 4);
+		umn_table_unwatch(table, region);
+	}
+	store(&flip.end, true);
+	pthread_join(other, NULL);
+	munmap(arena, 5 * PAGE);
+	printf("%lu times watched, %lu of them changed before the other thread had stopped; %lu times refused\n", watched, invalid,
+	       refused);
+}
+
 /* ---- Random changes against an oracle ---- */
 
 static void run_changes(uint32_t threads, double seconds)
@@ -290,6 +351,8 @@ int main(int argc, char **argv)
 	deadline = now() + atof(argv[2]);
 	if (!strcmp(argv[1], "race"))
 		run_race(strtoull(argv[2], NULL, 10));
+	else if (!strcmp(argv[1], "fill"))
+		run_fill(strtoull(argv[2], NULL, 10));
 	else if (!strcmp(argv[1], "changes"))
 		run_changes(threads, atof(argv[2]));
 	else if (!strcmp(argv[1], "heap"))
