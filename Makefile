@@ -14,7 +14,7 @@ BPF_COMPILE = cd src/ummunotify/bpf && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test lint bpf check-bpf bench vmtest docs clean packages
+.PHONY: demo test lint bpf check-bpf bench vmtest vmtest-packages support docs clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -28,10 +28,17 @@ bench: $(VENV)/installed
 	tools/debian-packages libucx-dev
 	$(RUN)python -m benchmarks $(SECTIONS)
 
-# The kernel tests on other kernels; see tests/vm/kernels.toml.
-vmtest: $(VENV)/installed
+vmtest-packages: $(VENV)/installed
 	tools/debian-packages qemu-system-x86 busybox-static kmod udev systemd e2fsprogs iproute2 ibverbs-providers python3-pyverbs
+
+# The kernel tests on other kernels; see tests/vm/kernels.toml.
+vmtest: vmtest-packages
 	$(RUN)python tests/vm/run.py
+
+# Writes docs/support.md: what is seen on which kernel, and by others.
+support: vmtest-packages
+	tools/debian-packages libucx-dev libfabric-dev
+	$(RUN)python -m benchmarks.support
 
 lint: $(VENV)/installed
 	$(RUN)ruff check

@@ -8,7 +8,6 @@ All of it comes from runs of `ummunotify selftest --json`, and for the others fr
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import tomllib
@@ -35,34 +34,36 @@ SIGNS = {
 INTRODUCTION = """\
 # What is seen where
 
-`make support` wrote this page. On each kernel `ummunotify selftest` ran as root with every source and probe, and the same
-list of changes ran against what others use; [docs/selftest.md](selftest.md) says how to run it on your machine. `make vmtest`
-repeats it in the guests, also as a user without privileges, on every change of the code.
+`make support` wrote this page. On each kernel `ummunotify selftest` ran as root with every source and probe, and the
+same list of changes ran against what others use; [docs/selftest.md](selftest.md) says how to run it on your machine.
+`make vmtest` repeats it in the guests, also as a user without privileges, on every change of the code.
 """
 
 LEGEND = """\
-*yes*: seen; or, in the second table, nothing was reported. *refused*: the source says that it cannot watch such memory.
-*blind*: the source cannot see it; harmless to pinned memory or listed in [selftest.md](selftest.md). *needless*: something
-was reported without need. *-*: this kernel cannot do it. **no**: missed.
+*yes*: seen; or, in the second table, nothing was reported. *refused*: the source says that it cannot watch such
+memory. *blind*: the source cannot see it; harmless to pinned memory or listed in [selftest.md](selftest.md).
+*needless*: something was reported without need. *-*: this kernel cannot do it. **no**: missed.
 """
 
 PEERS = """\
 ## UCX and libfabric
 
-Debian 12's UCX 1.13 (`ucm`'s event for memory that is unmapped, which its registration cache uses) and libfabric 1.17 (its
-monitors `memhooks` and `userfaultfd`), natively, as they are by default. Both are asked through their own functions, not
-through the caches above them: a cache cannot know what its monitor is not told. libfabric exports nothing of its monitors,
-and none of its providers with a cache works without RDMA hardware; so the monitors come from Debian's `libfabric.a`, with
-`ofi_mr_cache_notify()` replaced (`benchmarks/peers/`). `fi_import()` was of no use: it puts a monitor in and gets none out.
+Debian 12's UCX 1.13 (`ucm`'s event for memory that is unmapped, which its registration cache uses) and libfabric 1.17
+(its monitors `memhooks` and `userfaultfd`), natively, as they are by default. Both are asked through their own
+functions, not through the caches above them: a cache cannot know what its monitor is not told. libfabric exports
+nothing of its monitors; its providers with a cache (verbs, efa) need an RDMA device, and then pin the memory. So the
+monitors come from Debian's `libfabric.a`, with `ofi_mr_cache_notify()` replaced (`benchmarks/peers/`). `fi_import()` was
+of no use: it puts a monitor in and gets none out.
 
-Registered memory is pinned, the memory here is not. That matters in two places. Who misses a copy on write does no harm to
-pinned pages. And libfabric's uffd monitor stops at the first use of pages that were never touched, which pinning would have
-touched.
+Registered memory is pinned, the memory here is not. That matters in two places. Who misses a copy on write does no
+harm to pinned pages. And libfabric's uffd monitor stops at the first use of pages that were never touched, which
+pinning would have touched.
 """
 
 
 class Kernel(NamedTuple):
     title: str
+    release: str
     results: dict[str, list[Result]]
     unavailable: dict[str, str]
 
@@ -76,7 +77,8 @@ def parse(title: str, output: str) -> Kernel:
         source: [Result(row["case"], row["changes"], Outcome(row["outcome"]), row["why"]) for row in rows]
         for source, rows in report["sources"].items()
     }
-    return Kernel(f"{title}, {report['kernel'].split()[1]}", results, report["unavailable"])
+    release = report["kernel"].split()[1]
+    return Kernel(f"{title}: {release}", ".".join(release.split(".")[:2]), results, report["unavailable"])
 
 
 def table(columns: Mapping[str, list[Result]], changes: bool) -> str:
@@ -93,7 +95,8 @@ def table(columns: Mapping[str, list[Result]], changes: bool) -> str:
 
 
 def summary(columns: Mapping[str, list[Result]]) -> str:
-    outcomes = (Outcome.SEEN, Outcome.MISSED, Outcome.BLIND, Outcome.REFUSED, Outcome.NEEDLESS, Outcome.IMPOSSIBLE)
+    outcomes = (Outcome.SEEN, Outcome.MISSED, Outcome.BLIND, Outcome.REFUSED, Outcome.NEEDLESS)
+    outcomes += (Outcome.IMPOSSIBLE, Outcome.FAILED)
     lines = ["| | " + " | ".join(each.lower() for each in outcomes) + " |", "|---" * (len(outcomes) + 1) + "|"]
     for title, rows in columns.items():
         counts = [sum(row.outcome is outcome for row in rows) for outcome in outcomes]
@@ -102,11 +105,7 @@ def summary(columns: Mapping[str, list[Result]]) -> str:
 
 
 def page(kernels: list[Kernel], others: Mapping[str, list[Result]]) -> str:
-    columns = {
-        f"{source.replace('daemon:', 'daemon ').removeprefix('bpf:')} {kernel.title.split(', ')[-1].split('-')[0]}": rows
-        for kernel in kernels
-        for source, rows in kernel.results.items()
-    }
+    columns = {f"{kernel.release}: {source}": rows for kernel in kernels for source, rows in kernel.results.items()}
     parts = [INTRODUCTION, "## Sources and probes\n", "| kernel | works | does not |\n|---|---|---|"]
     for kernel in kernels:
         missing = "; ".join(f"{source}: {reason}" for source, reason in kernel.unavailable.items())
@@ -133,5 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert platform.system() == "Linux"
     main()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
-from benchmarks import bare, calls, mappings, report, watching
+from benchmarks import bare, calls, mappings, report, support, watching
 from benchmarks.mappings import BETWEEN, BETWEEN_SCATTERED, HIT, HIT_SCATTERED, OUT
 from benchmarks.samples import Pairs, spread
 
 from ummunotify import Notifier
+from ummunotify.selftest import Outcome, Result
 
 PLACE = 0x0700_0000_0000
 
@@ -113,3 +115,20 @@ def test_the_median_is_within_its_doubt() -> None:
 def test_measuring_ends_when_it_is_known_well_enough() -> None:
     assert len(list(mappings.until(mappings.Budget(0.1, 0, 60), lambda: 0.05))) == 16
     assert len(list(mappings.until(mappings.Budget(0.1, 0, 0), lambda: 0.5))) == 1
+
+
+def test_support() -> None:
+    case = {"case": "munmap", "changes": True, "outcome": "seen", "why": "", "bad": False}
+    run = {"kernel": "Linux 6.1.0-1 x86_64", "sources": {"bpf:kvm": [case]}, "unavailable": {"uffd": "forbidden"}}
+    kernel = support.parse("Debian", f"a message\n{json.dumps(run, indent=2)}\nexit status 0\n")
+    others = {"hooks": [Result("munmap", True, Outcome.MISSED, "units 1 of 2")]}
+    text = support.page([kernel], others)
+    assert "| Debian: 6.1.0-1 | bpf:kvm | uffd: forbidden |" in text
+    assert "| changes the mapping | 6.1: bpf:kvm |\n|---|---|\n| munmap | yes |" in text
+    assert "| munmap | **no** |" in text
+
+
+def test_support_tells_what_others_break() -> None:
+    kernel = support.Kernel("here", "6.1", {"uffd": [Result("mremap", True, Outcome.SEEN, "")]}, {})
+    others = {"hooks": [Result("mremap", True, Outcome.IMPOSSIBLE, "EINVAL")]}
+    assert "- hooks: mremap: EINVAL" in support.page([kernel], others)
