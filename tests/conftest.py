@@ -11,7 +11,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
-from support import probes, require
+from support import is_ours, probes, require
 
 import ummunotify
 from ummunotify import Notifier, sources
@@ -31,7 +31,7 @@ def resources() -> tuple[dict[str, str], list[str], set[str]]:
             fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
         except FileNotFoundError:  # the one that listdir used
             continue
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "bpf-" in line or "kvm" in line]
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if is_ours(line)]
     threads = set()
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(FileNotFoundError):
