@@ -52,8 +52,8 @@ Debian 12's UCX 1.13 (`ucm`'s event for memory that is unmapped, which its regis
 (its monitors `memhooks` and `userfaultfd`), natively, as they are by default. Both are asked through their own
 functions, not through the caches above them: a cache cannot know what its monitor is not told. libfabric exports
 nothing of its monitors; its providers with a cache (verbs, efa) need an RDMA device, and then pin the memory. So the
-monitors come from Debian's `libfabric.a`, with `ofi_mr_cache_notify()` replaced (`benchmarks/peers/`). `fi_import()` was
-of no use: it puts a monitor in and gets none out.
+monitors come from Debian's `libfabric.a`, with `ofi_mr_cache_notify()` replaced (`benchmarks/peers/`). `fi_import()`
+was of no use: it puts a monitor in and gets none out.
 
 Registered memory is pinned, the memory here is not. That matters in two places. Who misses a copy on write does no
 harm to pinned pages. And libfabric's uffd monitor stops at the first use of pages that were never touched, which
@@ -95,8 +95,8 @@ def table(columns: Mapping[str, list[Result]], changes: bool) -> str:
 
 
 def summary(columns: Mapping[str, list[Result]]) -> str:
-    outcomes = (Outcome.SEEN, Outcome.MISSED, Outcome.BLIND, Outcome.REFUSED, Outcome.NEEDLESS)
-    outcomes += (Outcome.IMPOSSIBLE, Outcome.FAILED)
+    outcomes = [Outcome.SEEN, Outcome.MISSED, Outcome.BLIND, Outcome.REFUSED, Outcome.NEEDLESS]
+    outcomes += [Outcome.IMPOSSIBLE, Outcome.FAILED]
     lines = ["| | " + " | ".join(each.lower() for each in outcomes) + " |", "|---" * (len(outcomes) + 1) + "|"]
     for title, rows in columns.items():
         counts = [sum(row.outcome is outcome for row in rows) for outcome in outcomes]

@@ -54,7 +54,7 @@ def in_child(function: Callable[[], object]) -> None:
 
 
 def is_ours(name: str) -> bool:
-    """Is this a BPF or KVM object, by its link in /proc/self/fd or its line in /proc/self/maps? Paths may say anything."""
+    """Is this a BPF or KVM object, by its link in /proc/self/fd or its line in /proc/self/maps? (A path may say so.)"""
     return re.search(r"anon_inode:\[?(bpf|kvm)|/dev/kvm", name) is not None
 
 
