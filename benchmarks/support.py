@@ -112,10 +112,25 @@ def page(kernels: list[Kernel], others: Mapping[str, list[Result]]) -> str:
         parts[-1] += f"\n| {kernel.title} | {', '.join(kernel.results)} | {missing} |"
     parts[-1] += "\n"
     parts += [summary(columns), "## Kinds of change\n", LEGEND, table(columns, True), table(columns, False)]
-    bad = {f"{row.case}: {row.why}": None for rows in others.values() for row in rows if row.outcome is Outcome.FAILED}
     parts += [PEERS, summary(others), table(others, True), table(others, False)]
-    parts += ["".join(f"- {why}\n" for why in bad)] if bad else []
+    if broken := broken_by(others, kernels[0]):
+        parts += [
+            "What no longer works under them:\n",
+            "".join(f"- {each}\n" for each in broken),
+        ]
     return "\n".join(parts)
+
+
+def broken_by(others: Mapping[str, list[Result]], kernel: Kernel) -> list[str]:
+    """What fails or cannot be done under them, but can be on the same kernel without."""
+    cannot = (Outcome.FAILED, Outcome.IMPOSSIBLE)
+    can = {row.case for rows in kernel.results.values() for row in rows if row.outcome not in cannot}
+    return [
+        f"{title}: {row.case}: {row.why}"
+        for title, rows in others.items()
+        for row in rows
+        if row.outcome in cannot and row.case in can
+    ]
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -39,6 +40,13 @@ def resources() -> tuple[dict[str, str], list[str], set[str]]:
             if not name.startswith("iou-"):  # the kernel's own; they stay for some seconds
                 threads.add(thread)
     return fds, maps, threads
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c() -> None:
+    """Works, here and in the processes that tests start, also where a shell began this one in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
