@@ -12,6 +12,7 @@ _COMMANDS = {
     "daemon": "Serve notifications to users who may not load BPF programs.",
     "demo": "Show, on real pages, the error that ummunotify prevents.",
     "doctor": "Say what works on this machine, what does not, and what to do about it.",
+    "run": "Run a program that was written for /dev/ummunotify.",
     "selftest": "Fire every known way to change a mapping, and look whether it is seen.",
     "status": "Show the daemon's clients.",
 }

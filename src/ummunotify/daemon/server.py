@@ -161,8 +161,12 @@ class Server:
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    def _on_signal(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Called back in the loop: end it."""
         self._stop = True
+
+    def _on_signal(self, *_: object) -> None:
+        self.stop()
 
     def _work(self) -> bool:
         if len(self._ready) < self._target:

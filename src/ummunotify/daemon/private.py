@@ -1,0 +1,95 @@
+"""A daemon for one program, which whoever may load BPF programs can start; it ends when the program does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import socket
+import tempfile
+
+from ..sources.base import UnavailableError
+from ..sources.bpf import Maps, open_kvm
+from . import privileges
+from .limits import Limits
+from .server import STEPS_FOREIGN, STEPS_OWN, Server
+
+_LIMITS = Limits(clients=1024, clients_per_user=1024)
+_READY = 2
+
+
+def start() -> str:
+    """Start it, for the program that takes this process's place. Its socket, which only this user can connect to.
+
+    Raises UnavailableError.
+    """
+    hear, say = os.pipe()
+    program = os.pidfd_open(os.getpid())
+    # A child of a child that has ended: not one that the program could be surprised by when it waits for its own.
+    between = os.fork()
+    if not between:
+        try:
+            if not os.fork():
+                _serve(program, say)
+        finally:
+            os._exit(0)
+    os.close(program)
+    os.close(say)
+    os.waitpid(between, 0)
+    with open(hear, encoding="utf-8") as answer:
+        path, *why = answer.read().split("\n")
+    if path:
+        return path
+    raise UnavailableError(*why) if len(why) == 2 else UnavailableError("the program's own daemon has failed", "")
+
+
+def _serve(program: int, say: int) -> None:
+    """Until the program ends. Says its path; or three lines: nothing, what is missing, and what to do about it."""
+    os.setsid()  # no Ctrl-C
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with contextlib.ExitStack() as undo:
+        try:
+            kvm = open_kvm()
+            directory = tempfile.mkdtemp(prefix="ummunotify-")
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            os.chdir("/")
+            path = os.path.join(directory, "socket")
+            listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            listener.bind(path)
+            listener.listen(socket.SOMAXCONN)
+            _keep_only({program, say, kvm, listener.fileno()})
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+            maps = Maps(_LIMITS.clients + _READY, STEPS_FOREIGN, STEPS_OWN)
+            undo.callback(maps.close)
+            privileges.drop(None)
+            maps.attach()
+            server = Server(listener, maps, kvm, _LIMITS, _READY)
+            undo.callback(server.close)
+        except UnavailableError as error:
+            os.write(say, f"\n{error.reason}\n{error.remedy}".encode())
+            return
+        except OSError as error:
+            os.write(say, f"\n{error.strerror or error}\n".encode())
+            return
+        server.watch(program, server.stop)
+
+        def started() -> None:
+            os.write(say, path.encode())
+            os.close(say)
+
+        server.run(started)
+
+
+def _keep_only(fds: set[int]) -> None:
+    """Whoever reads what the program writes must not wait for this process."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    first = 3
+    for fd in sorted(fds):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
