@@ -86,7 +86,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
                 pass
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--source",
     type=click.Choice(["daemon", "bpf", "uffd"]),

@@ -100,6 +100,9 @@ struct umn_uffd {
 	struct umn_source source; /* first: one is cast to the other */
 	struct umn_memory memory;
 	int wake_fd; /* -1: not made yet */
+	uint64_t *counter; /* see announce; or NULL */
+	uint64_t fed;	   /* the generation after what was fed so far; the reader's */
+	bool announced;	   /* the reader's */
 	uint32_t forks;
 	bool closed;
 };
@@ -271,6 +274,45 @@ static void feed_event(int fd, const struct uffd_msg *event)
 	}
 }
 
+/* For who looks at nothing but a counter, or whether a descriptor is readable, and asks no kernel whether all has arrived. Before the
+ * event is read, which lets the thread go on that has changed something, each counter goes up, and whoever armed his table is woken:
+ * then he drains, and waits for the event to be fed. The first event that hits is the one that was announced, so each is counted
+ * once. Only an event that hits nothing of a table is counted for nothing. */
+static void announce(void)
+{
+	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++) {
+		struct umn_uffd *u = load(&the.tables[i]);
+		struct umn_header *header = u ? (struct umn_header *)u->memory.segment[0] : NULL;
+		uint64_t *counter = u ? load(&u->counter) : NULL;
+
+		if (!counter)
+			continue;
+		u->announced = true;
+		u->fed = load(&header->generation);
+		store(counter, *counter + 1); /* nobody else writes it */
+		/* If he clears the wake-up before the event was fed, he has armed after that, and is woken once more. */
+		if (load(&header->armed) && __sync_lock_test_and_set(&header->armed, 0))
+			wake(&u->source);
+	}
+}
+
+/* After each event. */
+static void count_event(void)
+{
+	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++) {
+		struct umn_uffd *u = load(&the.tables[i]);
+		uint64_t *counter = u ? load(&u->counter) : NULL;
+		uint64_t generation = counter ? load(&((struct umn_header *)u->memory.segment[0])->generation) : 0;
+
+		if (!counter || generation == u->fed)
+			continue;
+		u->fed = generation;
+		if (!u->announced)
+			store(counter, *counter + 1);
+		u->announced = false;
+	}
+}
+
 static void *reader(void *fd)
 {
 	struct pollfd polled = {.fd = (int)(intptr_t)fd, .events = POLLIN};
@@ -283,6 +325,7 @@ static void *reader(void *fd)
 		if (!polled.revents)
 			continue;
 		__sync_fetch_and_add(&the.cycle, 1); /* a */
+		announce();
 		length = read(polled.fd, events, sizeof events);
 		if (length < 0 && errno != EAGAIN && errno != EINTR) {
 			/* Somebody has closed it. Nothing will be told any more: everything is invalid, and remains so. */
@@ -290,8 +333,10 @@ static void *reader(void *fd)
 			polled.fd = -1;
 			feed(0, UINT64_MAX, -1);
 		}
-		for (ssize_t i = 0; i < length / (ssize_t)sizeof *events; i++)
+		for (ssize_t i = 0; i < length / (ssize_t)sizeof *events; i++) {
 			feed_event(polled.fd, &events[i]);
+			count_event();
+		}
 		__sync_fetch_and_add(&the.cycle, 1); /* d */
 	}
 	/* Ends all registrations, also of mappings that grew or moved, and lets go whoever waits. Here, since whatever the thread
@@ -902,6 +947,11 @@ void umn_uffd_acknowledge(struct umn_uffd *u)
 
 	if (u->wake_fd >= 0 && read(u->wake_fd, &count, sizeof count) < 0)
 		return; /* it was not readable */
+}
+
+void umn_uffd_set_counter(struct umn_uffd *u, uint64_t *counter)
+{
+	store(&u->counter, counter);
 }
 
 void umn_uffd_close(struct umn_uffd *u)

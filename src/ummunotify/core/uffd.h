@@ -53,6 +53,10 @@ void *umn_uffd_add_segment(struct umn_uffd *uffd, uint32_t pages);
 int umn_uffd_wake_fd(struct umn_uffd *uffd);
 void umn_uffd_acknowledge(struct umn_uffd *uffd);
 
+/* `counter` goes up by one for each change that hits the table, before the call that makes it returns. (The generation may go up
+ * only later.) It may go up for a change that hits nothing, too. Until umn_uffd_close has returned. */
+void umn_uffd_set_counter(struct umn_uffd *uffd, uint64_t *counter);
+
 /* After the table was closed, or abandoned in the child of a fork. The source can still be asked, and may be closed again. */
 void umn_uffd_close(struct umn_uffd *uffd);
 void umn_uffd_delete(struct umn_uffd *uffd);

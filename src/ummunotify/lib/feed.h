@@ -14,10 +14,12 @@
 struct feed {
 	const char *name;
 	struct umn_source *source; /* NULL: it need not be told what is watched */
-	int counter_fd;		   /* a page of memory that begins with the table's generation, to be mapped; -1: not asked for */
+	int counter_fd;		   /* a page of memory that begins with a counter of changes, to be mapped; -1: not asked for */
+	const uint64_t *counter;   /* that counter; NULL: it is the table's generation */
 	void *(*add_segment)(struct feed *feed, uint32_t pages);
 	int (*bind)(struct feed *feed);
 	int (*wake_fd)(struct feed *feed);
+	int (*make_counter)(struct feed *feed); /* NULL: there is one already, if it was asked for */
 	void (*acknowledge)(struct feed *feed);
 	bool (*doubtful)(struct feed *feed);
 	void (*release)(struct feed *feed); /* everything but its own memory; also in the child of a fork */
@@ -26,7 +28,7 @@ struct feed {
 
 /* NULL: it does not work here. */
 struct feed *feed_open_daemon(bool counter);
-struct feed *feed_open_uffd(bool counter);
+struct feed *feed_open_uffd(bool counter); /* make_counter makes it, if it is wanted */
 
 /* Says why, for ummunotify_error. Returns -error. */
 __attribute__((format(printf, 2, 3))) int fail(int error, const char *format, ...);

@@ -209,6 +209,16 @@ static int make_fd(struct ummunotify *umn, int epoll)
 	return 0;
 }
 
+/* What a device has from the start. As make_fd. */
+static int make_device(struct ummunotify *umn, int epoll)
+{
+	int error = make_fd(umn, epoll);
+
+	if (!error && umn->feed->make_counter)
+		error = umn->feed->make_counter(umn->feed);
+	return error;
+}
+
 static void set_more(struct ummunotify *umn, bool is_more)
 {
 	const uint64_t one = 1;
@@ -226,7 +236,7 @@ static void set_more(struct ummunotify *umn, bool is_more)
 static int open_notifier(struct ummunotify **result, const char *source, int epoll)
 {
 	static pthread_once_t first = PTHREAD_ONCE_INIT;
-	char reasons[sizeof said] = "";
+	char reasons[2 * sizeof said + 32] = "";
 	struct ummunotify *umn = NULL;
 	bool known = false;
 	size_t length;
@@ -243,7 +253,7 @@ static int open_notifier(struct ummunotify **result, const char *source, int epo
 			continue;
 		known = true;
 		umn = try_source(sources[i].open, epoll >= 0);
-		if (umn && epoll >= 0 && make_fd(umn, epoll)) {
+		if (umn && epoll >= 0 && make_device(umn, epoll)) {
 			umn_table_close(umn->table);
 			free_notifier(umn);
 			umn = NULL;
@@ -271,14 +281,14 @@ int ummunotify_open(struct ummunotify **umn, const char *source)
 	return open_notifier(umn, source, -1);
 }
 
-int notifier_open_device(struct ummunotify **umn, bool cloexec, int *fd, int *counter_fd)
+int notifier_open_device(struct ummunotify **umn, const char *source, bool cloexec, int *fd, int *counter_fd)
 {
 	int error;
 
 	*fd = epoll_create1(cloexec ? EPOLL_CLOEXEC : 0);
 	if (*fd < 0)
 		return fail(errno, "%s", strerror(errno));
-	error = open_notifier(umn, NULL, *fd);
+	error = open_notifier(umn, source, *fd);
 	if (error) {
 		close_fd(fd);
 		return error;
@@ -412,12 +422,22 @@ static size_t drain(struct ummunotify *umn, struct ummunotify_event *events, siz
 	return count;
 }
 
+/* Whatever it was that has changed, it sent no wake-up or it was cleared. */
+static bool is_unseen(const struct ummunotify *umn)
+{
+	return umn_generation(umn_table_header(umn->table)) != umn_table_seen(umn->table);
+}
+
 ptrdiff_t notifier_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct drain *state)
 {
+	uint64_t counter = 0;
 	size_t n;
 
 	if (umn->dead)
 		return dead();
+	/* Before it is seen to that all changes which it has counted are in the table. */
+	if (umn->feed->counter)
+		counter = __atomic_load_n(umn->feed->counter, __ATOMIC_ACQUIRE);
 	if (umn->feed->doubtful(umn->feed))
 		umn_table_doubt(umn->table);
 	pthread_mutex_lock(&umn->lock);
@@ -427,14 +447,14 @@ ptrdiff_t notifier_read(struct ummunotify *umn, struct ummunotify_event *events,
 		umn_table_arm(umn->table);
 	}
 	n = drain(umn, events, room);
-	state->seen = umn_table_seen(umn->table);
+	state->seen = umn->feed->counter ? counter : umn_table_seen(umn->table);
 	/* Else there was no room to see that the list is empty, or to say so. */
 	state->unfinished |= n > 0;
 	state->finished = n < room && state->unfinished;
 	if (n < room)
 		state->unfinished = false;
 	if (umn->wakes)
-		set_more(umn, state->unfinished || umn_generation(umn_table_header(umn->table)) != state->seen);
+		set_more(umn, state->unfinished || is_unseen(umn));
 	pthread_mutex_unlock(&umn->lock);
 	return (ptrdiff_t)n;
 }
@@ -463,20 +483,31 @@ int ummunotify_fd(struct ummunotify *umn)
 	if (!error) {
 		umn_table_arm(umn->table);
 		/* What has been hit by now sent no wake-up. */
-		set_more(umn, umn->is_more || umn_generation(umn_table_header(umn->table)) != umn_table_seen(umn->table));
+		set_more(umn, umn->is_more || is_unseen(umn));
 	}
 	pthread_mutex_unlock(&umn->lock);
 	pthread_mutex_unlock(&making);
 	return error ? error : umn->fd;
 }
 
-bool notifier_is_late(const struct ummunotify *umn)
+bool notifier_must_renew(const struct ummunotify *umn)
 {
 	return umn->feed->source != NULL;
 }
 
-void notifier_settle(struct ummunotify *umn)
+void notifier_wakeups(struct ummunotify *umn, int *wake, int *more)
 {
-	if (umn->feed->source && !umn->dead)
-		umn->feed->source->settle(umn->feed->source, UMN_SETTLE_MILLISECONDS);
+	pthread_mutex_lock(&making);
+	*wake = umn->feed->wake_fd(umn->feed); /* made with the device */
+	*more = umn->more;
+	pthread_mutex_unlock(&making);
+}
+
+void notifier_next_wakeup(struct ummunotify *umn)
+{
+	pthread_mutex_lock(&umn->lock);
+	umn->feed->acknowledge(umn->feed);
+	umn_table_arm(umn->table);
+	set_more(umn, umn->is_more || is_unseen(umn));
+	pthread_mutex_unlock(&umn->lock);
 }

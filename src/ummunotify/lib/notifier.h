@@ -8,21 +8,26 @@
 
 #include "include/ummunotify.h"
 
-/* As ummunotify_open(umn, NULL), but with a descriptor (ummunotify_fd) from the start, which gets the lowest free number, and with
- * one for the counter's page. Both are the caller's to close. */
-int notifier_open_device(struct ummunotify **umn, bool cloexec, int *fd, int *counter_fd);
+/* As ummunotify_open, but with a descriptor (ummunotify_fd) from the start, which gets the lowest free number, and with one for the
+ * counter's page. Both are the caller's to close. */
+int notifier_open_device(struct ummunotify **umn, const char *source, bool cloexec, int *fd, int *counter_fd);
 
 /* Reading until the list is empty, piece by piece. */
 struct drain {
 	bool unfinished; /* events were read, and `finished` has not been since */
 	bool finished;	 /* the last piece came to the end, with room left */
-	uint64_t seen;	 /* the generation up to which everything was reported then */
+	uint64_t seen;	 /* what the counter was then: all changes up to it were reported */
 };
-/* ummunotify_read; the descriptor stays readable while it is unfinished. */
+/* ummunotify_read; the descriptor stays readable while it is unfinished. With no room it only sees to it that the descriptor is
+ * readable if, and only if, there is something to read. */
 ptrdiff_t notifier_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct drain *drain);
 
-/* News of a change may come only after the call that made it has returned. `notifier_settle` waits for them. */
-bool notifier_is_late(const struct ummunotify *umn);
-void notifier_settle(struct ummunotify *umn);
+/* Once it has been reported, a region must be renewed for its changes to be reported again. */
+bool notifier_must_renew(const struct ummunotify *umn);
+
+/* For a thread that passes on each wake-up: it waits for `wake`, then clears it, after which the next change wakes it again. The
+ * device's descriptor stays readable, for which it needs `more`. */
+void notifier_wakeups(struct ummunotify *umn, int *wake, int *more);
+void notifier_next_wakeup(struct ummunotify *umn);
 
 #endif

@@ -18,7 +18,6 @@
 struct uffd_feed {
 	struct feed feed;
 	struct umn_uffd *uffd;
-	bool counter;
 };
 
 static void explain(const struct umn_uffd_failure *failure)
@@ -45,23 +44,32 @@ static void explain(const struct umn_uffd_failure *failure)
 	}
 }
 
-/* Puts a page that can be mapped once more in the place of the first. */
-static int make_counter(struct feed *feed, void *memory)
+static int make_counter(struct feed *feed)
 {
+	struct uffd_feed *f = (struct uffd_feed *)feed;
 	int fd = memfd_create("ummunotify", MFD_CLOEXEC);
+	void *page = MAP_FAILED;
 	char path[32];
+	int error = 0;
 
-	if (fd >= 0 && !ftruncate(fd, UMN_PAGE) &&
-	    mmap(memory, UMN_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == memory) {
+	if (fd >= 0 && !ftruncate(fd, UMN_PAGE))
+		page = mmap(NULL, UMN_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (page != MAP_FAILED) {
 		/* One that can only be read. */
 		snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
 		feed->counter_fd = open(path, O_RDONLY | O_CLOEXEC);
 	}
 	if (feed->counter_fd < 0)
-		fail(errno, "the counter's page cannot be made (%s)", strerror(errno));
+		error = fail(errno, "the counter's page cannot be made (%s)", strerror(errno));
 	if (fd >= 0)
 		close(fd);
-	return feed->counter_fd < 0 ? -1 : 0;
+	if (!error) {
+		feed->counter = page;
+		umn_uffd_set_counter(f->uffd, page);
+	} else if (page != MAP_FAILED) {
+		munmap(page, UMN_PAGE);
+	}
+	return error;
 }
 
 static void *add_segment(struct feed *feed, uint32_t pages)
@@ -69,15 +77,8 @@ static void *add_segment(struct feed *feed, uint32_t pages)
 	struct uffd_feed *f = (struct uffd_feed *)feed;
 	void *memory = umn_uffd_add_segment(f->uffd, pages);
 
-	if (!memory) {
+	if (!memory)
 		fail(errno, "%s", strerror(errno));
-		return NULL;
-	}
-	if (f->counter && feed->counter_fd < 0 && make_counter(feed, memory)) {
-		umn_uffd_close(f->uffd); /* before a change is fed to it */
-		munmap(memory, (size_t)pages * UMN_PAGE);
-		return NULL;
-	}
 	return memory;
 }
 
@@ -107,6 +108,9 @@ static bool doubtful(struct feed *feed)
 static void release(struct feed *feed)
 {
 	umn_uffd_close(((struct uffd_feed *)feed)->uffd);
+	if (feed->counter)
+		munmap((void *)feed->counter, UMN_PAGE);
+	feed->counter = NULL;
 	if (feed->counter_fd >= 0)
 		close(feed->counter_fd);
 	feed->counter_fd = -1;
@@ -128,13 +132,14 @@ struct feed *feed_open_uffd(bool counter)
 		free(f);
 		return NULL;
 	}
-	f->counter = counter;
+	(void)counter;
 	f->feed = (struct feed){.name = "uffd",
 				.source = umn_uffd_source(f->uffd),
 				.counter_fd = -1,
 				.add_segment = add_segment,
 				.bind = bind_feed,
 				.wake_fd = wake_fd,
+				.make_counter = make_counter,
 				.acknowledge = acknowledge,
 				.doubtful = doubtful,
 				.release = release,
