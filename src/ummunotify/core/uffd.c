@@ -325,7 +325,8 @@ static void *reader(void *fd)
 		if (!polled.revents)
 			continue;
 		__sync_fetch_and_add(&the.cycle, 1); /* a */
-		announce();
+		if (!load(&the.stopping)) /* then it is the bell, and nothing is watched */
+			announce();
 		length = read(polled.fd, events, sizeof events);
 		if (length < 0 && errno != EAGAIN && errno != EINTR) {
 			/* Somebody has closed it. Nothing will be told any more: everything is invalid, and remains so. */

@@ -411,6 +411,9 @@ static void stop_signals(struct device *d)
 	s->on = false;
 	if (!d->remote && write(s->stop, &one, sizeof one) > 0)
 		pthread_join(s->thread, NULL);
+	/* Else, as the thread's own copy of the reading end may be closed after the writing end, that would send one more. */
+	if (!d->remote)
+		next.fcntl(s->pipe[0], F_SETFL, O_NONBLOCK);
 	close_fd(&s->pipe[0]);
 	close_fd(&s->pipe[1]);
 	close_fd(&s->stop);
@@ -427,7 +430,7 @@ static int start_signals(struct device *d, int fd)
 		error = errno;
 	if (!error) {
 		copy_owner(fd, s->pipe[0]);
-		notifier_next_wakeup(d->umn); /* what has been before this is no news */
+		notifier_read(d->umn, NULL, 0, &d->drain); /* what has been before this sends no signal */
 		error = pthread_create(&s->thread, NULL, send_signals, d);
 	}
 	if (error) {
@@ -896,8 +899,12 @@ int device_ioctl(int fd, unsigned long request, void *argument)
 		break;
 	case FIOASYNC:
 		break;
-	default:
+	case FIONBIO: /* what is for all kinds of files */
+	case FIOCLEX:
+	case FIONCLEX:
 		return next.ioctl(fd, request, argument);
+	default:
+		return failed(ENOTTY);
 	}
 	if (!argument)
 		return failed(EFAULT);

@@ -505,9 +505,17 @@ void notifier_wakeups(struct ummunotify *umn, int *wake, int *more)
 
 void notifier_next_wakeup(struct ummunotify *umn)
 {
+	struct umn_source *source = umn->feed->source;
+	bool was_more;
+
+	if (source)
+		source->settle(source, UMN_SETTLE_MILLISECONDS);
 	pthread_mutex_lock(&umn->lock);
+	was_more = umn->is_more;
+	/* It is readable all the time: whoever made the change may be looking. */
+	set_more(umn, true);
 	umn->feed->acknowledge(umn->feed);
 	umn_table_arm(umn->table);
-	set_more(umn, umn->is_more || is_unseen(umn));
+	set_more(umn, was_more || is_unseen(umn) || (source && !source->arrived(source)));
 	pthread_mutex_unlock(&umn->lock);
 }
