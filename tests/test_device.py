@@ -374,7 +374,7 @@ def sanitized(request: pytest.FixtureRequest, public: Path) -> str:
     preload = next(source for source in sources if source.endswith("preload.c"))
     rest = [source for source in sources if source != preload]
     names = re.findall(r"(\w+);", (Path(preload).with_name("preload.map")).read_text().partition("local:")[0])
-    renamed = [word for name in names for word in ("--redefine-sym", f"{name}=ummunotify_{name}")]
+    renamed = [word for name in names for word in ("--redefine-sym", f"{name}=preloaded_{name}")]
     objects = []
     for source in (HERE / "device.c", Path(preload)):
         target = public / f"{request.param}-{source.parent.name}-{source.stem}.o"

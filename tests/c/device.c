@@ -1053,7 +1053,45 @@ static void test_close(void)
 	nothing(fd);
 	check(dup2(fd, 500) == 500);
 	closefrom(400);
-	check(open("/dev/zero", O_RDONLY) >= 0 && read(500, bytes, 64) == -1 && errno == EBADF);
+	check(read(500, bytes, 64) == -1 && errno == EBADF);
+	nothing(fd);
+	close(fd);
+	check(count_fds() == before);
+	munmap(memory, PAGE);
+}
+
+/* A program that closes what it has not opened, but for a few numbers that it knows, must not miss anything. */
+static void test_closing_all_others(void)
+{
+	int another = open_device(), fd = open_device(), kept = dup2(fd, 300);
+	char *memory = get_pages(1, NULL);
+	struct ummunotify_event events[4];
+	volatile uint64_t *counter = map_counter(fd);
+
+	watch(fd, memory, PAGE, 1);
+	check(kept == 300 && !close(another)); /* what they share is not the other's alone */
+	if (!is_uffd()) { /* whose descriptors come and go */
+		for (int other = 3; other < 1024; other++)
+			if (other != fd && other != kept)
+				close(other);
+		for (int other = 3; other < 20; other++)
+			if (other != fd && dup2(0, other) == other)
+				close(other);
+		check(!close_range(fd + 1, ~0u, 0));
+	}
+	for (int i = 1; i < 100; i++) {
+		change(memory);
+		check(*counter == (uint64_t)i && readable(fd));
+		check(get(fd, events, 4) == 2);
+	}
+	change(memory);
+	check(!close(fd));
+	fd = open_device(); /* all is as before */
+	watch(fd, memory, PAGE, 1);
+	change(memory);
+	check(get(fd, events, 4) == 2);
+	close(fd);
+	munmap((void *)counter, PAGE);
 	munmap(memory, PAGE);
 }
 
@@ -1461,6 +1499,7 @@ int main(int argc, char **argv)
 		{"flags", test_flags},
 		{"duplicates", test_duplicates},
 		{"close", test_close},
+		{"closing_all_others", test_closing_all_others},
 		{"other_files", test_other_files},
 		{"changes", test_changes},
 		{"files", test_files},

@@ -232,6 +232,17 @@ static int wake_fd(struct feed *feed)
 	return error ? fail(-error, "the wake-up cannot be mapped (%s)", strerror(-error)) : f->ring_fd;
 }
 
+static int all_fds(struct feed *feed, int *fds)
+{
+	struct daemon_feed *f = (struct daemon_feed *)feed;
+
+	fds[0] = f->socket;
+	fds[1] = f->link;
+	fds[2] = f->ring_fd;
+	fds[3] = machine.fd;
+	return 4;
+}
+
 static void acknowledge(struct feed *feed)
 {
 	umn_ring_clear(&((struct daemon_feed *)feed)->ring);
@@ -275,6 +286,7 @@ struct feed *feed_open_daemon(bool counter)
 				.add_segment = add_segment,
 				.bind = bind_feed,
 				.wake_fd = wake_fd,
+				.fds = all_fds,
 				.acknowledge = acknowledge,
 				.doubtful = doubtful,
 				.release = release,

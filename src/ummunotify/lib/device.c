@@ -51,6 +51,9 @@ _Static_assert(sizeof(struct device_event) == 32 && sizeof(struct ummunotify_reg
 #define PIECE 64 /* events read at a time */
 
 struct device *device_fds[DEVICE_FDS];
+/* The library's own descriptors. A program that closes all numbers but those it knows would make it miss changes, silently: for
+ * close() and dup2() they are not there. */
+static struct device hidden;
 
 /* The regions by their cookies: a hash table with linear probing, at most half full. */
 struct cookies {
@@ -78,6 +81,7 @@ struct device {
 	struct device *next;
 	int client, server; /* both ends of what children ask through; -1: no fork yet */
 	bool remote;	    /* this is a child; only `client` and counter_fd are of use */
+	int hidden[NOTIFIER_FDS + 1], hidden_count;
 
 	pthread_mutex_t own;
 	bool used;
@@ -462,6 +466,35 @@ static int set_async(struct device *d, int fd, bool on)
 
 /* ---- The account of descriptors ---- */
 
+/* `lock` is held for these. */
+static void mark_hidden(struct device *d)
+{
+	for (int i = 0; i < d->hidden_count; i++)
+		if ((unsigned int)d->hidden[i] < DEVICE_FDS) {
+			__atomic_store_n(&device_fds[d->hidden[i]], &hidden, __ATOMIC_RELAXED);
+			if ((unsigned int)d->hidden[i] > top)
+				top = (unsigned int)d->hidden[i];
+		}
+}
+
+static void hide(struct device *d)
+{
+	d->hidden_count = notifier_fds(d->umn, d->hidden);
+	d->hidden[d->hidden_count++] = d->counter_fd;
+	mark_hidden(d);
+}
+
+/* After it was taken off the list. */
+static void unhide(struct device *d)
+{
+	for (int i = 0; i < d->hidden_count; i++)
+		if ((unsigned int)d->hidden[i] < DEVICE_FDS)
+			__atomic_store_n(&device_fds[d->hidden[i]], NULL, __ATOMIC_RELAXED);
+	d->hidden_count = 0;
+	for (struct device *other = devices; other; other = other->next) /* some are several devices' */
+		mark_hidden(other);
+}
+
 /* `lock` is held; true: it is for the caller to free. */
 static bool is_unused(struct device *d)
 {
@@ -475,6 +508,7 @@ static bool is_unused(struct device *d)
 	while (*link != d)
 		link = &(*link)->next;
 	*link = d->next;
+	unhide(d);
 	return true;
 }
 
@@ -504,6 +538,8 @@ static struct device *enter(int fd, struct calm *before)
 	calm(before);
 	pthread_mutex_lock(&lock);
 	d = device_fds[fd];
+	if (d == &hidden)
+		d = NULL;
 	if (d)
 		d->users++;
 	pthread_mutex_unlock(&lock);
@@ -541,7 +577,7 @@ static void detach(int fd, struct device **unused)
 {
 	struct device *d = device_fds[fd];
 
-	if (!d)
+	if (!d || d == &hidden)
 		return;
 	__atomic_store_n(&device_fds[fd], NULL, __ATOMIC_RELAXED);
 	d->fds--;
@@ -575,7 +611,7 @@ int device_close(int fd)
 	pthread_mutex_lock(&lock);
 	/* Together: whoever is given the number next must not find it in the table. */
 	detach(fd, &unused);
-	result = next.close(fd);
+	result = device_fds[fd] == &hidden ? failed(EBADF) : next.close(fd);
 	pthread_mutex_unlock(&lock);
 	free_devices(unused);
 	uncalm(&before);
@@ -586,15 +622,23 @@ int device_close_range(unsigned int first, unsigned int last, int flags)
 {
 	struct device *unused = NULL;
 	struct calm before;
-	int result;
+	int result = 0;
 
-	if (!devices || flags || !is_ours())
+	if (!devices || flags || first > last || !is_ours())
 		return next.close_range(first, last, flags);
 	calm(&before);
 	pthread_mutex_lock(&lock);
-	result = next.close_range(first, last, flags);
+	/* In pieces between those that are hidden. */
 	for (unsigned int fd = first; !result && fd <= last && fd <= top; fd++)
-		detach((int)fd, &unused);
+		if (device_fds[fd] == &hidden) {
+			if (fd > first)
+				result = next.close_range(first, fd - 1, flags);
+			first = fd + 1;
+		} else {
+			detach((int)fd, &unused);
+		}
+	if (!result && first <= last)
+		result = next.close_range(first, last, flags);
 	pthread_mutex_unlock(&lock);
 	free_devices(unused);
 	uncalm(&before);
@@ -621,7 +665,7 @@ int device_dup(int fd)
 		return next.dup(fd);
 	calm(&before);
 	pthread_mutex_lock(&lock);
-	copy = attach_copy(next.dup(fd), device_fds[fd]);
+	copy = device_fds[fd] == &hidden ? failed(EBADF) : attach_copy(next.dup(fd), device_fds[fd]);
 	pthread_mutex_unlock(&lock);
 	uncalm(&before);
 	return copy;
@@ -638,7 +682,12 @@ int device_dup_to(int fd, int to, int flags, bool dup3)
 	calm(&before);
 	pthread_mutex_lock(&lock);
 	d = is_device(fd) ? device_fds[fd] : NULL;
-	copy = dup3 ? next.dup3(fd, to, flags) : next.dup2(fd, to);
+	if (d == &hidden)
+		copy = failed(EBADF);
+	else if (is_device(to) && device_fds[to] == &hidden)
+		copy = failed(EBUSY); /* dup2(2): it is being opened */
+	else
+		copy = dup3 ? next.dup3(fd, to, flags) : next.dup2(fd, to);
 	if (copy >= 0 && copy < DEVICE_FDS)
 		detach(copy, &unused);
 	copy = attach_copy(copy, d);
@@ -736,6 +785,8 @@ static void in_child(void)
 	pthread_mutex_init(&lock, NULL);
 	for (struct device *d = devices; d; d = d->next) {
 		pthread_mutex_init(&d->own, NULL);
+		if (!d->remote)
+			unhide(d); /* the notifier has closed them; and others' will be, too */
 		d->remote = true;
 		close_fd(&d->server);
 	}
@@ -800,6 +851,7 @@ static int open_it(int flags)
 	d->next = devices;
 	devices = d;
 	attach(fd, d);
+	hide(d);
 	pthread_mutex_unlock(&lock);
 	return fd;
 }

@@ -8,6 +8,8 @@
 
 #include "core/table.h"
 
+#define FEED_FDS 4
+
 /* The notifier calls these one at a time, for all feeds of the process together, and there is no fork meanwhile; but for
  * `acknowledge`, `doubtful`, and `wake_fd` once it has been made. Those that fail return a negative errno (NULL) and have said why
  * (fail below). */
@@ -20,6 +22,7 @@ struct feed {
 	int (*bind)(struct feed *feed);
 	int (*wake_fd)(struct feed *feed);
 	int (*make_counter)(struct feed *feed); /* NULL: there is one already, if it was asked for */
+	int (*fds)(struct feed *feed, int *fds); /* those without which changes would be missed, at most FEED_FDS; NULL: none */
 	void (*acknowledge)(struct feed *feed);
 	bool (*doubtful)(struct feed *feed);
 	void (*release)(struct feed *feed); /* everything but its own memory; also in the child of a fork */

@@ -495,6 +495,19 @@ bool notifier_must_renew(const struct ummunotify *umn)
 	return umn->feed->source != NULL;
 }
 
+_Static_assert(NOTIFIER_FDS == FEED_FDS + 1, "the feed's, and one of ours");
+
+int notifier_fds(struct ummunotify *umn, int *fds)
+{
+	int count;
+
+	pthread_mutex_lock(&making);
+	count = umn->feed->fds ? umn->feed->fds(umn->feed, fds) : 0;
+	fds[count++] = umn->more;
+	pthread_mutex_unlock(&making);
+	return count;
+}
+
 void notifier_wakeups(struct ummunotify *umn, int *wake, int *more)
 {
 	pthread_mutex_lock(&making);

@@ -25,6 +25,10 @@ ptrdiff_t notifier_read(struct ummunotify *umn, struct ummunotify_event *events,
 /* Once it has been reported, a region must be renewed for its changes to be reported again. */
 bool notifier_must_renew(const struct ummunotify *umn);
 
+/* Descriptors that must not be closed behind its back; how many, at most NOTIFIER_FDS. */
+#define NOTIFIER_FDS 5
+int notifier_fds(struct ummunotify *umn, int *fds);
+
 /* For a thread that passes on each wake-up: it waits for `wake`, then clears it, after which the next change wakes it again. The
  * device's descriptor stays readable, for which it needs `more`. */
 void notifier_wakeups(struct ummunotify *umn, int *wake, int *more);
