@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -118,3 +119,24 @@ def test_pkgconfig(tmp_path: Path) -> None:
     program = tmp_path / "version.c"
     program.write_text("#include <ummunotify.h>\nint main(void) { return !ummunotify_error(); }\n")
     run(build(program, tmp_path / "version", *words))
+
+
+def test_example_in_the_docs(tmp_path: Path, daemon: Daemon) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "c.md").read_text()
+    program = tmp_path / "program.c"
+    program.write_text(text.partition("```c\n")[2].partition("```")[0])
+    expected = [line.strip() for line in text.splitlines() if line.startswith(("    valid:", "    cookie "))]
+    assert run(build(program, tmp_path / "program", *flags())).splitlines() == expected
+
+
+def test_man_pages() -> None:
+    """They name every function, and every option."""
+    manual = Path(__file__).parents[1] / "man"
+    header = (Path(flags()[0].removeprefix("-I")) / "ummunotify.h").read_text()
+    functions = set(re.findall(r"\b(ummunotify_\w+)\(", header)) - {"ummunotify_event"}
+    page = (manual / "ummunotify.3").read_text()
+    assert len(functions) > 10
+    assert all(function in page.partition(".SH SYNOPSIS")[2] for function in functions)
+    options = re.findall(r"--(\w+)", output(*COMMAND, "run", "--help").partition("Options:")[2])
+    page = (manual / "ummunotify-run.1").read_text().replace("\\-", "-")
+    assert all(f"--{option}" in page for option in options if option != "help")
