@@ -10,10 +10,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from benchmarks import device as benchmark
 from daemons import COMMAND, NOBODY, PATIENCE, Daemon
 from support import require
 from test_c import HERE, build, output
@@ -110,10 +111,12 @@ def shared_daemon(public: Path, privileged: None) -> Iterator[Daemon]:
     assert "Traceback" not in daemon.log.read_text()
 
 
-def call(*command: str, user: int | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def call(
+    *command: str, user: int | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
-        env=os.environ | environment,
+        env=os.environ | dict(environment or {}),
         capture_output=True,
         text=True,
         user=user,
@@ -134,7 +137,7 @@ def test_interface(source: str, case: str, suite: str, request: pytest.FixtureRe
         result = call(*RUN, "--source", "bpf", "--", suite, case)
     elif source == DAEMON:
         socket = request.getfixturevalue("shared_daemon").path
-        result = call(suite, case, user=NOBODY, LD_PRELOAD=PRELOAD, **{SOCKET: socket})
+        result = call(suite, case, user=NOBODY, environment={"LD_PRELOAD": PRELOAD, SOCKET: socket})
     else:
         uffd_or_skip()
         result = call(*RUN, "--source", "uffd", "--", suite, case)
@@ -185,7 +188,7 @@ def test_no_linear_scan(source: str, public: Path, request: pytest.FixtureReques
     else:
         environment = {SOCKET: request.getfixturevalue("shared_daemon").path}
     program = build(HERE / "device_work.c", public / "work", *device_sources(), "-fsanitize-coverage=trace-pc")
-    result = call(program, **environment)
+    result = call(program, environment=environment)
     assert result.returncode == 0, result.stderr
     lines = (line.partition(":") for line in result.stdout.splitlines())
     counted = {what: [int(number) for number in numbers.split()] for what, _, numbers in lines}
@@ -208,7 +211,7 @@ def device_sources() -> list[str]:
 def test_no_source(programs: dict[str, str]) -> None:
     """As without this package, but that it says why."""
     nowhere = {SOCKET: "/nowhere/socket", "UMMUNOTIFY_SOURCE": "daemon"}
-    result = call(*RUN, programs["open"], **nowhere)
+    result = call(*RUN, programs["open"], environment=nowhere)
     assert result.returncode == 1
     complaint, error = result.stderr.splitlines()
     assert complaint.startswith("ummunotify: no /dev/ummunotify: ")
@@ -216,18 +219,18 @@ def test_no_source(programs: dict[str, str]) -> None:
     assert error == "open: No such file or directory"
     for quiet in (["--quiet"], []):
         environment = nowhere | ({} if quiet else {"UMMUNOTIFY_QUIET": "1"})
-        result = call(*RUN, *quiet, programs["open"], **environment)
+        result = call(*RUN, *quiet, programs["open"], environment=environment)
         assert (result.returncode, result.stderr) == (1, "open: No such file or directory\n")
 
 
 def test_no_such_source(programs: dict[str, str]) -> None:
-    result = call(*RUN, programs["open"], UMMUNOTIFY_SOURCE="magic")
+    result = call(*RUN, programs["open"], environment={"UMMUNOTIFY_SOURCE": "magic"})
     assert result.returncode == 1
     assert "there is no source magic" in result.stderr
 
 
 def test_uffd_only_if_asked_for(programs: dict[str, str], public: Path) -> None:
-    result = call(programs["open"], user=NOBODY, LD_PRELOAD=PRELOAD, **{SOCKET: "/nowhere/socket"})
+    result = call(programs["open"], user=NOBODY, environment={"LD_PRELOAD": PRELOAD, SOCKET: "/nowhere/socket"})
     assert result.returncode == 1
     assert "UMMUNOTIFY_SOURCE=uffd" in result.stderr
 
@@ -237,7 +240,7 @@ def test_set_uid(programs: dict[str, str], public: Path, shared_daemon: Daemon) 
     program = public / "set_uid"
     shutil.copy(programs["open"], program)
     program.chmod(0o4755)
-    result = call(str(program), user=NOBODY, LD_PRELOAD=PRELOAD, **{SOCKET: shared_daemon.path})
+    result = call(str(program), user=NOBODY, environment={"LD_PRELOAD": PRELOAD, SOCKET: shared_daemon.path})
     assert (result.returncode, result.stderr) == (1, "open: No such file or directory\n")
     result = call(*RUN, "--source", "uffd", str(program))
     assert "Warning" in result.stderr
@@ -257,17 +260,19 @@ def test_static(public: Path) -> None:
 
 def test_chooses_bpf(privileged: None, programs: dict[str, str]) -> None:
     """If there is no daemon."""
-    result = call(*RUN, programs["open"], **{SOCKET: "/nowhere/socket"})
+    result = call(*RUN, programs["open"], environment={SOCKET: "/nowhere/socket"})
     assert (result.returncode, result.stderr) == (0, "opened\n")
 
 
 def test_chooses_the_daemon(shared_daemon: Daemon, programs: dict[str, str]) -> None:
-    result = call(*RUN, "sh", "-c", f"echo ${SOCKET}; exec {programs['open']}", **{SOCKET: shared_daemon.path})
+    result = call(
+        *RUN, "sh", "-c", f"echo ${SOCKET}; exec {programs['open']}", environment={SOCKET: shared_daemon.path}
+    )
     assert (result.returncode, result.stdout) == (0, f"{shared_daemon.path}\n")
 
 
 def test_insists(programs: dict[str, str]) -> None:
-    result = call(*RUN, "--source", "daemon", programs["open"], **{SOCKET: "/nowhere/socket"})
+    result = call(*RUN, "--source", "daemon", programs["open"], environment={SOCKET: "/nowhere/socket"})
     assert result.returncode == 1
     assert result.stderr.startswith("Error: daemon does not work here: no daemon runs here")
     result = subprocess.run(
@@ -322,19 +327,20 @@ def test_exit_status_and_arguments() -> None:
 
 
 def test_keeps_what_is_preloaded_already() -> None:
-    result = call(*RUN, "sh", "-c", "echo $LD_PRELOAD", LD_PRELOAD="libm.so.6")
+    result = call(*RUN, "sh", "-c", "echo $LD_PRELOAD", environment={"LD_PRELOAD": "libm.so.6"})
     assert result.stdout == f"{PRELOAD}:libm.so.6\n"
 
 
-@pytest.mark.parametrize(("arguments", "number", "status"), [
-    ([], signal.SIGTERM, -signal.SIGTERM),
-    ([], signal.SIGINT, -signal.SIGINT),
-    ([], signal.SIGKILL, -signal.SIGKILL),
-    (["catch"], signal.SIGTERM, 40 + signal.SIGTERM),
-])
-def test_signals(
-    privileged: None, programs: dict[str, str], arguments: list[str], number: int, status: int
-) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "number", "status"),
+    [
+        ([], signal.SIGTERM, -signal.SIGTERM),
+        ([], signal.SIGINT, -signal.SIGINT),
+        ([], signal.SIGKILL, -signal.SIGKILL),
+        (["catch"], signal.SIGTERM, 40 + signal.SIGTERM),
+    ],
+)
+def test_signals(privileged: None, programs: dict[str, str], arguments: list[str], number: int, status: int) -> None:
     command = [*RUN, "--source", "bpf", programs["sleep"], *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
@@ -360,6 +366,15 @@ def test_children_find_it_too(privileged: None, programs: dict[str, str]) -> Non
     assert (result.returncode, result.stderr) == (0, "opened\n" * 2)
 
 
+def test_benchmark(privileged: None) -> None:
+    """It measures what it says; how long things take is not tested."""
+    passed, own = benchmark.measure(quick=True)
+    assert passed.keys() == benchmark.PASSED_ON.keys()
+    assert all(time > 0 for pairs in passed.values() for pair in pairs.times for time in pair)
+    assert all(time > 0 for times in own.values() for time in times)
+    assert len(benchmark.rows(passed, own)) == 3 + len(passed)
+
+
 # ---- Sanitizers ----
 
 
@@ -367,7 +382,8 @@ def test_children_find_it_too(privileged: None, programs: dict[str, str]) -> Non
 def sanitized(request: pytest.FixtureRequest, public: Path) -> str:
     """The suite, linked with the device.
 
-    The sanitizers stand before the C library's functions themselves, so the suite calls those of preload.c by other names.
+    The sanitizers stand before the C library's functions themselves. So the suite calls those of preload.c by
+    other names.
     """
     options = [f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
     sources = device_sources()
@@ -386,5 +402,5 @@ def sanitized(request: pytest.FixtureRequest, public: Path) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_sanitizers(case: str, sanitized: str, shared_daemon: Daemon) -> None:
-    result = call(sanitized, case, **{SOCKET: shared_daemon.path})
+    result = call(sanitized, case, environment={SOCKET: shared_daemon.path})
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{case}\n", "")

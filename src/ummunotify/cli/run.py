@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
 import struct
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
@@ -18,15 +18,15 @@ from ..sources import daemon
 from ..sources.base import UnavailableError
 
 LIB = Path(__file__).parents[1] / "lib"
-_NOT_EXECUTABLE, _NOT_FOUND = 126, 127
-"""What a shell exits with."""
 _PT_INTERP = 3
 
 
-def _fail(what: str, code: int = 1) -> NoReturn:
-    error = click.ClickException(what)
-    error.exit_code = code
-    raise error
+class _NotExecutable(click.ClickException):
+    exit_code = 126  # as in a shell
+
+
+class _NotFound(click.ClickException):
+    exit_code = 127
 
 
 def _find(program: str) -> str:
@@ -35,10 +35,10 @@ def _find(program: str) -> str:
     if found:
         return found
     if os.path.isdir(program):
-        _fail(f"{program} is a directory", _NOT_EXECUTABLE)
+        raise _NotExecutable(f"{program} is a directory")
     if "/" in program and os.path.lexists(program):
-        _fail(f"{program} may not be executed; see its permissions", _NOT_EXECUTABLE)
-    _fail(f"there is no program {program}", _NOT_FOUND)
+        raise _NotExecutable(f"{program} may not be executed; see its permissions")
+    raise _NotFound(f"there is no program {program}")
 
 
 def _is_static(path: str) -> bool:
@@ -80,10 +80,8 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
             daemon.connect().close()
         except UnavailableError:
             # If neither works the program's open() says why.
-            try:
+            with contextlib.suppress(UnavailableError):
                 environment[SOCKET_ENVIRONMENT] = private.start()
-            except UnavailableError:
-                pass
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -92,7 +90,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
     type=click.Choice(["daemon", "bpf", "uffd"]),
     help="Insist on one. Left out: the daemon if it runs, else bpf if this user may load BPF programs.",
 )
-@click.option("--quiet", is_flag=True, help="Do not let the program's open() say on standard error why there is no device.")
+@click.option("--quiet", is_flag=True, help="If there is no device, the program's open() does not say why.")
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(source: str | None, quiet: bool, program: str, arguments: tuple[str, ...]) -> None:
@@ -112,15 +110,15 @@ def run(source: str | None, quiet: bool, program: str, arguments: tuple[str, ...
     environment = dict(os.environ)
     library = str(LIB / "libummunotify-device.so")
     if set(library) & set(" :$"):
-        _fail(f"{library} cannot be preloaded, because of a blank, a colon or a dollar sign in its path")
+        raise click.ClickException(f"{library} cannot be preloaded: a blank, a colon or a dollar sign is in its path")
     environment["LD_PRELOAD"] = ":".join(filter(None, [library, environment.get("LD_PRELOAD")]))
     if quiet:
         environment["UMMUNOTIFY_QUIET"] = "1"
     try:
         _choose(source, environment)
     except UnavailableError as error:
-        _fail(f"{source} does not work here: {error}")
+        raise click.ClickException(f"{source} does not work here: {error}") from None
     try:
         os.execve(path, [program, *arguments], environment)
     except OSError as error:
-        _fail(f"{path} cannot be executed: {error.strerror}", _NOT_EXECUTABLE)
+        raise _NotExecutable(f"{path} cannot be executed: {error.strerror}") from None
