@@ -90,10 +90,11 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
     type=click.Choice(["daemon", "bpf", "uffd"]),
     help="Insist on one. Left out: the daemon if it runs, else bpf if this user may load BPF programs.",
 )
-@click.option("--quiet", is_flag=True, help="If there is no device, the program's open() does not say why.")
+@click.option("--quiet", is_flag=True, help="If there is no device, or no monitor, nobody says why.")
+@click.option("--libfabric", is_flag=True, help="Give libfabric a memory monitor, instead of the program a device.")
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run(source: str | None, quiet: bool, program: str, arguments: tuple[str, ...]) -> None:
+def run(source: str | None, quiet: bool, libfabric: bool, program: str, arguments: tuple[str, ...]) -> None:
     """Run PROGRAM with /dev/ummunotify: ummunotify run [OPTIONS] -- PROGRAM [ARGUMENTS].
 
     A dynamically linked program that was written for the kernel's device of 2009 finds it, unchanged, and so do the
@@ -103,12 +104,15 @@ def run(source: str | None, quiet: bool, program: str, arguments: tuple[str, ...
     With --source bpf a daemon of the program's own holds the BPF program, and ends with it. --source uffd needs
     nothing, but sees only what the process does to its private anonymous memory; see docs/c.md.
 
+    With --libfabric there is no device; libfabric's cache of registrations is told of changes instead. See
+    docs/libfabric.md.
+
     Exits with 127 if there is no PROGRAM, and with 126 if it cannot be executed.
     """
     path = _find(program)
     _warn_if_deaf(path)
     environment = dict(os.environ)
-    library = str(LIB / "libummunotify-device.so")
+    library = str(LIB / f"libummunotify-{'libfabric' if libfabric else 'device'}.so")
     if set(library) & set(" :$"):
         raise click.ClickException(f"{library} cannot be preloaded: a blank, a colon or a dollar sign is in its path")
     environment["LD_PRELOAD"] = ":".join(filter(None, [library, environment.get("LD_PRELOAD")]))

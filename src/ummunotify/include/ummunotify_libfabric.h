@@ -25,7 +25,7 @@ extern "C" {
 struct fid; /* <rdma/fabric.h> */
 
 /* Gives libfabric, version 1.13 or later, a monitor that learns of changes from what ummunotify_open(&umn, NULL) finds. To be called
- * before the first domain is opened, and with libfabric 1.13 after the first fi_getinfo. libfabric is the one that the program is
+ * after the first fi_getinfo, and before the first domain is opened. libfabric is the one that the program is
  * linked with or has loaded: this library is not linked with it.
  *
  * fi_close(*monitor) takes it back, and fails with -EBUSY while a domain with a cache is open. From then on libfabric has no monitor,

@@ -41,6 +41,7 @@
 #include "include/ummunotify.h"
 #include "include/ummunotify_libfabric.h"
 
+#define VERSION (1u << 16 | 13) /* 1.13 */
 #define PIECE 64	  /* events read at a time */
 #define MIN_RANGES 16384u /* that many are kept at least, if there is memory */
 
@@ -519,7 +520,7 @@ int libfabric_import(void *function, struct fid **monitor)
 	}
 	pthread_once(&first, once);
 	pthread_mutex_lock(&listing); /* so that there is no fork before it is in the list */
-	error = fi_open(FI_VERSION(1, 13), "mr_cache", NULL, 0, 0, &cache, NULL);
+	error = fi_open(VERSION, "mr_cache", NULL, 0, 0, &cache, NULL);
 	if (error)
 		fail(ENOENT, "this libfabric cannot be given a monitor (error %d); use version 1.13 or later", -error);
 	else {

@@ -8,9 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifndef UMN_LIBFABRIC_NO_DECLARATIONS
 enum { FI_CLASS_MEM_MONITOR = 23 };
-#define FI_VERSION(major, minor) ((uint32_t)(major) << 16 | (minor))
 
 struct fid_mem_monitor;
 
@@ -52,7 +50,6 @@ struct fid_mem_monitor {
 	struct fi_ops_mem_monitor *export_ops;
 	struct fi_ops_mem_notify *import_ops;
 };
-#endif
 
 /* What the program finds under `name` in its libfabric, whether that can be seen by all or only by what it was loaded with. `caller` is
  * an address in the code that asks. `version`: of the symbol. */
