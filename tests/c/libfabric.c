@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /*
  * The monitor, imported into the real libfabric, but with this program in the part of libfabric's caches: it calls what they call, under
- * a lock that stands for theirs, and is told instead of them. tests/vm/test_libfabric.py has the caches themselves.
+ * a lock that stands for theirs, and is told instead of them. tests/vm/test_libfabric_rdma.py has the caches themselves.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -68,15 +68,18 @@ static void (*dropped)(void); /* called once, when libfabric's lock has been rel
 
 static void notify(struct fid_mem_monitor *to, const void *address, size_t length)
 {
+	void (*then)(void);
+
 	check(to == monitor);
 	pthread_mutex_lock(&mm_lock);
 	last = address;
 	if (drop)
 		drop((const char *)address, length);
-	pthread_mutex_unlock(&mm_lock);
-	if (dropped)
-		dropped();
+	then = dropped;
 	dropped = NULL;
+	pthread_mutex_unlock(&mm_lock);
+	if (then)
+		then();
 	notices++;
 	real_ops->notify(to, address, length); /* there is no cache, but whoever calls this must not deadlock */
 }
@@ -248,7 +251,9 @@ static void test_joining(void)
 	joined = get_pages(1, NULL);
 	check(!subscribe(joined, PAGE));
 	before = notices;
+	pthread_mutex_lock(&mm_lock);
 	dropped = join;
+	pthread_mutex_unlock(&mm_lock);
 	replace(joined, 1);
 	await(before + 1);
 	renew(joined, PAGE);
@@ -433,9 +438,15 @@ static void test_caches(void)
 int main(int argc, char **argv)
 {
 	static const struct test tests[] = {
-		{"importing", test_importing},	     {"the_case", test_the_case}, {"unsubscribing", test_unsubscribing},
-		{"lock", test_under_libfabrics_lock}, {"joining", test_joining},	  {"limit", test_limit},	  {"kinds", test_what_uffd_cannot_watch},
-		{"fork", test_fork},		     {"caches", test_caches},
+		{"importing", test_importing},
+		{"the_case", test_the_case},
+		{"unsubscribing", test_unsubscribing},
+		{"lock", test_under_libfabrics_lock},
+		{"joining", test_joining},
+		{"limit", test_limit},
+		{"kinds", test_what_uffd_cannot_watch},
+		{"fork", test_fork},
+		{"caches", test_caches},
 	};
 
 	struct fi_info *info;

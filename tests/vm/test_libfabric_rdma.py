@@ -1,0 +1,122 @@
+"""libfabric's own caches of registrations with our monitor, over RDMA.
+
+Its provider verbs runs on the device that Linux makes of a network interface.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
+from support import require
+from test_c import build, flags
+
+ADDRESS = "10.77.0.1"
+INTERFACE = "umn-dummy"
+PROGRAM = Path(__file__).parents[1] / "c/libfabric_rdma.c"
+CHANGES = ("nothing", "munmap", "syscall", "madvise", "mremap", "truncate")
+RIGHT = {"nothing": "from the cache, new"} | dict.fromkeys(CHANGES[1:], "registered anew, new")
+WRONG = "from the cache, old"
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[None]:
+    """libfabric passes over the interface lo, and so over rxe0."""
+    if "UMMUNOTIFY_VM" not in os.environ:
+        require("rdma", "only the guests' kernels have the modules, and their network is nobody's")
+    if not Path("/usr/include/rdma/fabric.h").exists():
+        require("libfabric", "libfabric-dev is not installed")
+    for command in (
+        "modprobe -a rdma_ucm dummy",
+        f"ip link add {INTERFACE} type dummy",
+        f"ip addr add {ADDRESS}/24 dev {INTERFACE}",
+        f"ip link set {INTERFACE} up",
+        f"rdma link add rxe1 type rxe netdev {INTERFACE}",
+    ):
+        subprocess.run(command.split(), check=True)
+    for _ in range(PATIENCE):
+        if subprocess.run(["fi_info", "-p", "verbs", "-d", "rxe1"], capture_output=True).returncode == 0:
+            break
+        time.sleep(1)
+    yield
+    subprocess.run(["ip", "link", "del", INTERFACE], check=True)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build(PROGRAM, tmp_path_factory.mktemp("libfabric") / "rdma", "-lfabric")
+
+
+def run(*command: str, **environment: str) -> tuple[dict[str, str], str]:
+    """What came of each change, and everything else that was said."""
+    settings = os.environ | {"UMMUNOTIFY_LIBFABRIC_REPORT": "1", "IPATH_NO_BACKTRACE": "1"} | environment
+    result = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return dict(line.split(": ", 1) for line in result.stdout.splitlines()), result.stderr
+
+
+def counts(said: str) -> dict[str, int]:
+    return {
+        name: int(count)
+        for count, name in re.findall(r"(\d+) (subscribed|refused|checked|of them stale|notified)", said)
+    }
+
+
+def preload(source: str) -> list[str]:
+    return [sys.executable, "-m", "ummunotify", "run", "--libfabric", "--source", source, "--"]
+
+
+def test_without(program: str) -> None:
+    """The cache is at work, and libfabric's own monitor misses changes."""
+    results, _ = run(program, ADDRESS, *CHANGES)
+    assert results["nothing"] == RIGHT["nothing"]
+    assert results["truncate"] == results["syscall"] == WRONG
+
+
+@pytest.mark.parametrize("source", ["bpf", "uffd"])
+def test_preloaded(program: str, source: str) -> None:
+    results, said = run(*preload(source), program, ADDRESS, *CHANGES)
+    assert results == RIGHT
+    count = counts(said)
+    assert count["checked"] >= 1
+    # Before and after each change, and the buffer that is read into. uffd cannot watch the file.
+    refused = 2 if source == "uffd" else 0
+    assert count["refused"] == refused
+    assert count["subscribed"] == 2 * len(CHANGES) - refused
+    assert count["notified"] >= len(CHANGES) - 1 - refused / 2
+
+
+def test_imported(tmp_path: Path) -> None:
+    built = build(PROGRAM, tmp_path / "rdma", "-DIMPORT", "-lfabric", *flags())
+    results, _ = run(built, ADDRESS, *CHANGES, UMMUNOTIFY_SOURCE="uffd")
+    assert results == RIGHT
+
+
+def test_pingpong() -> None:
+    """A program of libfabric's own."""
+    command = [*preload("bpf"), "fi_pingpong", "-p", "verbs", "-e", "msg", "-d", "rxe1", "-I", "10", "-S", "65536"]
+    settings = os.environ | {"UMMUNOTIFY_LIBFABRIC_REPORT": "1"}
+    server = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(PATIENCE):
+            client = subprocess.run([*command, ADDRESS], env=settings, capture_output=True, text=True, check=False)
+            if client.returncode == 0 or server.poll() is not None:
+                break
+            time.sleep(1)
+        said, _ = server.communicate(timeout=PATIENCE)
+    finally:
+        server.kill()
+        server.wait()
+    assert client.returncode == 0, client.stdout + client.stderr
+    assert server.returncode == 0, said
+    assert counts(said)["subscribed"] > 0
+    assert counts(client.stderr)["subscribed"] > 0
