@@ -60,11 +60,10 @@ struct monitor {
 	struct fid_mem_monitor fid;
 	struct fi_ops ops;		/* libfabric's, but for `close` */
 	int (*close)(struct fid *fid);	/* libfabric's */
-	const void *libfabric;		/* its fi_open */
 	struct ummunotify *umn;
 	pthread_t thread;
 	int wake;  /* the thread: an eventfd */
-	bool dead; /* there is no thread: inherited through a fork (then nothing is valid), or the process ends */
+	bool dead; /* there is no thread: not started yet, or inherited through a fork (nothing is valid), or the process ends */
 	pthread_mutex_t lock; /* of what follows */
 	bool quit;
 	bool running;
@@ -387,7 +386,7 @@ static int start(struct fid_mem_monitor *fid)
 	struct monitor *m = (struct monitor *)fid;
 	int error = 0;
 
-	/* A program that forks after it has imported the monitor can use libfabric in the child, if the parent had no domain open. */
+	/* Or a program has forked after it imported the monitor, and uses libfabric in the child: it can, if no domain was open. */
 	if (m->dead) {
 		while (m->oldest)
 			forget(m, m->oldest);
@@ -487,40 +486,57 @@ static size_t range_limit(void)
 
 typedef int open_function(uint32_t version, const char *name, void *attr, size_t attr_length, uint64_t flags, struct fid **fid,
 			  void *context);
+typedef int open_cache_function(uint32_t version, void *attr, size_t attr_length, uint64_t flags, struct fid **fid, void *context);
+
+/* What stands for all caches. A provider that is a plugin has a copy of libfabric's caches and monitors of its own, and this function
+ * is the way to them. */
+static int open_cache(void *function, struct fid **cache)
+{
+	open_function *fi_open = NULL;
+	void *handle, *inside = NULL;
+	Dl_info info, other;
+
+	/* A reference that is never given up: libfabric has pointers into the monitor, and the monitor into libfabric. */
+	handle = dladdr(function, &info) ? dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE) : NULL;
+	if (handle) {
+		inside = dlsym(handle, "ofi_open_mr_cache");
+		if (inside && (!dladdr(inside, &other) || other.dli_fbase != info.dli_fbase))
+			inside = NULL; /* another library's */
+	}
+	fi_open = (open_function *)dlsym(handle ? handle : RTLD_DEFAULT, "fi_open");
+	if (handle)
+		dlclose(handle);
+	if (inside)
+		return ((open_cache_function *)inside)(VERSION, NULL, 0, 0, cache, NULL);
+	return fi_open ? fi_open(VERSION, "mr_cache", NULL, 0, 0, cache, NULL) : -ENOSYS;
+}
 
 int libfabric_import(void *function, struct fid **monitor)
 {
 	static pthread_once_t first = PTHREAD_ONCE_INIT;
-	open_function *fi_open = NULL;
 	struct fid *cache;
 	struct monitor *m;
-	Dl_info info;
-	void *handle;
 	int error;
 
-	/* A reference that is never given up: libfabric has pointers into the monitor, and the monitor into libfabric. */
-	handle = dladdr(function, &info) ? dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE) : NULL;
-	fi_open = (open_function *)dlsym(handle ? handle : RTLD_DEFAULT, "fi_open");
-	if (handle)
-		dlclose(handle);
-	if (!fi_open)
-		return fail(ENOENT, "this libfabric cannot be given a monitor; use version 1.13 or later");
 	m = calloc(1, sizeof *m);
 	if (!m)
 		return fail(ENOMEM, "%s", strerror(ENOMEM));
 	m->fid.fid.fclass = FI_CLASS_MEM_MONITOR;
 	m->fid.export_ops = &export_ops;
-	m->libfabric = fi_open;
 	m->limit = range_limit();
 	pthread_mutex_init(&m->lock, NULL);
-	error = open_monitor(m);
+	m->wake = -1;
+	pthread_mutex_lock(&listing);
+	m->dead = monitors != NULL; /* where one source was found another will be, when it is wanted: see `start` */
+	pthread_mutex_unlock(&listing);
+	error = m->dead ? 0 : open_monitor(m);
 	if (error) {
 		free(m);
 		return error;
 	}
 	pthread_once(&first, once);
 	pthread_mutex_lock(&listing); /* so that there is no fork before it is in the list */
-	error = fi_open(VERSION, "mr_cache", NULL, 0, 0, &cache, NULL);
+	error = open_cache(function, &cache);
 	if (error)
 		fail(ENOENT, "this libfabric cannot be given a monitor (error %d); use version 1.13 or later", -error);
 	else {
@@ -541,7 +557,8 @@ int libfabric_import(void *function, struct fid **monitor)
 	}
 	pthread_mutex_unlock(&listing);
 	if (error) {
-		end_thread(m);
+		if (!m->dead)
+			end_thread(m);
 		ummunotify_close(m->umn);
 		free(m);
 		return error == -EBUSY ? error : -ENOENT;

@@ -55,7 +55,7 @@ struct fid_mem_monitor {
  * an address in the code that asks. `version`: of the symbol. */
 void *libfabric_symbol(const void *caller, const char *name, const char *version);
 
-/* Imports a monitor into the libfabric that has this function. */
+/* Imports a monitor into the libfabric that has this function, or into the provider that was loaded as a plugin. */
 int libfabric_import(void *function, struct fid **monitor);
 
 #endif

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <link.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,38 +18,78 @@
 #include "include/ummunotify.h"
 #include "libfabric.h"
 
-#define LIBFABRICS 8 /* in one process */
+#define LIBFABRICS 32 /* and plugins, in one process */
+#define PLUGIN "-fi.so"
 
 struct fi_info;
 
 #define PARAMETERS uint32_t version, const char *node, const char *service, uint64_t flags, const struct fi_info *hints, struct fi_info **info
 typedef int getinfo_function(PARAMETERS);
 
-/* Once for each libfabric in the process. */
-static void import(getinfo_function *function)
+static struct {
+	pthread_mutex_t lock;
+	const void *seen[LIBFABRICS];
+	size_t count;
+	bool said;
+} the = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* The lock is held. Once for each. */
+static void import_into(void *function)
 {
-	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-	static const void *seen[LIBFABRICS];
-	static size_t count;
-	const char *monitor = getenv("FI_MR_CACHE_MONITOR"), *quiet = getenv("UMMUNOTIFY_QUIET");
+	const char *quiet = getenv("UMMUNOTIFY_QUIET");
 	struct fid *fid;
 	Dl_info info;
-	bool known;
 
-	if (!dladdr((void *)function, &info))
+	if (!dladdr(function, &info) || the.count == LIBFABRICS)
 		return;
-	pthread_mutex_lock(&lock);
-	known = count == LIBFABRICS;
-	for (size_t i = 0; i < count; i++)
-		known |= seen[i] == info.dli_fbase;
-	if (!known)
-		seen[count++] = info.dli_fbase;
-	pthread_mutex_unlock(&lock);
+	for (size_t i = 0; i < the.count; i++)
+		if (the.seen[i] == info.dli_fbase)
+			return;
+	the.seen[the.count++] = info.dli_fbase;
+	if (!libfabric_import(function, &fid) || the.said || (quiet && *quiet))
+		return;
+	fprintf(stderr, "ummunotify: libfabric goes on with its own monitor: %s\n", ummunotify_error());
+	the.said = true;
+}
+
+/* Providers that libfabric has loaded. It does not unload them. */
+struct plugins {
+	size_t count;
+	const char *names[LIBFABRICS];
+};
+
+static int look_at(struct dl_phdr_info *library, size_t size, void *plugins)
+{
+	const char *name = strrchr(library->dlpi_name, '/');
+	struct plugins *found = plugins;
+
+	(void)size;
+	if (name && strstr(name, PLUGIN) && found->count < LIBFABRICS)
+		found->names[found->count++] = library->dlpi_name;
+	return 0;
+}
+
+static void import(getinfo_function *function)
+{
+	const char *monitor = getenv("FI_MR_CACHE_MONITOR");
+	struct plugins plugins = {0};
+	void *handle, *inside;
+
 	/* A monitor would switch on the cache. */
-	if (known || (monitor && !strcmp(monitor, "disabled")))
+	if (monitor && !strcmp(monitor, "disabled"))
 		return;
-	if (libfabric_import((void *)function, &fid) && !(quiet && *quiet))
-		fprintf(stderr, "ummunotify: libfabric goes on with its own monitor: %s\n", ummunotify_error());
+	dl_iterate_phdr(look_at, &plugins);
+	pthread_mutex_lock(&the.lock);
+	import_into((void *)function);
+	for (size_t i = 0; i < plugins.count; i++) {
+		handle = dlopen(plugins.names[i], RTLD_LAZY | RTLD_NOLOAD);
+		inside = handle ? dlsym(handle, "ofi_open_mr_cache") : NULL;
+		if (inside)
+			import_into(inside);
+		if (handle)
+			dlclose(handle);
+	}
+	pthread_mutex_unlock(&the.lock);
 }
 
 __attribute__((noinline)) static int getinfo(const char *symbol_version, const void *caller, PARAMETERS)
