@@ -262,7 +262,7 @@ static void test_joining(void)
 	munmap(joined, PAGE);
 }
 
-/* As libfabric before 2.5: nobody unsubscribes. */
+/* As libfabric before 2.1: nobody unsubscribes. */
 static void test_limit(void)
 {
 	enum { N = 20000 };

@@ -162,7 +162,7 @@ static int add(struct monitor *m, const void *address, size_t length)
 		link_range(m, range);
 		m->count++;
 	}
-	/* Versions before 2.5 never unsubscribe. */
+	/* Versions before 2.1 never unsubscribe. */
 	if (error == -ENOMEM)
 		m->limit = m->count - m->count / 8;
 	if (m->count > m->limit)
