@@ -5,6 +5,7 @@ Its provider verbs runs on the device that Linux makes of a network interface.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ from test_c import build, flags
 ADDRESS = "10.77.0.1"
 INTERFACE = "umn-dummy"
 PROGRAM = Path(__file__).parents[1] / "c/libfabric_rdma.c"
+EXAMPLE = Path(__file__).parents[2] / "examples/mpi_libfabric.py"
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
 CHANGES = ("nothing", "munmap", "syscall", "madvise", "mremap", "truncate")
 RIGHT = {"nothing": "from the cache, new"} | dict.fromkeys(CHANGES[1:], "registered anew, new")
 WRONG = "from the cache, old"
@@ -120,3 +123,31 @@ def test_pingpong() -> None:
     assert server.returncode == 0, said
     assert counts(said)["subscribed"] > 0
     assert counts(client.stderr)["subscribed"] > 0
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_mpi(watched: bool) -> None:
+    """Of mpich as it is: its libfabric is newer than Debian's, and loads the provider as a plugin."""
+    if importlib.util.find_spec("mpi4py") is None or not MPIEXEC.exists():
+        require("mpi", "mpi4py and mpich are not installed: pip install mpi4py mpich")
+    settings = {
+        "HYDRA_LAUNCHER": "fork",
+        "MPIR_CVAR_CH4_NETMOD": "ofi",
+        "MPIR_CVAR_NOLOCAL": "1",  # no shared memory between the ranks
+        "FI_PROVIDER": "verbs;ofi_rxm",
+        "FI_VERBS_IFACE": INTERFACE,
+        "FI_UNIVERSE_SIZE": "2",  # else it wants longer queues than the device has
+        "UMMUNOTIFY_LIBFABRIC_REPORT": "1",
+    }
+    command = [*(preload("bpf") if watched else []), str(MPIEXEC), "-n", "2", sys.executable, str(EXAMPLE)]
+    result = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    wrong = [int(count) for count in re.findall(r": (\d+) of \d+ messages wrong", result.stdout)]
+    assert len(wrong) == 2, result.stdout + result.stderr
+    if watched:
+        assert wrong == [0, 0]
+        assert max(counts(line)["subscribed"] for line in result.stderr.splitlines() if "subscribed" in line) >= 20
+    else:
+        assert 0 not in wrong
+    assert result.returncode == (0 if watched else 1)
