@@ -1,7 +1,7 @@
 # What runs in each guest, unless run.py is told otherwise. With UMMUNOTIFY_SLOW set, more of it.
 set -e
 # Not "changes": what this kernel cannot do is no failure.
-export UMMUNOTIFY_REQUIRE=bpf,uffd,rdma,cgroup PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+export UMMUNOTIFY_REQUIRE=bpf,uffd,rdma,cgroup,libfabric,mpi PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
 step() { echo "== $(cut -d' ' -f1 /proc/uptime) s: $*"; }
 selftest() { "$@" >/run/selftest || { cat /run/selftest && exit 1; } && tail -n 1 /run/selftest; }
