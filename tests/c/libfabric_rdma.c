@@ -3,9 +3,9 @@
  * Registers memory with libfabric's provider verbs, changes its mapping, registers it again, and reads it by RDMA, over a connection
  * to itself: are these the bytes that are there, or those of the old pages?
  *
- *	libfabric_rdma ADDRESS CHANGE...	ADDRESS of a network interface with an RDMA device
+ *	libfabric_rdma [import] ADDRESS CHANGE...	ADDRESS of a network interface with an RDMA device
  *
- * With IMPORT defined it imports the monitor itself. A line for each change: its name, "registered anew" or "from the cache", the bytes.
+ * "import": it imports the monitor itself. A line for each change: its name, "registered anew" or "from the cache", the bytes.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -18,10 +18,8 @@
 #include <rdma/fi_errno.h>
 #include <rdma/fi_rma.h>
 #include <sys/syscall.h>
-#ifdef IMPORT
 #include <ummunotify.h>
 #include <ummunotify_libfabric.h>
-#endif
 
 #include "check.h"
 
@@ -201,19 +199,20 @@ int main(int argc, char **argv)
 	struct fid_ep *ep, *other;
 	struct fid_mr *mr;
 	struct fid_pep *pep;
+	struct fid *monitor;
 	char *buffer;
+	bool imports = argc > 1 && !strcmp(argv[1], "import");
 
+	argc -= imports;
+	argv += imports;
 	check(argc > 1);
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	passive = get_info(argv[1], FI_SOURCE);
 	active = get_info(argv[1], 0);
-#ifdef IMPORT
-	struct fid *monitor;
-	if (ummunotify_libfabric_import(&monitor)) {
+	if (imports && ummunotify_libfabric_import(&monitor)) {
 		fprintf(stderr, "%s\n", ummunotify_error());
 		return 2;
 	}
-#endif
 	must(fi_fabric(passive->fabric_attr, &fabric, NULL));
 	must(fi_eq_open(fabric, &eq_attr, &eq, NULL));
 	must(fi_passive_ep(fabric, passive, &pep, NULL));
@@ -238,16 +237,13 @@ int main(int argc, char **argv)
 	must(fi_close(&mr->fid));
 	must(fi_close(&ep->fid));
 	must(fi_close(&other->fid));
-#ifdef IMPORT
-	check(fi_close(monitor) == -FI_EBUSY);
-#endif
+	check(!imports || fi_close(monitor) == -FI_EBUSY);
 	must(fi_close(&cq->fid));
 	must(fi_close(&domain->fid));
 	must(fi_close(&pep->fid));
 	must(fi_close(&eq->fid));
 	must(fi_close(&fabric->fid));
-#ifdef IMPORT
-	must(fi_close(monitor));
-#endif
+	if (imports)
+		must(fi_close(monitor));
 	return 0;
 }

@@ -56,7 +56,7 @@ def device() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build(PROGRAM, tmp_path_factory.mktemp("libfabric") / "rdma", "-lfabric")
+    return build(PROGRAM, tmp_path_factory.mktemp("libfabric") / "rdma", "-lfabric", *flags())
 
 
 def run(*command: str, **environment: str) -> tuple[dict[str, str], str]:
@@ -98,9 +98,8 @@ def test_preloaded(program: str, source: str) -> None:
     assert count["notified"] >= len(CHANGES) - 1 - refused / 2
 
 
-def test_imported(tmp_path: Path) -> None:
-    built = build(PROGRAM, tmp_path / "rdma", "-DIMPORT", "-lfabric", *flags())
-    results, _ = run(built, ADDRESS, *CHANGES, UMMUNOTIFY_SOURCE="uffd")
+def test_imported(program: str) -> None:
+    results, _ = run(program, "import", ADDRESS, *CHANGES, UMMUNOTIFY_SOURCE="uffd")
     assert results == RIGHT
 
 
