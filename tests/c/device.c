@@ -954,6 +954,7 @@ static void test_reading_in_a_handler(void)
 	for (int i = 0; readable(fd) && i < 30000; i++)
 		usleep(1000);
 	check(handler_events > 0 && handler_events <= changes);
+	fcntl(fd, F_SETFL, O_NONBLOCK); /* no more signals */
 	close(fd);
 	signal(SIGIO, SIG_DFL);
 	munmap(memory, 2 * PAGE);
@@ -1303,9 +1304,9 @@ static void test_fork_and_close(void)
 		close(down[i]);
 	}
 	/* A thread lets go of what is left once it hears that the child is gone. */
-	for (int i = 0; count_fds() != before && i < 30000; i++)
+	for (int i = 0; count_fds() > before && i < 30000; i++)
 		usleep(1000);
-	check(count_fds() == before);
+	check(count_fds() <= before); /* what another test had left may be gone, too */
 	munmap(memory, PAGE);
 }
 
