@@ -954,6 +954,7 @@ static void test_reading_in_a_handler(void)
 	for (int i = 0; readable(fd) && i < 30000; i++)
 		usleep(1000);
 	check(handler_events > 0 && handler_events <= changes);
+	fcntl(fd, F_SETFL, O_NONBLOCK); /* no more signals */
 	close(fd);
 	signal(SIGIO, SIG_DFL);
 	munmap(memory, 2 * PAGE);
@@ -1108,7 +1109,7 @@ static void test_other_files(void)
 	check(write(fd, "hello", 5) == 5 && lseek(fd, 0, SEEK_SET) == 0 && read(fd, bytes, 64) == 5 && !memcmp(bytes, "hello", 5));
 	close(fd);
 	unlink(name);
-	fd = openat(AT_FDCWD, "/tmp", O_TMPFILE | O_RDWR, 0604);
+	fd = openat(AT_FDCWD, "/dev/shm", O_TMPFILE | O_RDWR, 0604); /* not all file systems can do that */
 	check(fd >= 0 && !fstat(fd, &status) && (status.st_mode & 07777) == 0604);
 	check(!ftruncate(fd, PAGE));
 	char *mapped = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -1303,9 +1304,9 @@ static void test_fork_and_close(void)
 		close(down[i]);
 	}
 	/* A thread lets go of what is left once it hears that the child is gone. */
-	for (int i = 0; count_fds() != before && i < 30000; i++)
+	for (int i = 0; count_fds() > before && i < 30000; i++)
 		usleep(1000);
-	check(count_fds() == before);
+	check(count_fds() <= before); /* what another test had left may be gone, too */
 	munmap(memory, PAGE);
 }
 

@@ -86,7 +86,7 @@ def _serve(program: int, say: int) -> None:
 def _keep_only(fds: set[int]) -> None:
     """Whoever reads what the program writes must not wait for this process."""
     null = os.open("/dev/null", os.O_RDWR)
-    for fd in range(3):
+    for fd in {0, 1, 2} - fds:
         os.dup2(null, fd)
     first = 3
     for fd in sorted(fds):

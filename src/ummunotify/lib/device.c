@@ -802,8 +802,8 @@ static void complain(void)
 
 	if (secure_getenv("UMMUNOTIFY_QUIET") || __atomic_test_and_set(&complained, __ATOMIC_RELAXED))
 		return;
-	dprintf(2, "ummunotify: no " DEVICE_PATH ": %s%s\n", ummunotify_error(),
-		source && *source ? "" : "; or see what UMMUNOTIFY_SOURCE=uffd can do");
+	dprintf(2, "ummunotify: no " DEVICE_PATH ": %s%s; `ummunotify doctor` says more\n", ummunotify_error(),
+		source && *source ? "" : ", or see what UMMUNOTIFY_SOURCE=uffd can do");
 }
 
 static void once(void)

@@ -19,6 +19,7 @@
 #include <sys/auxv.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -35,7 +36,11 @@ static struct {
 } also;
 static bool found, secure;
 
-/* Of what the C library may lack, NULL: then nobody calls it. */
+static int close_range_itself(unsigned int first, unsigned int last, int flags)
+{
+	return (int)syscall(SYS_close_range, first, last, flags);
+}
+
 static void find(void)
 {
 	/* dlsym's result is a function, whatever its type says. */
@@ -49,6 +54,8 @@ static void find(void)
 	FIND(next, dup2, "dup2");
 	FIND(next, dup3, "dup3");
 	FIND(next, mmap, "mmap");
+	if (!next.close_range)
+		next.close_range = close_range_itself; /* before glibc 2.34 */
 	FIND(also, open, "open");
 	FIND(also, openat, "openat");
 	FIND(also, readv, "readv");
