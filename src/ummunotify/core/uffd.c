@@ -276,8 +276,11 @@ static void feed_event(int fd, const struct uffd_msg *event)
 
 /* For who looks at nothing but a counter, or whether a descriptor is readable, and asks no kernel whether all has arrived. Before the
  * event is read, which lets the thread go on that has changed something, each counter goes up, and whoever armed his table is woken:
- * then he drains, and waits for the event to be fed. The first event that hits is the one that was announced, so each is counted
- * once. Only an event that hits nothing of a table is counted for nothing. */
+ * then he drains, and waits for the event to be fed. The first event that hits is taken for the one that was announced, so each is
+ * counted once. Only an event that hits nothing of a table is counted for nothing.
+ *
+ * That is as good as it gets, not good enough to rely on: an event that is queued after this, but before the read, is read with the
+ * others (the kernel hands out the latest first), and its thread may have looked at the counter after this. docs/c.md says so. */
 static void announce(void)
 {
 	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++) {
