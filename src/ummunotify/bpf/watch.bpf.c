@@ -29,7 +29,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 struct pt_regs {
-	unsigned long r10, r9, r8, ax, dx, si, di, orig_ax;
+	unsigned long r10, r9, r8, ax, cx, dx, si, di, orig_ax;
 };
 struct thread_info {
 	unsigned int status;
@@ -47,6 +47,40 @@ struct mmu_notifier_range {
 	struct mm_struct *mm;
 	unsigned long start, end;
 	enum mmu_notifier_event event;
+};
+struct inode {
+	unsigned char i_blkbits;
+};
+struct file {
+	struct inode *f_inode;
+};
+struct vm_area_struct {
+	struct mm_struct *vm_mm;
+	unsigned long vm_flags;
+	struct file *vm_file;
+};
+struct mmu_gather {
+	struct mm_struct *mm;
+};
+struct mm_walk {
+	struct mm_struct *mm;
+};
+struct userfaultfd_ctx {
+	struct mm_struct *mm;
+};
+struct pagetable_move_control {
+	struct vm_area_struct *old;
+	unsigned long old_addr, old_end;
+};
+enum pageflags { PG_head = 6 };
+struct folio {
+	unsigned long _flags_1;
+	unsigned char _folio_order;
+};
+struct folio___memdesc {
+	struct {
+		unsigned long f;
+	} _flags_1;
 };
 #pragma clang attribute pop
 
@@ -498,4 +532,131 @@ int mmu_notifier(struct pt_regs *ctx)
 	    event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_SOFT_DIRTY))
 		return 0;
 	return feed_traced(ctl, (uint64_t)BPF_CORE_READ(range, mm), BPF_CORE_READ(range, start), BPF_CORE_READ(range, end));
+}
+
+/* ---- The probe zap: the functions that take pages away. sources/zap.py says which, and how they are called. ---- */
+
+/* How a function is called, told with each attachment. Arguments are numbered from 0. */
+struct call {
+	uint8_t whose; /* the argument that says whose address space it is ... */
+	uint8_t type;  /* ... and what that is */
+	uint8_t start; /* the argument with the first address */
+	uint8_t last;  /* the argument that says how far it goes ... */
+	uint8_t extent; /* ... and how */
+	uint8_t unused[3];
+};
+enum { OF_MM, OF_VMA, OF_GATHER, OF_WALK, OF_USERFAULTFD, OF_MOVE };
+enum { TO_END, TO_LENGTH, TO_PAGE, TO_PMD, TO_PUD, TO_FOLIO, TO_MOVED };
+
+#define ARGUMENTS 8 /* a power of two; 6 are in registers */
+#define PMD_SIZE (UINT64_C(1) << 21)
+#define PUD_SIZE (UINT64_C(1) << 30)
+#define VM_HUGETLB 0x00400000
+
+/* The loader has seen that the kernel has the field, if the function that needs it is there at all. */
+#define READ(p, field) (bpf_core_field_exists((p)->field) ? (uint64_t)BPF_CORE_READ(p, field) : 0)
+
+static __always_inline uint64_t space_of(uint64_t whose, uint32_t type)
+{
+	struct pagetable_move_control *move = (void *)whose;
+	struct userfaultfd_ctx *userfaultfd = (void *)whose;
+
+	if (type == OF_MOVE) {
+		whose = READ(move, old);
+		type = OF_VMA;
+	}
+	switch (type) {
+	case OF_VMA:
+		return READ((struct vm_area_struct *)whose, vm_mm);
+	case OF_GATHER:
+		return READ((struct mmu_gather *)whose, mm);
+	case OF_WALK:
+		return READ((struct mm_walk *)whose, mm);
+	case OF_USERFAULTFD:
+		return READ(userfaultfd, mm);
+	}
+	return whose;
+}
+
+/* A hugetlb file's blocks are its pages. */
+static __always_inline uint64_t page_size_in(struct vm_area_struct *vma)
+{
+	unsigned int bits = BPF_CORE_READ(vma, vm_flags) & VM_HUGETLB ? BPF_CORE_READ(vma, vm_file, f_inode, i_blkbits) : 0;
+
+	return bits > 12 && bits < 63 ? UINT64_C(1) << bits : 4096;
+}
+
+/* No less than the folio has; it is locked, so that it will not be split meanwhile. */
+static __always_inline uint64_t size_of(struct folio *folio)
+{
+	struct folio___memdesc *newer = (void *)folio;
+	uint64_t flags = 0, order;
+
+	if (!bpf_core_enum_value_exists(enum pageflags, PG_head))
+		return PUD_SIZE;
+	/* The first word of each page, whatever its type is called. */
+	bpf_probe_read_kernel(&flags, sizeof flags, folio);
+	if (!(flags >> (bpf_core_enum_value(enum pageflags, PG_head) & 63) & 1))
+		return 4096;
+	if (bpf_core_field_exists(folio->_folio_order)) /* before Linux 6.6 */
+		order = BPF_CORE_READ(folio, _folio_order);
+	else if (bpf_core_field_exists(newer->_flags_1.f)) /* since Linux 6.18 */
+		order = BPF_CORE_READ(newer, _flags_1.f) & 0xff;
+	else if (bpf_core_field_exists(folio->_flags_1))
+		order = BPF_CORE_READ(folio, _flags_1) & 0xff;
+	else
+		return PUD_SIZE;
+	return order < 18 ? 4096ull << order : PUD_SIZE;
+}
+
+SEC("kprobe")
+int zap(struct pt_regs *ctx)
+{
+	uint64_t arguments[ARGUMENTS] = {ctx->di, ctx->si, ctx->dx, ctx->cx, ctx->r8, ctx->r9};
+	union {
+		uint64_t cookie;
+		struct call call;
+	} how = {.cookie = bpf_get_attach_cookie(ctx)};
+	uint64_t mm, whose, start, end, last;
+	uint32_t zero = 0;
+	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+
+	if (!ctl)
+		return 0;
+	whose = arguments[how.call.whose % ARGUMENTS];
+	mm = space_of(whose, how.call.type);
+	if (ctl->only && !ctl->handshakes && ctl->mm != mm)
+		return 0;
+	start = arguments[how.call.start % ARGUMENTS];
+	last = arguments[how.call.last % ARGUMENTS];
+	switch (how.call.extent) {
+	case TO_END:
+		end = last;
+		break;
+	case TO_LENGTH:
+		end = start + last;
+		break;
+	case TO_PAGE:
+		end = start + page_size_in((struct vm_area_struct *)whose);
+		break;
+	case TO_PMD:
+		start &= -PMD_SIZE;
+		end = start + PMD_SIZE;
+		break;
+	case TO_PUD:
+		start &= -PUD_SIZE;
+		end = start + PUD_SIZE;
+		break;
+	case TO_FOLIO:
+		end = start + size_of((struct folio *)last);
+		break;
+	case TO_MOVED:
+		start = READ((struct pagetable_move_control *)whose, old_addr);
+		end = READ((struct pagetable_move_control *)whose, old_end);
+		break;
+	default: /* nothing that the loader says */
+		start = 0;
+		end = UINT64_MAX;
+	}
+	return feed_traced(ctl, mm, start, end);
 }

@@ -22,8 +22,10 @@ class Candidate(NamedTuple):
 
 
 def _open_bpf(probe: str) -> Feed:
-    from .bpf import BpfFeed, KprobeFeed
+    from .bpf import BpfFeed, KprobeFeed, ZapFeed
 
+    if probe == "zap":
+        return ZapFeed()
     return BpfFeed(probe) if probe == "kvm" else KprobeFeed(probe)
 
 
@@ -42,6 +44,7 @@ def _open_uffd() -> Feed:
 _ALL = [
     Candidate("bpf:mmu_notifier", lambda: _open_bpf("mmu_notifier")),
     Candidate("bpf:kvm", lambda: _open_bpf("kvm")),
+    Candidate("bpf:zap", lambda: _open_bpf("zap")),
     Candidate("daemon:kvm", _open_daemon),
     Candidate("uffd", _open_uffd),
 ]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .._core import Doubt, Ring, map_shared, show_secret, skipped_runs
 from ..bpf import libbpf
+from . import zap
 from .base import UnavailableError
 
 PAGE = 4096
@@ -41,8 +42,8 @@ _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 _CONTROL = struct.Struct("=IIQII")  # struct control
 
-PROBES = ("mmu_notifier", "kvm")
-"""Best first: the first knows whose change it is, and of what kind."""
+PROBES = ("mmu_notifier", "kvm", "zap")
+"""Best first: the first knows whose change it is, and of what kind; the last costs every process on the host some time."""
 
 _TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
@@ -79,7 +80,7 @@ def _why_not_attached(probe: str, error: OSError) -> UnavailableError:
     if probe == "kvm" and error.errno == errno.ENOENT:
         return UnavailableError(f"the kernel has no tracepoint {_TRACEPOINT}", "load the kvm module (modprobe kvm)")
     if probe != "kvm" and error.errno == errno.ENOENT:
-        return UnavailableError(f"the kernel has no function {_FUNCTION}", "")
+        return UnavailableError(str(error), "use another probe")
     return _why(error)
 
 
@@ -131,6 +132,8 @@ class Maps:
             )
         data = Path(libbpf.__file__).with_name("watch.bpf.o").read_bytes()
         try:
+            # Each function to attach to, with the cookie that the program gets from there.
+            self.functions = zap.attachments() if probe == "zap" else {_FUNCTION: 0}
             with contextlib.ExitStack() as undo:
                 undo.callback(self.close)
                 with libbpf.BpfObject(data, "ummunotify") as loaded:
@@ -162,7 +165,8 @@ class Maps:
                 self.fds["link"] = libbpf.raw_tracepoint_open(_TRACEPOINT, self.fds["program"])
             else:
                 self._look_out()
-                self.fds["link"] = libbpf.kprobe_open(_FUNCTION, self.fds["program"])
+                for function, cookie in self.functions.items():
+                    self.fds[f"link {function}"] = libbpf.kprobe_open(function, self.fds["program"], cookie)
         except OSError as error:
             raise _why_not_attached(self.probe, error) from error
 
@@ -405,6 +409,8 @@ class _Process:
         return self.maps
 
     def _subscribe(self) -> None:
+        if self.probe == "zap":
+            return
         kvm = open_kvm()
         try:
             vm = create_vm(kvm)
@@ -555,3 +561,13 @@ class KprobeFeed(BpfFeed):
         super()._close_fds()
         if hasattr(self, "_doubt"):
             self._doubt.abandon()
+
+
+class ZapFeed(KprobeFeed):
+    """The same for a probe that sits at many functions, and not all changes pass all of them."""
+
+    def __init__(self) -> None:
+        """Raises UnavailableError."""
+        super().__init__("zap")
+
+    exercises = staticmethod(zap.exercises)
