@@ -556,9 +556,7 @@ def kprobe_open(function: str, program_fd: int, cookie: int = 0) -> int:
     try:
         # The link keeps the event.
         options = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), bpf_cookie=cookie)
-        return _call(
-            doing, "bpf_link_create", program_fd, event, _BPF_PERF_EVENT, ctypes.byref(options), undo=os.close
-        )
+        return _call(doing, "bpf_link_create", program_fd, event, _BPF_PERF_EVENT, ctypes.byref(options), undo=os.close)
     finally:
         os.close(event)
 

@@ -43,7 +43,7 @@ _U64 = struct.Struct("=Q")
 _CONTROL = struct.Struct("=IIQII")  # struct control
 
 PROBES = ("mmu_notifier", "kvm", "zap")
-"""Best first: the first knows whose change it is, and of what kind; the last costs every process on the host some time."""
+"""Best first: the first knows whose change it is, and of what kind; the last costs other processes time, too."""
 
 _TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
@@ -66,6 +66,17 @@ def _not_permitted() -> UnavailableError:
         "loading BPF programs is not permitted",
         "run as root or with CAP_BPF and CAP_PERFMON, or have an administrator run the daemon",
     )
+
+
+_LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+
+def _locked_down() -> bool:
+    """May nobody, not even root, read the kernel's memory, which kprobes are for?"""
+    try:
+        return "[confidentiality]" in _LOCKDOWN.read_text()
+    except OSError:  # it is not mounted, or there is no lockdown
+        return False
 
 
 def _why(error: OSError) -> UnavailableError:
@@ -126,6 +137,11 @@ class Maps:
             raise _not_permitted()
         if probe != "kvm" and not libbpf.kprobes_available():
             raise UnavailableError("the kernel has no kprobes", "use one that is built with CONFIG_KPROBE_EVENTS")
+        if probe != "kvm" and _locked_down():
+            raise UnavailableError(
+                "the kernel is locked down (confidentiality), and admits no kprobes",
+                "use bpf:kvm, or boot without lockdown",
+            )
         if not libbpf.btf_available():
             raise UnavailableError(
                 "the kernel's types (BTF) are not available", "use a kernel that is built with CONFIG_DEBUG_INFO_BTF"

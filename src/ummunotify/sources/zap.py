@@ -1,7 +1,8 @@
 """Where the probe `zap` is attached: the kernel's functions that take pages away from an address space.
 
-That these are all of them is argued in docs/architecture.md. How each is called comes from the running kernel's types, by
-the names of its parameters. Whatever is not as it is written here makes the probe unavailable, and the reason says what.
+That these are all of them is argued in docs/architecture.md. How each is called comes from the running kernel's types,
+by the names of its parameters. Whatever is not as it is written here makes the probe unavailable, and the reason says
+what.
 """
 
 from __future__ import annotations
@@ -133,9 +134,7 @@ _NEEDS = (
         ),
         only_with="khugepaged_scan",
     ),
-    _Need(
-        "reclaim, hardware errors", ((_Function("try_to_unmap_one", (_Call("vma", "address", _FOLIO, "folio"),)),),)
-    ),
+    _Need("reclaim, hardware errors", ((_Function("try_to_unmap_one", (_Call("vma", "address", _FOLIO, "folio"),)),),)),
     _Need("migration", ((_Function("try_to_migrate_one", (_Call("vma", "address", _FOLIO, "folio"),)),),)),
     _Need(
         "migration to devices",
@@ -154,13 +153,28 @@ class _Missing(Exception):
     pass
 
 
-def _cookie(types: libbpf.KernelTypes, function: _Function) -> int | None:
-    """None: there is none, and none is needed. Raises _Missing."""
+@functools.cache
+def _symbols() -> dict[str, list[str]]:
+    """Of each function that matters here, the code that the kernel has for it."""
+    names = "|".join(function.name for need in _NEEDS for functions in need.either for function in functions)
+    found: dict[str, list[str]] = {}
+    for name, suffix in re.findall(rf" [tT] ({names})(\.\S+)?$", Path("/proc/kallsyms").read_text(), re.MULTILINE):
+        if not suffix.startswith(".cold"):  # what is seldom needed of a function, not a way into it
+            found.setdefault(name, []).append(name + suffix)
+    return found
+
+
+def _cookie(types: libbpf.KernelTypes, function: _Function) -> int:
+    """Raises _Missing."""
+    symbols = _symbols().get(function.name, [])
+    if not symbols:
+        raise _Missing(f"there is no {function.name}")
+    if symbols != [function.name]:
+        # The compiler made several of it, or changed how it is called, or there is another function of this name.
+        raise _Missing(f"there is not one {function.name}, but {', '.join(symbols)}")
     parameters = types.parameters(function.name)
     if parameters is None:
-        if function.optional:
-            return None
-        raise _Missing(f"there is no function {function.name}")
+        raise _Missing(f"nothing says how {function.name} is called")
     for call in function.calls:
         if (cookie := call.cookie(types, parameters)) is not None:
             return cookie
@@ -172,23 +186,10 @@ def _meet(types: libbpf.KernelTypes, need: _Need) -> dict[str, int]:
     """Raises _Missing."""
     if need.only_with and types.members(need.only_with) is None and types.parameters(need.only_with) is None:
         return {}
-    reasons: list[str] = []
-    for functions in need.either:
-        try:
-            found = {function.name: _cookie(types, function) for function in functions}
-        except _Missing as error:
-            reasons.append(str(error))
-        else:
-            return {name: cookie for name, cookie in found.items() if cookie is not None}
-    raise _Missing(f"{' and '.join(reasons)} ({need.what})")
-
-
-@functools.cache
-def _parts() -> dict[str, str]:
-    """The kernel's functions of which the compiler has made others, which their own callers may call instead."""
-    names = "|".join(function.name for need in _NEEDS for functions in need.either for function in functions)
-    pattern = re.compile(rf" [tT] ({names})(\.(?:part|constprop|isra)\S*)$", re.MULTILINE)
-    return {name: name + suffix for name, suffix in pattern.findall(Path("/proc/kallsyms").read_text())}
+    # Not the next because this one has changed: then not everything passes the next.
+    functions = next((each for each in need.either if each[0].name in _symbols()), need.either[0])
+    wanted = [each for each in functions if not each.optional or each.name in _symbols()]
+    return {function.name: _cookie(types, function) for function in wanted}
 
 
 def attachments() -> dict[str, int]:
@@ -200,8 +201,7 @@ def attachments() -> dict[str, int]:
             try:
                 chosen |= _meet(types, need)
             except _Missing as error:
-                missing.append(str(error))
-    missing += [f"there is also {other}" for name, other in sorted(_parts().items()) if name in chosen]
+                missing.append(f"{error} (for {need.what})")
     if missing:
         raise UnavailableError(
             f"this kernel's functions are not those that the probe knows: {'; '.join(missing)}",
