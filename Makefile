@@ -14,7 +14,7 @@ BPF_COMPILE = cd src/ummunotify/bpf && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test lint bpf check-bpf bench vmtest vmtest-packages support docs clean packages
+.PHONY: demo test lint bpf check-bpf bench vmtest vmtest-packages support clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed

@@ -66,6 +66,33 @@ int bench_churn(const uint64_t *addresses, uint32_t n, struct timing *timing)
 	return 0;
 }
 
+/* Maps a page at each of the addresses and writes to it. 0, or -1: an address is not free. */
+int bench_map_each(const uint64_t *addresses, uint32_t n)
+{
+	volatile char *page;
+	uint32_t i;
+
+	for (i = 0; i < n; i++) {
+		page = mmap((void *)addresses[i], 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE,
+			    -1, 0);
+		if (page == MAP_FAILED)
+			return -1;
+		*page = 1;
+	}
+	return 0;
+}
+
+/* Unmaps them one by one. */
+void bench_unmap_each(const uint64_t *addresses, uint32_t n, struct timing *timing)
+{
+	uint32_t i;
+
+	begin(timing);
+	for (i = 0; i < n; i++)
+		munmap((void *)addresses[i], 4096);
+	end(timing);
+}
+
 /* Address space of which no page is used: at `address`. 0 or -1. */
 int bench_reserve(uint64_t address, uint64_t length)
 {

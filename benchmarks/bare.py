@@ -37,6 +37,7 @@ def _library() -> ctypes.CDLL:
     subprocess.run(["gcc", *_CFLAGS, *map(str, _HERE.glob("*.c")), "-o", str(path)], check=True)
     library = ctypes.CDLL(str(path))
     library.bench_check.restype = ctypes.c_uint64
+    library.bench_uffd_seen.restype = ctypes.c_uint64
     return library
 
 
@@ -57,6 +58,36 @@ def churn(where: Addresses) -> Timing:
     if _library().bench_churn(where, len(where), ctypes.byref(timing)):
         raise RuntimeError("an address is not free")
     return _timing(timing, len(where))
+
+
+def map_each(where: Addresses) -> None:
+    """A page at each of these addresses, which have to be free, in use."""
+    if _library().bench_map_each(where, len(where)):
+        raise RuntimeError("an address is not free")
+
+
+def unmap_each(where: Addresses) -> Timing:
+    """For each of the pages."""
+    timing = _Timing()
+    _library().bench_unmap_each(where, len(where), ctypes.byref(timing))
+    return _timing(timing, len(where))
+
+
+class Reader:
+    """A bare userfaultfd, and a thread that reads its events and does nothing with them. A process's only one."""
+
+    def __init__(self) -> None:
+        if _library().bench_uffd_open():
+            raise RuntimeError("userfaultfd is not available")
+
+    def register(self, where: Addresses) -> None:
+        if _library().bench_uffd_register(where, len(where)):
+            raise RuntimeError("userfaultfd refuses these pages")
+
+    @property
+    def seen(self) -> int:
+        """How many events it has read."""
+        return int(_library().bench_uffd_seen())
 
 
 def reserve(address: int, length: int) -> None:

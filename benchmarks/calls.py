@@ -6,6 +6,7 @@ It counts CPU time, so that what else runs on the machine matters less.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -17,8 +18,13 @@ from pathlib import Path
 import pyperf  # type: ignore[import-untyped]
 
 import ummunotify
+from ummunotify import sources
+
+from . import bare
 
 REGIONS = 100_000
+REGIONS_UFFD = 1000
+"""With that source: each makes two mappings more, of which a process can have some 65,000."""
 PLACES = 1000
 """`watch` and `unwatch` take turns with so many ranges, at random between those that are watched."""
 NOTHING, SLOT, CHANGED, VALID, WATCH = "pass", "thing.slot", "umn.changed", "region.valid", "watch + unwatch"
@@ -26,12 +32,15 @@ _FULL = ("--processes=8", "--values=3", "--min-time=0.03")
 _QUICK = ("--processes=1", "--values=2", "--warmups=0", "--min-time=0.005")
 
 
-def measure(quick: bool) -> dict[str, pyperf.Benchmark]:
+def measure(quick: bool, source: str | None = None) -> dict[str, pyperf.Benchmark]:
     """By the names above."""
+    environment = {**os.environ, **({sources.ENVIRONMENT: source} if source else {})}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "calls.json")
         script = (sys.executable, "-m", __name__, "--quiet", f"--output={result}")
-        subprocess.run([*script, *(_QUICK if quick else _FULL)], check=True, stdout=subprocess.DEVNULL)
+        inherit = ("--inherit-environ", sources.ENVIRONMENT)
+        command = [*script, *inherit, *(_QUICK if quick else _FULL)]
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         return {benchmark.get_name(): benchmark for benchmark in pyperf.BenchmarkSuite.load(str(result))}
 
 
@@ -45,7 +54,10 @@ class _Thing:
 def _main() -> None:
     runner = pyperf.Runner(program_args=("-m", "benchmarks.calls"))
     umn = ummunotify.open()
-    order = list(range(REGIONS))
+    regions = REGIONS_UFFD if umn.source == "uffd" else REGIONS
+    if umn.source == "uffd":  # it watches only what is mapped
+        bare.reserve(0x1000_0000_0000, regions * 0x4000)
+    order = list(range(regions))
     random.Random(1).shuffle(order)
     for i in order:
         umn.watch((0x1000_0000_0000 + i * 0x4000, 0x1000))

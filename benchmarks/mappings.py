@@ -91,7 +91,7 @@ def _blocks(addresses: list[int]) -> list[bare.Addresses]:
     return [bare.addresses(addresses[i : i + BLOCK]) for i in range(0, len(addresses), BLOCK)]
 
 
-def _cases(regions: int) -> dict[str, Case]:
+def places(regions: int) -> dict[str, Case]:
     """Where to map and unmap. What lies around each of the places stays mapped, so that page tables stay too."""
     bare.reserve(OUTSIDE, BLOCK * STRIDE)
     bare.reserve(AREA, regions * STRIDE)
@@ -99,18 +99,18 @@ def _cases(regions: int) -> dict[str, Case]:
     middle = max(0, (regions - BLOCK) // 2)
     hit = list(range(middle, min(middle + BLOCK, regions)))
     between = [i for i in hit if i < regions - 1]
-    places = {
+    where = {
         OUT: [OUTSIDE + i * STRIDE + GAP for i in range(BLOCK)],
         BETWEEN: [AREA + i * STRIDE + GAP for i in between * (BLOCK // max(1, len(between)))],
         BETWEEN_SCATTERED: [AREA + i * STRIDE + GAP for i in scattered],
         HIT: [AREA + i * STRIDE for i in hit],
         HIT_SCATTERED: [AREA + i * STRIDE for i in scattered],
     }
-    for addresses in places.values():
+    for addresses in where.values():
         for address in set(addresses):
             bare.unmap(address, PAGE)
     hits = (HIT, HIT_SCATTERED)
-    return {name: Case(_blocks(addresses), name in hits) for name, addresses in places.items() if addresses}
+    return {name: Case(_blocks(addresses), name in hits) for name, addresses in where.items() if addresses}
 
 
 def _watch(umn: ummunotify.Notifier, regions: int) -> None:
@@ -146,7 +146,7 @@ def _answering(make: Callable[[], Callable[[bytes], bytes]]) -> Iterator[Callabl
         os.waitpid(child, 0)
 
 
-def _timed(case: Case, number: int) -> bare.Timing:
+def timed(case: Case, number: int) -> bare.Timing:
     """Times a block, when the process has run for a while since another had the CPU."""
     if not _warm_up:
         bare.reserve(OUTSIDE - 2 * PAGE, PAGE)
@@ -181,17 +181,17 @@ class Added(NamedTuple):
 def added(regions: int, budget: Budget) -> Added:
     """Against not watching. To be called in a process of its own."""
     pin()
-    cases = _cases(regions)
+    cases = places(regions)
     with ummunotify.open() as umn:
         _watch(umn, regions)
 
         def watching(name: str, number: int) -> bare.Timing:
-            timing = _timed(cases[name], number)
+            timing = timed(cases[name], number)
             if cases[name].hit:
                 _settle(umn, len(cases[name].block(number)))
             return timing
 
-        pairs, noise = _in_turns(cases, watching, 1, budget)
+        pairs, noise = in_turns(cases, watching, 1, budget)
         program = {name: _program_time(umn, case) for name, case in cases.items()}
         return Added(regions, pairs, program, int(umn.stats["bytes"]), noise)
 
@@ -199,17 +199,17 @@ def added(regions: int, budget: Budget) -> Added:
 def subscribed(budget: Budget) -> Pairs:
     """With nothing but an empty virtual machine, against without. To be called in a process of its own."""
     pin()
-    cases = {OUT: _cases(1)[OUT]}
+    cases = {OUT: places(1)[OUT]}
     kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     machine = fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
     try:
-        return _in_turns(cases, lambda name, number: _timed(cases[name], number), 0, budget)[0][OUT]
+        return in_turns(cases, lambda name, number: timed(cases[name], number), 0, budget)[0][OUT]
     finally:
         os.close(machine)
         os.close(kvm)
 
 
-def _in_turns(
+def in_turns(
     cases: dict[str, Case], watching: Callable[[str, int], bare.Timing], own: int, budget: Budget
 ) -> tuple[dict[str, Pairs], Noise]:
     """Times with `watching`, for which so many programs are attached, and in a process that does not watch."""
@@ -219,14 +219,14 @@ def _in_turns(
 
     def answer(request: bytes) -> bytes:
         name, number = _REQUEST.unpack(request)
-        return _RESULT.pack(*_timed(cases[name.rstrip(b"\0").decode()], number))
+        return _RESULT.pack(*timed(cases[name.rstrip(b"\0").decode()], number))
 
     with _answering(lambda: answer) as ask:
 
         def not_watching(name: str, number: int) -> bare.Timing:
             return bare.Timing(*_RESULT.unpack(ask(_REQUEST.pack(name.encode(), number))))
 
-        for number in until(budget, lambda: max(_doubt(of) for of in alone.values())):
+        for number in until(budget, lambda: max(doubtful(of) for of in alone.values())):
             for name in cases:
                 tried += 1
                 others = bare.probes() - own
@@ -246,7 +246,7 @@ def _in_turns(
     return {name: in_company[name] + alone[name] for name in cases}, Noise(dropped, company / (kept + kept_alone))
 
 
-def _doubt(pairs: Pairs) -> float:
+def doubtful(pairs: Pairs) -> float:
     return pairs.ratio.doubt if len(pairs.times) > 20 else 1.0
 
 
@@ -279,11 +279,11 @@ def _program_time(umn: ummunotify.Notifier, case: Case) -> float:
 
 def other_process(regions: int, budget: Budget) -> Pairs:
     """In this process, with and without another one that watches. To be called in a process of its own."""
-    case = _cases(1)[OUT]
+    case = places(1)[OUT]
     pairs = Pairs()
     with _answering(partial(_watch_now_and_then, regions)) as toggle:
         pin()
-        for number in until(budget, lambda: _doubt(pairs)):
+        for number in until(budget, lambda: doubtful(pairs)):
             watched = number % 2
             first = _median_time(case)
             toggle(b"t")
@@ -309,7 +309,7 @@ def _watch_now_and_then(regions: int) -> Callable[[bytes], bytes]:
 
 
 def _median_time(case: Case) -> float | None:
-    times = [timing.cpu for timing in (_timed(case, number) for number in range(40)) if not timing.disturbed]
+    times = [timing.cpu for timing in (timed(case, number) for number in range(40)) if not timing.disturbed]
     return spread(times).median if len(times) >= 4 else None
 
 

@@ -52,8 +52,8 @@ Debian 12's UCX 1.13 (`ucm`'s event for memory that is unmapped, which its regis
 (its monitors `memhooks` and `userfaultfd`), natively, as they are by default. Both are asked through their own
 functions, not through the caches above them: a cache cannot know what its monitor is not told. libfabric exports
 nothing of its monitors; its providers with a cache (verbs, efa) need an RDMA device, and then pin the memory. So the
-monitors come from Debian's `libfabric.a`, with `ofi_mr_cache_notify()` replaced (`benchmarks/peers/`). `fi_import()` was
-of no use: it puts a monitor in and gets none out.
+monitors come from Debian's `libfabric.a`, with `ofi_mr_cache_notify()` replaced (`benchmarks/peers/`). `fi_import()`
+was of no use: it puts a monitor in and gets none out.
 
 Registered memory is pinned, the memory here is not. That matters in two places. Who misses a copy on write does no
 harm to pinned pages. And libfabric's uffd monitor stops at the first use of pages that were never touched, which
@@ -95,8 +95,8 @@ def table(columns: Mapping[str, list[Result]], changes: bool) -> str:
 
 
 def summary(columns: Mapping[str, list[Result]]) -> str:
-    outcomes = (Outcome.SEEN, Outcome.MISSED, Outcome.BLIND, Outcome.REFUSED, Outcome.NEEDLESS)
-    outcomes += (Outcome.IMPOSSIBLE, Outcome.FAILED)
+    outcomes = [Outcome.SEEN, Outcome.MISSED, Outcome.BLIND, Outcome.REFUSED, Outcome.NEEDLESS]
+    outcomes += [Outcome.IMPOSSIBLE, Outcome.FAILED]
     lines = ["| | " + " | ".join(each.lower() for each in outcomes) + " |", "|---" * (len(outcomes) + 1) + "|"]
     for title, rows in columns.items():
         counts = [sum(row.outcome is outcome for row in rows) for outcome in outcomes]
@@ -112,10 +112,25 @@ def page(kernels: list[Kernel], others: Mapping[str, list[Result]]) -> str:
         parts[-1] += f"\n| {kernel.title} | {', '.join(kernel.results)} | {missing} |"
     parts[-1] += "\n"
     parts += [summary(columns), "## Kinds of change\n", LEGEND, table(columns, True), table(columns, False)]
-    bad = {f"{row.case}: {row.why}": None for rows in others.values() for row in rows if row.outcome is Outcome.FAILED}
     parts += [PEERS, summary(others), table(others, True), table(others, False)]
-    parts += ["".join(f"- {why}\n" for why in bad)] if bad else []
+    if broken := broken_by(others, kernels[0]):
+        parts += [
+            "What no longer works under them:\n",
+            "".join(f"- {each}\n" for each in broken),
+        ]
     return "\n".join(parts)
+
+
+def broken_by(others: Mapping[str, list[Result]], kernel: Kernel) -> list[str]:
+    """What fails or cannot be done under them, but can be on the same kernel without."""
+    cannot = (Outcome.FAILED, Outcome.IMPOSSIBLE)
+    can = {row.case for rows in kernel.results.values() for row in rows if row.outcome not in cannot}
+    return [
+        f"{title}: {row.case}: {row.why}"
+        for title, rows in others.items()
+        for row in rows
+        if row.outcome in cannot and row.case in can
+    ]
 
 
 def main() -> None:

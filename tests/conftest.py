@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
-from support import probes, require
+from support import is_ours, probes, require
 
 import ummunotify
 from ummunotify import Notifier, sources
@@ -31,7 +32,7 @@ def resources() -> tuple[dict[str, str], list[str], set[str]]:
             fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
         except FileNotFoundError:  # the one that listdir used
             continue
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "bpf-" in line or "kvm" in line]
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if is_ours(line)]
     threads = set()
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(FileNotFoundError):
@@ -39,6 +40,13 @@ def resources() -> tuple[dict[str, str], list[str], set[str]]:
             if not name.startswith("iou-"):  # the kernel's own; they stay for some seconds
                 threads.add(thread)
     return fds, maps, threads
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c() -> None:
+    """Works, here and in the processes that tests start, also where a shell began this one in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

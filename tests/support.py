@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,11 @@ def in_child(function: Callable[[], object]) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def is_ours(name: str) -> bool:
+    """Is this a BPF or KVM object, by its link in /proc/self/fd or its line in /proc/self/maps? (A path may say so.)"""
+    return re.search(r"anon_inode:\[?(bpf|kvm)|/dev/kvm", name) is not None
 
 
 def open_fds() -> set[str]:

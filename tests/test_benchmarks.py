@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from benchmarks import bare, calls, mappings, report, support, watching
+from benchmarks import bare, calls, mappings, report, support, uffd, watching
 from benchmarks.mappings import BETWEEN, BETWEEN_SCATTERED, HIT, HIT_SCATTERED, OUT
 from benchmarks.samples import Pairs, spread
 
@@ -132,3 +133,10 @@ def test_support_tells_what_others_break() -> None:
     kernel = support.Kernel("here", "6.1", {"uffd": [Result("mremap", True, Outcome.SEEN, "")]}, {})
     others = {"hooks": [Result("mremap", True, Outcome.IMPOSSIBLE, "EINVAL")]}
     assert "- hooks: mremap: EINVAL" in support.page([kernel], others)
+
+
+def test_userfaultfd_is_measured(tmp_path: Path) -> None:
+    """It raises if an event is missed."""
+    text = uffd.section(True, tmp_path)
+    assert "| munmap of a watched page | 1.3x |" in text
+    assert f"where nothing is watched, {uffd.HUGE_PAGES}" in " ".join(text.split())

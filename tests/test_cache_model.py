@@ -11,13 +11,19 @@ import errno
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support import map_memory, unmap_memory
 
 import ummunotify
@@ -33,15 +39,6 @@ from ummunotify import (
 PAGE = mmap.PAGESIZE
 PAGES = 12
 SIZE = PAGES * PAGE
-
-_notifier: Notifier
-
-
-@pytest.fixture(autouse=True, scope="module")
-def notifier(keeper: Notifier) -> Iterator[None]:
-    global _notifier
-    with ummunotify.open() as _notifier:
-        yield
 
 
 @dataclass(eq=False)
@@ -140,6 +137,8 @@ register_errors = st.sampled_from(
 
 
 class CacheModel(RuleBasedStateMachine):
+    umn: Notifier
+    """Of the subclass that runs."""
     cache: RegistrationCache[Handle]
 
     @initialize(
@@ -164,7 +163,7 @@ class CacheModel(RuleBasedStateMachine):
         self.max_registrations = max_registrations or 1 << 63
         self.max_bytes = max_bytes or 1 << 63
         self.cache = RegistrationCache(
-            self.registrar, notifier=_notifier, max_registrations=max_registrations, max_bytes=max_bytes
+            self.registrar, notifier=self.umn, max_registrations=max_registrations, max_bytes=max_bytes
         )
         self.held: list[Registration[Handle]] = []
         self.acquired = 0
@@ -308,14 +307,22 @@ class CacheModel(RuleBasedStateMachine):
             registration.handle.users -= 1
             registration.release()
         assert not self.registrar.live
-        assert not _notifier.regions
+        assert not self.umn.regions
         self.memory.change(range(PAGES), mapped=False)
 
 
-TestCacheModel = CacheModel.TestCase
-TestCacheModel.settings = settings(
-    max_examples=20_000 if "UMMUNOTIFY_SLOW" in os.environ else 150,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+def test_model(keeper: Notifier) -> None:
+    with ummunotify.open() as opened:
+
+        class Model(CacheModel):
+            umn = opened
+
+        run_state_machine_as_test(
+            Model,
+            settings=settings(
+                max_examples=20_000 if "UMMUNOTIFY_SLOW" in os.environ else 150,
+                stateful_step_count=40,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )

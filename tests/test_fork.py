@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from support import in_child
+from support import in_child, is_ours
 
 import ummunotify
 from ummunotify import ClosedError, ForkedError, Notifier, Region
@@ -53,10 +53,10 @@ def leftovers() -> list[str]:
             target = os.readlink(f"/proc/self/fd/{fd}")
         except FileNotFoundError:  # the one that listdir used
             continue
-        if any(word in target for word in ("bpf", "kvm", "eventfd")):
+        if is_ours(target) or "eventfd" in target:
             found.append(target)
     with open("/proc/self/maps") as maps:
-        found += [line.strip() for line in maps if "bpf-map" in line or "bpf_map" in line or "kvm" in line]
+        found += [line.strip() for line in maps if is_ours(line)]
     return found
 
 
@@ -168,9 +168,9 @@ def test_the_parent_ends_first(watched: Region, memory: Memory) -> None:
         child()
 
     in_child(start)
+    os.close(theirs)  # or the end of a child that failed would go unnoticed
     assert os.read(ours, 100) == b"works"
     os.close(ours)
-    os.close(theirs)
 
 
 def test_many_forks(umn: Notifier, watched: Region) -> None:
