@@ -412,8 +412,8 @@ def survey() -> list[Finding]:
     findings = []
     for candidate in sources.every():
         try:
-            open_candidate(candidate).close()
-            findings.append(Finding(candidate.name, True, "", ""))
+            with open_candidate(candidate) as opened:
+                findings.append(Finding(opened.source, True, "", ""))
         except UnavailableError as error:
             findings.append(Finding(candidate.name, False, error.reason, error.remedy))
     return findings

@@ -30,9 +30,9 @@ def _open_bpf(probe: str) -> Feed:
 
 
 def _open_daemon() -> Feed:
-    from .daemon import DaemonFeed
+    from .daemon import open_feed
 
-    return DaemonFeed()
+    return open_feed()
 
 
 def _open_uffd() -> Feed:
@@ -45,7 +45,7 @@ _ALL = [
     Candidate("bpf:mmu_notifier", lambda: _open_bpf("mmu_notifier")),
     Candidate("bpf:kvm", lambda: _open_bpf("kvm")),
     Candidate("bpf:zap", lambda: _open_bpf("zap")),
-    Candidate("daemon:kvm", _open_daemon),
+    Candidate("daemon", _open_daemon),
     Candidate("uffd", _open_uffd),
 ]
 

@@ -188,7 +188,7 @@ class Maps:
 
     def _look_out(self) -> None:
         """For what the kernel skips at kprobes: see `doubt` in watch.bpf.c. Raises UnavailableError, OSError."""
-        self.fds["doubt_link"] = libbpf.raw_tracepoint_open("sched_switch", self.fds["doubt"])
+        self.fds["link doubt"] = libbpf.raw_tracepoint_open("sched_switch", self.fds["doubt"])
         # Each CPU once: what it runs now may have been there before.
         for cpu in _possible_cpus():
             try:
@@ -202,6 +202,10 @@ class Maps:
                     "the kernel's types (BTF) lack bpf_prog_active, so skipped runs cannot be noticed",
                     "use another probe: UMMUNOTIFY_SOURCE=bpf:kvm",
                 )
+
+    def links(self) -> list[int]:
+        """The descriptors that keep the programs attached, in whatever process they are open."""
+        return [fd for name, fd in self.fds.items() if name.startswith("link")]
 
     def close(self) -> None:
         """Close every descriptor; what it was attached to is detached with the last copy of the link."""
@@ -340,7 +344,7 @@ class Maps:
         self._put_table(table, 0, following, 0)
 
     def doubt(self) -> None:
-        """Everything of every table may be invalid: to the program, one more change, of all addresses."""
+        """Everything of every table may be invalid: to the program `kvm`, one more change, of all addresses."""
         libbpf.program_run(self.fds["program"], struct.pack("=QQ", 0, _U64_MAX))
 
     def _first(self, mm: int) -> int:
