@@ -19,7 +19,7 @@ import click
 
 from . import report
 
-SECTIONS = ("watching", "cache", "daemon")
+SECTIONS = ("watching", "probes", "cache", "daemon")
 """The modules, in the page's order."""
 
 

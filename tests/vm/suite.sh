@@ -26,4 +26,6 @@ wait $!
 step "tests"
 more=${UMMUNOTIFY_SLOW:+tests/test_changes.py tests/test_stress.py}
 python -m pytest -q -rsfE --tb=short -p no:cacheprovider tests/vm $more
+step "lockdown"
+python -m pytest -q -rsfE --tb=short -p no:cacheprovider tests/vm/lockdown.py
 step "done"
