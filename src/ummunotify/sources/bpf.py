@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import struct
 from pathlib import Path
@@ -95,7 +96,7 @@ def _why(error: OSError) -> UnavailableError:
         return UnavailableError("libbpf is not installed", "install libbpf1 (Debian) or libbpf (Fedora)")
     if error.errno in (errno.EPERM, errno.EACCES):
         return _not_permitted()
-    if isinstance(error, libbpf.BpfError) and "unknown func bpf_probe_read" in error.log:
+    if isinstance(error, libbpf.BpfError) and re.search(r"(unknown func|cannot use helper) bpf_probe_read", error.log):
         return UnavailableError("the kernel does not let BPF read its memory", "boot it with lockdown=integrity")
     return UnavailableError(str(error).splitlines()[0], "")
 
