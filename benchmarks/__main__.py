@@ -19,7 +19,7 @@ import click
 
 from . import report
 
-SECTIONS = ("watching", "cache", "daemon", "uffd")
+SECTIONS = ("watching", "probes", "cache", "daemon", "uffd")
 """The modules, in the page's order."""
 
 

@@ -28,5 +28,13 @@ done
 
 step "tests"
 more=${UMMUNOTIFY_SLOW:+tests/test_changes.py tests/test_stress.py}
-python -m pytest -q -rsfE --tb=short -p no:cacheprovider tests/vm $more
+case $UMMUNOTIFY_VM in
+*/full) less= ;;
+*) less=--ignore=tests/vm/test_circumstances.py ;; # it takes a minute, and preemption makes no difference
+esac
+python -m pytest -q -rsfE --tb=short -p no:cacheprovider $less tests/vm tests/test_zap.py $more
+if [ -z "$less" ]; then
+    step "lockdown"
+    python -m pytest -q -rsfE --tb=short -p no:cacheprovider tests/vm/lockdown.py
+fi
 step "done"

@@ -616,12 +616,14 @@ class KernelTypes:
         (_, _, prototype), _ = self._entry(number, 0)
         return [Parameter(self._name(name), self._type(kind)) for name, kind in self._entry(prototype, 2)[1]]
 
-    def members(self, structure: str) -> list[str] | None:
-        """The names of a structure's members. None: there is no such structure."""
+    def members(self, structure: str) -> dict[str, int] | None:
+        """Where in a structure its members are, in bytes, but for bit fields. None: there is no such structure."""
         number = self._find(structure, _BTF_STRUCT)
         if number is None:
             return None
-        return [self._name(member[0]) for member in self._entry(number, 3)[1]]
+        # The number of bits before it; where a structure has bit fields, their sizes are in the upper byte.
+        found = {self._name(name): bits for name, _, bits in self._entry(number, 3)[1]}
+        return {name: bits // 8 for name, bits in found.items() if bits < 1 << 24 and bits % 8 == 0}
 
     def _find(self, name: str, kind: int) -> int | None:
         number = int(_get("btf__find_by_name_kind", self._pointer, _c_string(name), kind))

@@ -60,19 +60,6 @@ struct vm_area_struct {
 	unsigned long vm_flags;
 	struct file *vm_file;
 };
-struct mmu_gather {
-	struct mm_struct *mm;
-};
-struct mm_walk {
-	struct mm_struct *mm;
-};
-struct userfaultfd_ctx {
-	struct mm_struct *mm;
-};
-struct pagetable_move_control {
-	struct vm_area_struct *old;
-	unsigned long old_addr, old_end;
-};
 enum pageflags { PG_head = 6 };
 struct folio {
 	unsigned long _flags_1;
@@ -537,16 +524,21 @@ int mmu_notifier(struct pt_regs *ctx)
 
 /* ---- The probe zap: the functions that take pages away. sources/zap.py says which, and how they are called. ---- */
 
-/* How a function is called, told with each attachment. Arguments are numbered from 0. */
+/*
+ * How a function is called, told with each attachment. Arguments are numbered from 0, members in units of 8 bytes.
+ *
+ * Members are not left to CO-RE, as not every kernel has each of these structures: libbpf then searches the modules, which needs
+ * CAP_SYS_ADMIN.
+ */
 struct call {
-	uint8_t whose; /* the argument that says whose address space it is ... */
-	uint8_t type;  /* ... and what that is */
-	uint8_t start; /* the argument with the first address */
-	uint8_t last;  /* the argument that says how far it goes ... */
-	uint8_t extent; /* ... and how */
-	uint8_t unused[3];
+	uint8_t whose;	 /* the argument that says whose address space it is ... */
+	uint8_t type;	 /* ... and what that is */
+	uint8_t start;	 /* the argument with the first address */
+	uint8_t last;	 /* the argument that says how far it goes ... */
+	uint8_t extent;	 /* ... and how */
+	uint8_t members[3];
 };
-enum { OF_MM, OF_VMA, OF_GATHER, OF_WALK, OF_USERFAULTFD, OF_MOVE };
+enum { OF_MM, OF_HOLDER, OF_MOVE }; /* mm_struct; what has a pointer to one, members[0]; pagetable_move_control */
 enum { TO_END, TO_LENGTH, TO_PAGE, TO_PMD, TO_PUD, TO_FOLIO, TO_MOVED };
 
 #define ARGUMENTS 8 /* a power of two; 6 are in registers */
@@ -554,29 +546,12 @@ enum { TO_END, TO_LENGTH, TO_PAGE, TO_PMD, TO_PUD, TO_FOLIO, TO_MOVED };
 #define PUD_SIZE (UINT64_C(1) << 30)
 #define VM_HUGETLB 0x00400000
 
-/* The loader has seen that the kernel has the field, if the function that needs it is there at all. */
-#define READ(p, field) (bpf_core_field_exists((p)->field) ? (uint64_t)BPF_CORE_READ(p, field) : 0)
-
-static __always_inline uint64_t space_of(uint64_t whose, uint32_t type)
+static __always_inline uint64_t member(uint64_t structure, uint8_t number)
 {
-	struct pagetable_move_control *move = (void *)whose;
-	struct userfaultfd_ctx *userfaultfd = (void *)whose;
+	uint64_t value = 0;
 
-	if (type == OF_MOVE) {
-		whose = READ(move, old);
-		type = OF_VMA;
-	}
-	switch (type) {
-	case OF_VMA:
-		return READ((struct vm_area_struct *)whose, vm_mm);
-	case OF_GATHER:
-		return READ((struct mmu_gather *)whose, mm);
-	case OF_WALK:
-		return READ((struct mm_walk *)whose, mm);
-	case OF_USERFAULTFD:
-		return READ(userfaultfd, mm);
-	}
-	return whose;
+	bpf_probe_read_kernel(&value, sizeof value, (void *)(structure + 8 * number));
+	return value;
 }
 
 /* A hugetlb file's blocks are its pages. */
@@ -625,7 +600,12 @@ int zap(struct pt_regs *ctx)
 	if (!ctl)
 		return 0;
 	whose = arguments[how.call.whose % ARGUMENTS];
-	mm = space_of(whose, how.call.type);
+	if (how.call.type == OF_MM)
+		mm = whose;
+	else
+		mm = member(whose, how.call.members[0]);
+	if (how.call.type == OF_MOVE) /* that was a vm_area_struct */
+		mm = (uint64_t)BPF_CORE_READ((struct vm_area_struct *)mm, vm_mm);
 	if (ctl->only && !ctl->handshakes && ctl->mm != mm)
 		return 0;
 	start = arguments[how.call.start % ARGUMENTS];
@@ -652,8 +632,8 @@ int zap(struct pt_regs *ctx)
 		end = start + size_of((struct folio *)last);
 		break;
 	case TO_MOVED:
-		start = READ((struct pagetable_move_control *)whose, old_addr);
-		end = READ((struct pagetable_move_control *)whose, old_end);
+		start = member(whose, how.call.members[1]);
+		end = member(whose, how.call.members[2]);
 		break;
 	default: /* nothing that the loader says */
 		start = 0;

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import struct
 from pathlib import Path
@@ -72,10 +73,21 @@ _LOCKDOWN = Path("/sys/kernel/security/lockdown")
 
 
 def _locked_down() -> bool:
-    """May nobody, not even root, read the kernel's memory, which kprobes are for?"""
+    """May nobody, not even root, read the kernel's memory?"""
     try:
         return "[confidentiality]" in _LOCKDOWN.read_text()
     except OSError:  # it is not mounted, or there is no lockdown
+        return False
+
+
+_KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
+
+
+def _switched_off() -> bool:
+    """Has somebody switched all kprobes off? Then they can be made, and are never hit."""
+    try:
+        return _KPROBES.read_text().strip() == "0"
+    except OSError:  # it is not mounted, or for root only; the self-test will tell
         return False
 
 
@@ -84,12 +96,23 @@ def _why(error: OSError) -> UnavailableError:
         return UnavailableError("libbpf is not installed", "install libbpf1 (Debian) or libbpf (Fedora)")
     if error.errno in (errno.EPERM, errno.EACCES):
         return _not_permitted()
+    if isinstance(error, libbpf.BpfError) and re.search(r"(unknown func|cannot use helper) bpf_probe_read", error.log):
+        return UnavailableError("the kernel does not let BPF read its memory", "boot it with lockdown=integrity")
     return UnavailableError(str(error).splitlines()[0], "")
+
+
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 
 
 def _why_not_attached(probe: str, error: OSError) -> UnavailableError:
     if probe == "kvm" and error.errno == errno.ENOENT:
         return UnavailableError(f"the kernel has no tracepoint {_TRACEPOINT}", "load the kvm module (modprobe kvm)")
+    if probe != "kvm" and error.errno == errno.EACCES and (paranoid := int(_PARANOID.read_text())) > 2:
+        # Debian and Ubuntu have this level.
+        return UnavailableError(
+            f"kprobes are not permitted without CAP_SYS_ADMIN (kernel.perf_event_paranoid is {paranoid})",
+            "set that to 2 (sysctl), or use bpf:kvm",
+        )
     if probe != "kvm" and error.errno == errno.ENOENT:
         return UnavailableError(str(error), "use another probe")
     return _why(error)
@@ -137,11 +160,13 @@ class Maps:
             raise _not_permitted()
         if probe != "kvm" and not libbpf.kprobes_available():
             raise UnavailableError("the kernel has no kprobes", "use one that is built with CONFIG_KPROBE_EVENTS")
-        if probe != "kvm" and _locked_down():
+        if _locked_down():
             raise UnavailableError(
-                "the kernel is locked down (confidentiality), and admits no kprobes",
-                "use bpf:kvm, or boot without lockdown",
+                "the kernel is locked down (confidentiality): nobody may read its memory by kprobes or BPF",
+                "boot it with lockdown=integrity",
             )
+        if probe != "kvm" and _switched_off():
+            raise UnavailableError(f"kprobes are switched off ({_KPROBES})", "write 1 to that file, or use bpf:kvm")
         if not libbpf.btf_available():
             raise UnavailableError(
                 "the kernel's types (BTF) are not available", "use a kernel that is built with CONFIG_DEBUG_INFO_BTF"

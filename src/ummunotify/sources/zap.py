@@ -26,17 +26,19 @@ PAGE = mmap.PAGESIZE
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 # As watch.bpf.c numbers them.
-_TYPES = {
-    "struct mm_struct *": (0, ()),
-    "struct vm_area_struct *": (1, ("vm_mm",)),
-    "struct mmu_gather *": (2, ("mm",)),
-    "struct mm_walk *": (3, ("mm",)),
-    "struct userfaultfd_ctx *": (4, ("mm",)),
-    "struct pagetable_move_control *": (5, ("old", "old_addr", "old_end")),
+_OF_MM, _OF_HOLDER, _OF_MOVE = range(3)
+_TYPES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "struct mm_struct *": (_OF_MM, ()),
+    "struct vm_area_struct *": (_OF_HOLDER, ("vm_mm",)),
+    "struct mmu_gather *": (_OF_HOLDER, ("mm",)),
+    "struct mm_walk *": (_OF_HOLDER, ("mm",)),
+    "struct userfaultfd_ctx *": (_OF_HOLDER, ("mm",)),
+    "struct pagetable_move_control *": (_OF_MOVE, ("old", "old_addr", "old_end")),
 }
-"""What says whose address space it is: its number, and the members that the program reads."""
+"""What says whose address space it is, and the members that the program reads."""
 _END, _LENGTH, _PAGE, _PMD, _PUD, _FOLIO, _MOVED = range(7)
-_CALL = struct.Struct("=BBBBB3x")  # struct call
+_CALL = struct.Struct("=8B")  # struct call
+_MEMBERS = 3
 
 _ADDRESS = "long unsigned int"
 _LAST = {_END: _ADDRESS, _LENGTH: _ADDRESS, _FOLIO: "struct folio *"}
@@ -61,10 +63,14 @@ class _Call(NamedTuple):
             return None
         if max(whose, start, last) >= 6:  # not in a register
             return None
-        number, members = _TYPES[what]
-        if not set(members) <= set(types.members(what.split()[1]) or ()):
+        kind, members = _TYPES[what]
+        offsets = types.members(what.split()[1]) or {}
+        if not set(members) <= set(offsets):
             return None
-        return int.from_bytes(_CALL.pack(whose, number, start, last, self.extent), sys.byteorder)
+        places = [offsets[member] // 8 for member in members] + [0] * (_MEMBERS - len(members))
+        if any(offsets[member] % 8 or offsets[member] // 8 > 0xFF for member in members):
+            return None
+        return int.from_bytes(_CALL.pack(whose, kind, start, last, self.extent, *places), sys.byteorder)
 
 
 class _Function(NamedTuple):
