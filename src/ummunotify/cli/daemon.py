@@ -22,9 +22,9 @@ from ..bpf import libbpf
 from ..daemon import privileges, protocol
 from ..daemon.limits import SPARE, Limits
 from ..daemon.server import SEGMENTS_AT_ONCE, STEPS_FOREIGN, STEPS_OWN, Server, event
-from ..sources.base import UnavailableError
 from ..notifier import open_candidate
 from ..sources import candidates
+from ..sources.base import UnavailableError
 from ..sources.bpf import Maps, open_kvm
 
 _LISTEN_FD = 3
@@ -283,7 +283,7 @@ def _load(tried: list[str], tables: int) -> Maps:
         maps: Maps | None = None
         try:
             if probe == "zap":
-                # It is at many functions, so it is tried with many kinds of change. The others clients try by themselves.
+                # It is at many functions, so many kinds of change are tried. The others clients try by themselves.
                 (candidate,) = candidates("bpf", "zap")
                 open_candidate(candidate).close()
             maps = Maps(tables, STEPS_FOREIGN, STEPS_OWN, probe)
