@@ -233,9 +233,10 @@ def _serve(
             endpoint = None if metrics is None else undo.enter_context(_metrics_listener(metrics))
             listener = _inherited() or _bind(path, mode, group)
             undo.callback(listener.close)
-            privileges.drop(user)
+            # Before that: where kernel.perf_event_paranoid is above 2, as on Debian, kprobes take CAP_SYS_ADMIN.
             maps = _load(tried, clients + ready)
             undo.callback(maps.close)
+            privileges.drop(user)
             server = Server(listener, maps, kvm_fd, limits, ready)
             undo.callback(server.close)
         except UnavailableError as error:
