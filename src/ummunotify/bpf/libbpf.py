@@ -108,6 +108,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map_update_elem": (_INT, _INT, _STRING, _STRING, _U64),
     "bpf_map_lookup_elem_flags": (_INT, _INT, _STRING, _POINTER, _U64),
     "bpf_map_delete_elem": (_INT, _INT, _STRING),
+    "bpf_map_freeze": (_INT, _INT),
     "bpf_map_update_batch": (_INT, _INT, _STRING, _STRING, _POINTER, _POINTER),
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
     "bpf_prog_test_run_opts": (_INT, _INT, _POINTER),
@@ -368,6 +369,11 @@ def map_lookup(fd: int, key: bytes, value_size: int) -> bytes:
     value = ctypes.create_string_buffer(value_size)
     _call("look up in a map", "bpf_map_lookup_elem_flags", fd, key, value, 0)
     return value.raw
+
+
+def map_freeze(fd: int) -> None:
+    """From now on only programs can write it, for good; processes can map it to read it. Raises BpfError."""
+    _call("freeze a map", "bpf_map_freeze", fd)
 
 
 def map_delete(fd: int, key: bytes) -> None:

@@ -19,7 +19,6 @@ typedef int64_t __s64;
 #define BPF_MAP_TYPE_PERCPU_ARRAY 6
 #define BPF_MAP_TYPE_ARRAY_OF_MAPS 12
 #define BPF_MAP_TYPE_RINGBUF 27
-#define BPF_F_RDONLY (1u << 3)
 #define BPF_F_MMAPABLE (1u << 10)
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
@@ -140,11 +139,11 @@ struct {
 	__type(value, struct control);
 } control SEC(".maps");
 
-/* See `doubt` below. The daemon's clients have it, too: no program but ours may write it. */
+/* See `doubt` below. The daemon's clients can map it, too: it is frozen, so nobody but programs can write it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_MMAPABLE | BPF_F_RDONLY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, uint32_t);
 	__type(value, struct umn_doubts);
 } doubts SEC(".maps");

@@ -189,6 +189,7 @@ class Maps:
                     self.fds["program"] = loaded.program_fd(probe)
                     if probe != "kvm":
                         self.fds["doubt"] = loaded.program_fd("doubt")
+                        libbpf.map_freeze(self.fds["doubts"])
                 undo.pop_all()
         except OSError as error:
             raise _why(error) from error
