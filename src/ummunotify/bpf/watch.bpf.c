@@ -561,7 +561,7 @@ static __always_inline uint64_t page_size_in(struct vm_area_struct *vma)
 	return bits > 12 && bits < 63 ? UINT64_C(1) << bits : 4096;
 }
 
-/* No less than the folio has; it is locked, so that it will not be split meanwhile. */
+/* No less than the folio has; whoever unmaps it has it locked, so that it will not be split meanwhile. */
 static __always_inline uint64_t size_of(struct folio *folio)
 {
 	struct folio___memdesc *newer = (void *)folio;
@@ -592,7 +592,7 @@ int zap(struct pt_regs *ctx)
 		uint64_t cookie;
 		struct call call;
 	} how = {.cookie = bpf_get_attach_cookie(ctx)};
-	uint64_t mm, whose, start, end, last;
+	uint64_t mm, whose, start, end, last, size;
 	uint32_t zero = 0;
 	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
 
@@ -617,7 +617,9 @@ int zap(struct pt_regs *ctx)
 		end = start + last;
 		break;
 	case TO_PAGE:
-		end = start + page_size_in((struct vm_area_struct *)whose);
+		size = page_size_in((struct vm_area_struct *)whose);
+		start &= -size;
+		end = start + size;
 		break;
 	case TO_PMD:
 		start &= -PMD_SIZE;
