@@ -321,7 +321,7 @@ static __always_inline enum scope scope_of_fork(struct change *change, uint64_t 
  * system call may also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside" is
  * pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is done on the way out.
  */
-static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change)
+static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change, int blind)
 {
 	uint64_t a = regs->di, b = regs->si, c = regs->dx;
 	struct {
@@ -354,7 +354,7 @@ static __always_inline enum scope scope_of(struct task_struct *task, struct pt_r
 	case NR_clone: /* the pidfd is written through the same pointer */
 		return scope_of_fork(change, a, c, c);
 	case NR_clone3:
-		if (bpf_probe_read_user(&clone3, sizeof clone3, (void *)a))
+		if (blind || bpf_probe_read_user(&clone3, sizeof clone3, (void *)a))
 			return ANYBODY;
 		return scope_of_fork(change, clone3.flags, clone3.pidfd, clone3.parent_tid);
 	}
@@ -372,8 +372,7 @@ static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
 		table->mm = mm;
 }
 
-SEC("raw_tp/kvm_unmap_hva_range")
-int kvm(uint64_t *args)
+static __always_inline int kvm_change(uint64_t *args, int blind)
 {
 	struct change change = {.start = args[0], .end = args[1], .syscall = -1};
 	struct umn_header *header;
@@ -400,7 +399,7 @@ int kvm(uint64_t *args)
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
-		scope = scope_of(task, regs, &change);
+		scope = scope_of(task, regs, &change, blind);
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
 	}
@@ -413,6 +412,19 @@ int kvm(uint64_t *args)
 	else
 		bpf_loop(ctl->tables, feed_foreign, &change, 0);
 	return 0;
+}
+
+SEC("raw_tp/kvm_unmap_hva_range")
+int kvm(uint64_t *args)
+{
+	return kvm_change(args, 0);
+}
+
+/* For kernels that are locked down, where nothing may be read but what the verifier understands: a fork by clone3 counts. */
+SEC("raw_tp/kvm_unmap_hva_range")
+int kvm_blind(uint64_t *args)
+{
+	return kvm_change(args, 1);
 }
 
 /* ---- What the probes below need: the kernel may skip programs at kprobes. ---- */
