@@ -325,6 +325,8 @@ static void change(struct worker *w)
 		failed = madvise(place(first), length, MADV_DONTNEED);
 		break;
 	case 3:
+		/* Where there never was a page it is no change. */
+		*(volatile uint8_t *)place(first) = 1;
 		failed = madvise(place(first), length, MADV_FREE); /* not of shared memory */
 		break;
 	case 4:
