@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import require
 
-from ummunotify import sources
+import ummunotify
+from ummunotify import Notifier, SourceUnavailableError, sources
+from ummunotify._core import test_page as make_page
 from ummunotify.bpf import libbpf
 from ummunotify.bpf.libbpf import KernelTypes
 from ummunotify.sources import zap
-from ummunotify.sources.base import UnavailableError
+from ummunotify.sources.base import Exercise, UnavailableError
 from ummunotify.sources.zap import _LENGTH, _PAGE, _Call, _Function, _Need
 
 FLUSH = _Function("ptep_clear_flush", (_Call("vma", "address", _PAGE),))
@@ -133,6 +136,22 @@ def test_the_exercises_change_what_they_say() -> None:
             assert not mapped(exercise.page)
     assert len(names) == 5
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_all_of_them_have_to_be_seen(keeper: Notifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def exercises() -> Iterator[Exercise]:
+        for exercise in zap.exercises():
+            seen.append(exercise.name)
+            yield exercise
+        page = make_page()
+        yield Exercise("nothing was done", page, lambda: None)
+
+    monkeypatch.setattr(type(keeper._feed), "exercises", staticmethod(exercises), raising=False)
+    with pytest.raises(SourceUnavailableError, match="nothing was done and the event did not arrive"):
+        ummunotify.open()
+    assert len(seen) >= 5
 
 
 def mapped(address: int) -> bool:

@@ -18,9 +18,14 @@ def test_lockdown() -> None:
     LOCKDOWN.write_text("integrity")
     assert set(doctor("true").values()) == {""}
     LOCKDOWN.write_text("confidentiality")
-    assert set(doctor("true").values()) == {
-        "the kernel is locked down (confidentiality): nobody may read its memory by kprobes or BPF"
-    }
-    assert best("true") == "uffd"
+    refused = "the kernel is locked down (confidentiality): nobody may read its memory"
+    assert doctor("true") == {"bpf:mmu_notifier": refused, "bpf:kvm": "", "bpf:zap": refused}
+    assert best("true") == "bpf:kvm"
     # Where nothing says so.
-    assert set(doctor("umount /sys/kernel/security").values()) == {"the kernel does not let BPF read its memory"}
+    refused = "the kernel does not let BPF read its memory"
+    found = doctor("umount /sys/kernel/security")
+    assert found == {"bpf:mmu_notifier": refused, "bpf:kvm": "", "bpf:zap": refused}
+    selftest = ("ummunotify", "selftest", "--source", "bpf:kvm")
+    result = subprocess.run(selftest, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.rstrip().splitlines()[-1].startswith("bpf:kvm: no miss")

@@ -321,7 +321,7 @@ static __always_inline enum scope scope_of_fork(struct change *change, uint64_t 
  * system call may also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside" is
  * pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is done on the way out.
  */
-static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change)
+static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change, int blind)
 {
 	uint64_t a = regs->di, b = regs->si, c = regs->dx;
 	struct {
@@ -354,7 +354,7 @@ static __always_inline enum scope scope_of(struct task_struct *task, struct pt_r
 	case NR_clone: /* the pidfd is written through the same pointer */
 		return scope_of_fork(change, a, c, c);
 	case NR_clone3:
-		if (bpf_probe_read_user(&clone3, sizeof clone3, (void *)a))
+		if (blind || bpf_probe_read_user(&clone3, sizeof clone3, (void *)a))
 			return ANYBODY;
 		return scope_of_fork(change, clone3.flags, clone3.pidfd, clone3.parent_tid);
 	}
@@ -372,8 +372,7 @@ static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
 		table->mm = mm;
 }
 
-SEC("raw_tp/kvm_unmap_hva_range")
-int kvm(uint64_t *args)
+static __always_inline int kvm_change(uint64_t *args, int blind)
 {
 	struct change change = {.start = args[0], .end = args[1], .syscall = -1};
 	struct umn_header *header;
@@ -400,7 +399,7 @@ int kvm(uint64_t *args)
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
-		scope = scope_of(task, regs, &change);
+		scope = scope_of(task, regs, &change, blind);
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
 	}
@@ -413,6 +412,19 @@ int kvm(uint64_t *args)
 	else
 		bpf_loop(ctl->tables, feed_foreign, &change, 0);
 	return 0;
+}
+
+SEC("raw_tp/kvm_unmap_hva_range")
+int kvm(uint64_t *args)
+{
+	return kvm_change(args, 0);
+}
+
+/* For kernels that are locked down, where nothing may be read but what the verifier understands: a fork by clone3 counts. */
+SEC("raw_tp/kvm_unmap_hva_range")
+int kvm_blind(uint64_t *args)
+{
+	return kvm_change(args, 1);
 }
 
 /* ---- What the probes below need: the kernel may skip programs at kprobes. ---- */
@@ -561,7 +573,7 @@ static __always_inline uint64_t page_size_in(struct vm_area_struct *vma)
 	return bits > 12 && bits < 63 ? UINT64_C(1) << bits : 4096;
 }
 
-/* No less than the folio has; it is locked, so that it will not be split meanwhile. */
+/* No less than the folio has; whoever unmaps it has it locked, so that it will not be split meanwhile. */
 static __always_inline uint64_t size_of(struct folio *folio)
 {
 	struct folio___memdesc *newer = (void *)folio;
@@ -592,7 +604,7 @@ int zap(struct pt_regs *ctx)
 		uint64_t cookie;
 		struct call call;
 	} how = {.cookie = bpf_get_attach_cookie(ctx)};
-	uint64_t mm, whose, start, end, last;
+	uint64_t mm, whose, start, end, last, size;
 	uint32_t zero = 0;
 	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
 
@@ -617,7 +629,9 @@ int zap(struct pt_regs *ctx)
 		end = start + last;
 		break;
 	case TO_PAGE:
-		end = start + page_size_in((struct vm_area_struct *)whose);
+		size = page_size_in((struct vm_area_struct *)whose);
+		start &= -size;
+		end = start + size;
 		break;
 	case TO_PMD:
 		start &= -PMD_SIZE;

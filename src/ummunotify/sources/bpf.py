@@ -46,6 +46,8 @@ _CONTROL = struct.Struct("=IIQII")  # struct control
 PROBES = ("mmu_notifier", "kvm", "zap")
 """Best first: the first knows whose change it is, and of what kind; the last costs other processes time, too."""
 
+_BLIND = "kvm_blind"
+"""The program for the probe kvm where the kernel is locked down."""
 _TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
 
@@ -91,13 +93,20 @@ def _switched_off() -> bool:
         return False
 
 
+def _may_not_read(error: libbpf.BpfError) -> bool:
+    """Was a program refused because it reads memory, as lockdown refuses it?"""
+    return bool(re.search(r"(unknown func|cannot use helper) bpf_probe_read", error.log))
+
+
 def _why(error: OSError) -> UnavailableError:
     if isinstance(error, libbpf.LibraryMissingError):
         return UnavailableError("libbpf is not installed", "install libbpf1 (Debian) or libbpf (Fedora)")
     if error.errno in (errno.EPERM, errno.EACCES):
         return _not_permitted()
-    if isinstance(error, libbpf.BpfError) and re.search(r"(unknown func|cannot use helper) bpf_probe_read", error.log):
-        return UnavailableError("the kernel does not let BPF read its memory", "boot it with lockdown=integrity")
+    if isinstance(error, libbpf.BpfError) and _may_not_read(error):
+        return UnavailableError(
+            "the kernel does not let BPF read its memory", "use bpf:kvm, or boot with lockdown=integrity"
+        )
     return UnavailableError(str(error).splitlines()[0], "")
 
 
@@ -160,10 +169,10 @@ class Maps:
             raise _not_permitted()
         if probe != "kvm" and not libbpf.kprobes_available():
             raise UnavailableError("the kernel has no kprobes", "use one that is built with CONFIG_KPROBE_EVENTS")
-        if _locked_down():
+        if probe != "kvm" and _locked_down():
             raise UnavailableError(
-                "the kernel is locked down (confidentiality): nobody may read its memory by kprobes or BPF",
-                "boot it with lockdown=integrity",
+                "the kernel is locked down (confidentiality): nobody may read its memory",
+                "use bpf:kvm, or boot with lockdown=integrity",
             )
         if probe != "kvm" and _switched_off():
             raise UnavailableError(f"kprobes are switched off ({_KPROBES})", "write 1 to that file, or use bpf:kvm")
@@ -175,22 +184,12 @@ class Maps:
         try:
             # Each function to attach to, with the cookie that the program gets from there.
             self.functions = zap.attachments() if probe == "zap" else {_FUNCTION: 0}
-            with contextlib.ExitStack() as undo:
-                undo.callback(self.close)
-                with libbpf.BpfObject(data, "ummunotify") as loaded:
-                    loaded.set_max_entries("segments", tables * SEGMENTS)
-                    for name in ("rings", "tables", "owners", "handshakes"):
-                        loaded.set_max_entries(name, tables)
-                    for name in (*PROBES, "doubt"):
-                        loaded.set_autoload(name, name == probe or (name == "doubt" and probe != "kvm"))
-                    loaded.load()
-                    for name in ("segments", "rings", "tables", "owners", "handshakes", "control", "doubts"):
-                        self.fds[name] = loaded.map_fd(name)
-                    self.fds["program"] = loaded.program_fd(probe)
-                    if probe != "kvm":
-                        self.fds["doubt"] = loaded.program_fd("doubt")
-                        libbpf.map_freeze(self.fds["doubts"])
-                undo.pop_all()
+            try:
+                self._load(data, tables, probe)
+            except libbpf.BpfError as error:
+                if probe != "kvm" or not _may_not_read(error):
+                    raise
+                self._load(data, tables, _BLIND)
         except OSError as error:
             raise _why(error) from error
         self.free = list(range(tables - 1, -1, -1))
@@ -199,6 +198,26 @@ class Maps:
         self.handshakes = 0
         self.steps_foreign = steps_foreign
         self.steps_own = steps_own
+
+    def _load(self, data: bytes, tables: int, program: str) -> None:
+        """OSError, with nothing left open."""
+        programs = [program] if self.probe == "kvm" else [program, "doubt"]
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            with libbpf.BpfObject(data, "ummunotify") as loaded:
+                loaded.set_max_entries("segments", tables * SEGMENTS)
+                for name in ("rings", "tables", "owners", "handshakes"):
+                    loaded.set_max_entries(name, tables)
+                for name in (*PROBES, _BLIND, "doubt"):
+                    loaded.set_autoload(name, name in programs)
+                loaded.load()
+                for name in ("segments", "rings", "tables", "owners", "handshakes", "control", "doubts"):
+                    self.fds[name] = loaded.map_fd(name)
+                self.fds["program"] = loaded.program_fd(program)
+                if "doubt" in programs:
+                    self.fds["doubt"] = loaded.program_fd("doubt")
+                    libbpf.map_freeze(self.fds["doubts"])
+            undo.pop_all()
 
     def attach(self) -> None:
         """Attach the probe. Raises UnavailableError."""
