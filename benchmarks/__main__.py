@@ -19,7 +19,7 @@ import click
 
 from . import report
 
-SECTIONS = ("watching", "cache", "daemon", "uffd", "device")
+SECTIONS = ("watching", "probes", "cache", "daemon", "uffd", "device")
 """The modules, in the page's order."""
 
 

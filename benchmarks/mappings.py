@@ -191,7 +191,7 @@ def added(regions: int, budget: Budget) -> Added:
                 _settle(umn, len(cases[name].block(number)))
             return timing
 
-        pairs, noise = in_turns(cases, watching, 1, budget)
+        pairs, noise = in_turns(cases, watching, int(umn.source == "bpf:kvm"), budget)
         program = {name: _program_time(umn, case) for name, case in cases.items()}
         return Added(regions, pairs, program, int(umn.stats["bytes"]), noise)
 

@@ -32,8 +32,8 @@ def require(feature: str, reason: str, *, always: bool = True) -> NoReturn:
 
 def probes() -> list[str]:
     """The BPF source with each probe that there may be here, or what UMMUNOTIFY_SOURCE insists on."""
-    named = os.environ.get(sources.ENVIRONMENT)
-    found = [each.name for each in sources.candidates(named or "bpf") if each.name.startswith("bpf:")]
+    named = sources.ENVIRONMENT in os.environ
+    found = [each.name for each in sources.candidates(None if named else "bpf") if each.name.startswith("bpf:")]
     # Most tests use them: what is missing for good should not show as a test that was skipped, a thousand times.
     return [each for each in found if each == "bpf:kvm" or libbpf.kprobes_available()] or ["bpf:kvm"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks import bare, calls, mappings, report, support, uffd, watching
+from benchmarks import bare, calls, mappings, probes, report, support, uffd, watching
 from benchmarks.mappings import BETWEEN, BETWEEN_SCATTERED, HIT, HIT_SCATTERED, OUT
 from benchmarks.samples import Pairs, spread
 
@@ -90,6 +90,14 @@ def test_a_section_is_renewed_alone() -> None:
     renewed = report.assemble(order, report.sections(page) | {"two": "## Two"})
     assert list(report.sections(renewed)) == ["one", "two", "three"]
     assert report.sections(renewed)["one"] == "## One\n\n1"
+
+
+def test_a_probe_costs_also_who_does_not_watch() -> None:
+    """What a process that watches pays is that on top of what all pay."""
+    costs = {"": probes.Cost(1.1, 0.01), **{name: probes.Cost(1.2, 0.02) for name in probes.KINDS}}
+    *own, other = probes.rows("debian/full", {"bpf:zap": costs})
+    assert [row.measured for row in own] == ["1.320x ± 0.030"] * len(probes.KINDS)
+    assert (other.measured, other.reached) == ("1.100x ± 0.010", False)
 
 
 def test_a_miss_is_told() -> None:

@@ -642,12 +642,12 @@ def test_what_a_client_holds_gives_it_no_power(daemon: Daemon) -> None:
     """It gets no program, and can neither detach the link nor change what it runs."""
 
     def program(_: Connection) -> tuple[list[str], list[int]]:
-        feed = source.DaemonFeed()
-        kinds = [os.readlink(f"/proc/self/fd/{fd}") for fd in [*feed._fds, *feed._segments]]
+        feed = source.open_feed()
+        kinds = [os.readlink(f"/proc/self/fd/{fd}") for fd in [*feed._links, feed._wake, *feed._segments]]
         libc = ctypes.CDLL(None, use_errno=True)
         errors = []
         for command in (29, 34):  # BPF_LINK_UPDATE, BPF_LINK_DETACH
-            attribute = (ctypes.c_uint32 * 32)(feed._fds[0], feed._fds[0])
+            attribute = (ctypes.c_uint32 * 32)(feed._links[0], feed._links[0])
             assert libc.syscall(321, command, attribute, ctypes.sizeof(attribute)) == -1
             errors.append(ctypes.get_errno())
         feed.close()

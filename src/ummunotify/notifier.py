@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 from . import sources
 from ._core import WatchTable, test_page, unmap
 from .errors import ClosedError, SourceUnavailableError, TooManyRegionsError
-from .sources.base import Feed, ToldFeed, UnavailableError
+from .sources.base import Exercise, ExercisedFeed, Feed, ToldFeed, UnavailableError
 from .types import Invalidation
 
 PAGE = 4096
@@ -59,9 +59,15 @@ class Notifier(WatchTable):
     def _prove(self) -> None:
         """Nothing is trusted until a change of our own was seen."""
         page = test_page()
-        region = self.watch((page, PAGE))
+        self._try(Exercise("a page was unmapped", page, lambda: unmap(page, PAGE)))
+        if isinstance(self._feed, ExercisedFeed):
+            for exercise in self._feed.exercises():
+                self._try(exercise)
+
+    def _try(self, exercise: Exercise) -> None:
+        region = self.watch((exercise.page, PAGE))
         before = region.valid
-        unmap(page, PAGE)
+        exercise.act()
         seen = not region.valid and self.changed
         events = self._drain()
         region.close()
@@ -69,7 +75,7 @@ class Notifier(WatchTable):
         left = self.changed and self._take()
         if not before or not seen or [event.region for event in events] != [region] or left:
             raise UnavailableError(
-                "it failed its self-test: a page was unmapped and the event did not arrive as it should",
+                f"it failed its self-test: {exercise.name} and the event did not arrive as it should",
                 "please report this with the kernel's version",
             )
 
@@ -406,8 +412,8 @@ def survey() -> list[Finding]:
     findings = []
     for candidate in sources.every():
         try:
-            open_candidate(candidate).close()
-            findings.append(Finding(candidate.name, True, "", ""))
+            with open_candidate(candidate) as opened:
+                findings.append(Finding(opened.source, True, "", ""))
         except UnavailableError as error:
             findings.append(Finding(candidate.name, False, error.reason, error.remedy))
     return findings

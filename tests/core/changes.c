@@ -325,6 +325,12 @@ static void change(struct worker *w)
 		failed = madvise(place(first), length, MADV_DONTNEED);
 		break;
 	case 3:
+		/* Where there never was a page it is no change. Not written to by us, as ThreadSanitizer takes mmap for a write. */
+		failed = madvise(place(first), PAGE, MADV_POPULATE_WRITE);
+		if (failed) {
+			changes_fail("populate: %s", strerror(errno));
+			break;
+		}
 		failed = madvise(place(first), length, MADV_FREE); /* not of shared memory */
 		break;
 	case 4:

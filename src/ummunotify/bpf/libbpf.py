@@ -108,12 +108,18 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map_update_elem": (_INT, _INT, _STRING, _STRING, _U64),
     "bpf_map_lookup_elem_flags": (_INT, _INT, _STRING, _POINTER, _U64),
     "bpf_map_delete_elem": (_INT, _INT, _STRING),
+    "bpf_map_freeze": (_INT, _INT),
     "bpf_map_update_batch": (_INT, _INT, _STRING, _STRING, _POINTER, _POINTER),
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
     "bpf_prog_test_run_opts": (_INT, _INT, _POINTER),
     "bpf_raw_tracepoint_open": (_INT, _STRING, _INT),
     "bpf_enable_stats": (_INT, _INT),
     "bpf_link_create": (_INT, _INT, _INT, _INT, _POINTER),
+    "btf__load_vmlinux_btf": (_POINTER,),
+    "btf__free": (None, _POINTER),
+    "btf__find_by_name_kind": (_INT, _POINTER, _STRING, _U32),
+    "btf__type_by_id": (_POINTER, _POINTER, _U32),
+    "btf__name_by_offset": (_STRING, _POINTER, _U32),
 }
 
 # int (*)(enum libbpf_print_level, const char *format, va_list). A va_list is passed as one pointer
@@ -365,6 +371,11 @@ def map_lookup(fd: int, key: bytes, value_size: int) -> bytes:
     return value.raw
 
 
+def map_freeze(fd: int) -> None:
+    """From now on only programs can write it, for good; processes can map it to read it. Raises BpfError."""
+    _call("freeze a map", "bpf_map_freeze", fd)
+
+
 def map_delete(fd: int, key: bytes) -> None:
     """Remove `key`. Raises BpfError: ENOENT if there is no such key."""
     _call("delete from a map", "bpf_map_delete_elem", fd, key)
@@ -517,11 +528,23 @@ def kprobes_available() -> bool:
     return os.path.exists(_KPROBE_TYPE)
 
 
-def kprobe_open(function: str, program_fd: int) -> int:
+class _LinkCreateOpts(ctypes.Structure):
+    _fields_ = (
+        ("sz", _SIZE),
+        ("flags", _U32),
+        ("iter_info", _POINTER),
+        ("iter_info_len", _U32),
+        ("target_btf_id", _U32),
+        ("bpf_cookie", _U64),
+    )
+
+
+def kprobe_open(function: str, program_fd: int, cookie: int = 0) -> int:
     """Attach a program to the entry of a kernel function; return the link's descriptor, which the caller closes.
 
-    The program stays attached until the last copy of the descriptor is closed, in whatever process. Raises `BpfError`:
-    EOPNOTSUPP if the kernel has no kprobes, ENOENT if it has no such function, EINVAL before Linux 5.15.
+    The program gets the cookie from bpf_get_attach_cookie. It stays attached until the last copy of the descriptor is
+    closed, in whatever process. Raises `BpfError`: EOPNOTSUPP if the kernel has no kprobes, ENOENT if it has no such
+    function, EINVAL before Linux 5.15.
     """
     doing = f"attach to the kernel's function {function!r}"
     number = _PERF_EVENT_OPEN.get(os.uname().machine)
@@ -538,7 +561,8 @@ def kprobe_open(function: str, program_fd: int) -> int:
         raise BpfError(ctypes.get_errno(), doing)
     try:
         # The link keeps the event.
-        return _call(doing, "bpf_link_create", program_fd, event, _BPF_PERF_EVENT, None, undo=os.close)
+        options = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), bpf_cookie=cookie)
+        return _call(doing, "bpf_link_create", program_fd, event, _BPF_PERF_EVENT, ctypes.byref(options), undo=os.close)
     finally:
         os.close(event)
 
@@ -558,6 +582,80 @@ def btf_available() -> bool:
     Does not need libbpf. Raises nothing; thread-safe and fork-safe.
     """
     return os.access(_BTF_PATH, os.R_OK)
+
+
+class Parameter(NamedTuple):
+    """A parameter of a kernel function."""
+
+    name: str
+    type: str
+    """As the compiler names it, without qualifiers and typedefs: `struct page *`, `long unsigned int`."""
+
+
+_BTF_PTR, _BTF_STRUCT, _BTF_FUNC = 2, 4, 12
+_BTF_WORDS = {4: "struct ", 5: "union ", 6: "enum ", 7: "struct "}
+_BTF_ALIASES = (8, 9, 10, 11, 18)  # typedef, volatile, const, restrict, type_tag
+
+
+def _free_types(pointer: int) -> None:
+    _get("btf__free", pointer)
+
+
+class KernelTypes:
+    """The running kernel's type information (BTF). To be used by one thread, as a context manager."""
+
+    def __init__(self) -> None:
+        """Raises LibraryMissingError, BpfError."""
+        self._pointer = _call("read the kernel's types", "btf__load_vmlinux_btf", undo=_free_types)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _free_types(self._pointer)
+
+    def parameters(self, function: str) -> list[Parameter] | None:
+        """How a function is called. None: there is none, or the compiler has changed how it is called."""
+        number = self._find(function, _BTF_FUNC)
+        if number is None:
+            return None
+        (_, _, prototype), _ = self._entry(number, 0)
+        return [Parameter(self._name(name), self._type(kind)) for name, kind in self._entry(prototype, 2)[1]]
+
+    def members(self, structure: str) -> dict[str, int] | None:
+        """Where in a structure its members are, in bytes, but for bit fields. None: there is no such structure."""
+        number = self._find(structure, _BTF_STRUCT)
+        if number is None:
+            return None
+        # The number of bits before it; where a structure has bit fields, their sizes are in the upper byte.
+        found = {self._name(name): bits for name, _, bits in self._entry(number, 3)[1]}
+        return {name: bits // 8 for name, bits in found.items() if bits < 1 << 24 and bits % 8 == 0}
+
+    def _find(self, name: str, kind: int) -> int | None:
+        number = int(_get("btf__find_by_name_kind", self._pointer, _c_string(name), kind))
+        return number if number >= 0 else None
+
+    def _entry(self, number: int, words: int) -> tuple[tuple[int, int, int], list[tuple[int, ...]]]:
+        """A struct btf_type, and what follows it if that is things of so many 32-bit words."""
+        address = _call("look up a type", "btf__type_by_id", self._pointer, number)
+        name, info, kind = (_U32 * 3).from_address(address)
+        rest = ((_U32 * words) * (info & 0xFFFF)).from_address(address + 12)
+        return (name, info >> 24 & 0x1F, kind), [tuple(each) for each in rest]
+
+    def _name(self, offset: int) -> str:
+        name: bytes = _get("btf__name_by_offset", self._pointer, offset)
+        return name.decode()
+
+    def _type(self, number: int) -> str:
+        stars = ""
+        while number:
+            (name, kind, target), _ = self._entry(number, 0)
+            if kind == _BTF_PTR:
+                stars = "*" + stars
+            elif kind not in _BTF_ALIASES:
+                return _BTF_WORDS.get(kind, "") + self._name(name) + (f" {stars}" if stars else "")
+            number = target
+        return f"void {stars}".rstrip()
 
 
 def libbpf_version() -> str:

@@ -29,7 +29,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 struct pt_regs {
-	unsigned long r10, r9, r8, ax, dx, si, di, orig_ax;
+	unsigned long r10, r9, r8, ax, cx, dx, si, di, orig_ax;
 };
 struct thread_info {
 	unsigned int status;
@@ -47,6 +47,27 @@ struct mmu_notifier_range {
 	struct mm_struct *mm;
 	unsigned long start, end;
 	enum mmu_notifier_event event;
+};
+struct inode {
+	unsigned char i_blkbits;
+};
+struct file {
+	struct inode *f_inode;
+};
+struct vm_area_struct {
+	struct mm_struct *vm_mm;
+	unsigned long vm_flags;
+	struct file *vm_file;
+};
+enum pageflags { PG_head = 6 };
+struct folio {
+	unsigned long _flags_1;
+	unsigned char _folio_order;
+};
+struct folio___memdesc {
+	struct {
+		unsigned long f;
+	} _flags_1;
 };
 #pragma clang attribute pop
 
@@ -118,7 +139,7 @@ struct {
 	__type(value, struct control);
 } control SEC(".maps");
 
-/* See `doubt` below. */
+/* See `doubt` below. The daemon's clients can map it, too: it is frozen, so nobody but programs can write it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -300,7 +321,7 @@ static __always_inline enum scope scope_of_fork(struct change *change, uint64_t 
  * system call may also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside" is
  * pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is done on the way out.
  */
-static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change)
+static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change, int blind)
 {
 	uint64_t a = regs->di, b = regs->si, c = regs->dx;
 	struct {
@@ -333,7 +354,7 @@ static __always_inline enum scope scope_of(struct task_struct *task, struct pt_r
 	case NR_clone: /* the pidfd is written through the same pointer */
 		return scope_of_fork(change, a, c, c);
 	case NR_clone3:
-		if (bpf_probe_read_user(&clone3, sizeof clone3, (void *)a))
+		if (blind || bpf_probe_read_user(&clone3, sizeof clone3, (void *)a))
 			return ANYBODY;
 		return scope_of_fork(change, clone3.flags, clone3.pidfd, clone3.parent_tid);
 	}
@@ -351,8 +372,7 @@ static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
 		table->mm = mm;
 }
 
-SEC("raw_tp/kvm_unmap_hva_range")
-int kvm(uint64_t *args)
+static __always_inline int kvm_change(uint64_t *args, int blind)
 {
 	struct change change = {.start = args[0], .end = args[1], .syscall = -1};
 	struct umn_header *header;
@@ -379,7 +399,7 @@ int kvm(uint64_t *args)
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
-		scope = scope_of(task, regs, &change);
+		scope = scope_of(task, regs, &change, blind);
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
 	}
@@ -392,6 +412,19 @@ int kvm(uint64_t *args)
 	else
 		bpf_loop(ctl->tables, feed_foreign, &change, 0);
 	return 0;
+}
+
+SEC("raw_tp/kvm_unmap_hva_range")
+int kvm(uint64_t *args)
+{
+	return kvm_change(args, 0);
+}
+
+/* For kernels that are locked down, where nothing may be read but what the verifier understands: a fork by clone3 counts. */
+SEC("raw_tp/kvm_unmap_hva_range")
+int kvm_blind(uint64_t *args)
+{
+	return kvm_change(args, 1);
 }
 
 /* ---- What the probes below need: the kernel may skip programs at kprobes. ---- */
@@ -498,4 +531,126 @@ int mmu_notifier(struct pt_regs *ctx)
 	    event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_SOFT_DIRTY))
 		return 0;
 	return feed_traced(ctl, (uint64_t)BPF_CORE_READ(range, mm), BPF_CORE_READ(range, start), BPF_CORE_READ(range, end));
+}
+
+/* ---- The probe zap: the functions that take pages away. sources/zap.py says which, and how they are called. ---- */
+
+/*
+ * How a function is called, told with each attachment. Arguments are numbered from 0, members in units of 8 bytes.
+ *
+ * Members are not left to CO-RE, as not every kernel has each of these structures: libbpf then searches the modules, which needs
+ * CAP_SYS_ADMIN.
+ */
+struct call {
+	uint8_t whose;	 /* the argument that says whose address space it is ... */
+	uint8_t type;	 /* ... and what that is */
+	uint8_t start;	 /* the argument with the first address */
+	uint8_t last;	 /* the argument that says how far it goes ... */
+	uint8_t extent;	 /* ... and how */
+	uint8_t members[3];
+};
+enum { OF_MM, OF_HOLDER, OF_MOVE }; /* mm_struct; what has a pointer to one, members[0]; pagetable_move_control */
+enum { TO_END, TO_LENGTH, TO_PAGE, TO_PMD, TO_PUD, TO_FOLIO, TO_MOVED };
+
+#define ARGUMENTS 8 /* a power of two; 6 are in registers */
+#define PMD_SIZE (UINT64_C(1) << 21)
+#define PUD_SIZE (UINT64_C(1) << 30)
+#define VM_HUGETLB 0x00400000
+
+static __always_inline uint64_t member(uint64_t structure, uint8_t number)
+{
+	uint64_t value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof value, (void *)(structure + 8 * number));
+	return value;
+}
+
+/* A hugetlb file's blocks are its pages. */
+static __always_inline uint64_t page_size_in(struct vm_area_struct *vma)
+{
+	unsigned int bits = BPF_CORE_READ(vma, vm_flags) & VM_HUGETLB ? BPF_CORE_READ(vma, vm_file, f_inode, i_blkbits) : 0;
+
+	return bits > 12 && bits < 63 ? UINT64_C(1) << bits : 4096;
+}
+
+/* No less than the folio has; whoever unmaps it has it locked, so that it will not be split meanwhile. */
+static __always_inline uint64_t size_of(struct folio *folio)
+{
+	struct folio___memdesc *newer = (void *)folio;
+	uint64_t flags = 0, order;
+
+	if (!bpf_core_enum_value_exists(enum pageflags, PG_head))
+		return PUD_SIZE;
+	/* The first word of each page, whatever its type is called. */
+	bpf_probe_read_kernel(&flags, sizeof flags, folio);
+	if (!(flags >> (bpf_core_enum_value(enum pageflags, PG_head) & 63) & 1))
+		return 4096;
+	if (bpf_core_field_exists(folio->_folio_order)) /* before Linux 6.6 */
+		order = BPF_CORE_READ(folio, _folio_order);
+	else if (bpf_core_field_exists(newer->_flags_1.f)) /* since Linux 6.18 */
+		order = BPF_CORE_READ(newer, _flags_1.f) & 0xff;
+	else if (bpf_core_field_exists(folio->_flags_1))
+		order = BPF_CORE_READ(folio, _flags_1) & 0xff;
+	else
+		return PUD_SIZE;
+	return order < 18 ? 4096ull << order : PUD_SIZE;
+}
+
+SEC("kprobe")
+int zap(struct pt_regs *ctx)
+{
+	uint64_t arguments[ARGUMENTS] = {ctx->di, ctx->si, ctx->dx, ctx->cx, ctx->r8, ctx->r9};
+	union {
+		uint64_t cookie;
+		struct call call;
+	} how = {.cookie = bpf_get_attach_cookie(ctx)};
+	uint64_t mm, whose, start, end, last, size;
+	uint32_t zero = 0;
+	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+
+	if (!ctl)
+		return 0;
+	whose = arguments[how.call.whose % ARGUMENTS];
+	if (how.call.type == OF_MM)
+		mm = whose;
+	else
+		mm = member(whose, how.call.members[0]);
+	if (how.call.type == OF_MOVE) /* that was a vm_area_struct */
+		mm = (uint64_t)BPF_CORE_READ((struct vm_area_struct *)mm, vm_mm);
+	if (ctl->only && !ctl->handshakes && ctl->mm != mm)
+		return 0;
+	start = arguments[how.call.start % ARGUMENTS];
+	last = arguments[how.call.last % ARGUMENTS];
+	switch (how.call.extent) {
+	case TO_END:
+		end = last;
+		break;
+	case TO_LENGTH:
+		end = start + last;
+		break;
+	case TO_PAGE:
+		size = page_size_in((struct vm_area_struct *)whose);
+		start &= -size;
+		end = start + size;
+		break;
+	case TO_PMD:
+		start &= -PMD_SIZE;
+		end = start + PMD_SIZE;
+		break;
+	case TO_PUD:
+		start &= -PUD_SIZE;
+		end = start + PUD_SIZE;
+		break;
+	case TO_FOLIO:
+		end = start + size_of((struct folio *)last);
+		break;
+	case TO_MOVED:
+		start = member(whose, how.call.members[1]);
+		end = member(whose, how.call.members[2]);
+		break;
+	default: /* nothing that the loader says */
+		start = 0;
+		end = UINT64_MAX;
+	}
+	return feed_traced(ctl, mm, start, end);
 }

@@ -22,6 +22,8 @@ from ..bpf import libbpf
 from ..daemon import privileges, protocol
 from ..daemon.limits import SPARE, Limits
 from ..daemon.server import SEGMENTS_AT_ONCE, STEPS_FOREIGN, STEPS_OWN, Server, event
+from ..notifier import open_candidate
+from ..sources import candidates
 from ..sources.base import UnavailableError
 from ..sources.bpf import Maps, open_kvm
 
@@ -126,7 +128,7 @@ def _room(clients: int, ready: int) -> None:
     needed = 2 * (clients + ready) + SPARE + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Those that are on their way to clients must not be more than this either.
-    wanted = max(needed, clients * (SEGMENTS_AT_ONCE + 4))
+    wanted = max(needed, clients * (SEGMENTS_AT_ONCE + 20))
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if wanted < needed:
@@ -182,6 +184,11 @@ def _user(context: click.Context, parameter: click.Parameter, value: str | None)
     help="Of that.",
 )
 @click.option("--ready", default=16, show_default=True, type=click.IntRange(1, 4096), help="Tables to keep ready.")
+@click.option(
+    "--probe",
+    type=click.Choice(protocol.PROBES),
+    help="Where the program is attached. Left out, the first of these that works.",
+)
 @click.option("--kvm/--no-kvm", default=True, show_default=True, help="Give clients access to /dev/kvm.")
 @click.option("--bpf-statistics", is_flag=True, help="Let the kernel time BPF programs, all of the machine.")
 @click.option("--metrics", help="Serve figures for Prometheus at unix:PATH or 127.0.0.1:PORT.")
@@ -207,6 +214,7 @@ def _serve(
     memory: int,
     memory_per_user: int,
     ready: int,
+    probe: str | None,
     kvm: bool,
     bpf_statistics: bool,
     metrics: str | None,
@@ -217,19 +225,18 @@ def _serve(
     with contextlib.ExitStack() as undo:
         try:
             _room(clients, ready)
-            kvm_fd = -1
-            if kvm:
-                kvm_fd = open_kvm()
+            tried, kvm_fd = _probes(probe, kvm)
+            if kvm_fd >= 0:
                 undo.callback(os.close, kvm_fd)
             if bpf_statistics:
                 undo.callback(os.close, libbpf.enable_statistics())
             endpoint = None if metrics is None else undo.enter_context(_metrics_listener(metrics))
             listener = _inherited() or _bind(path, mode, group)
             undo.callback(listener.close)
-            privileges.drop(user)
-            maps = Maps(clients + ready, STEPS_FOREIGN, STEPS_OWN)
+            # Before that: where kernel.perf_event_paranoid is above 2, as on Debian, kprobes take CAP_SYS_ADMIN.
+            maps = _load(tried, clients + ready)
             undo.callback(maps.close)
-            maps.attach()
+            privileges.drop(user)
             server = Server(listener, maps, kvm_fd, limits, ready)
             undo.callback(server.close)
         except UnavailableError as error:
@@ -243,11 +250,51 @@ def _serve(
 
             Endpoint(server, endpoint)
         event(
-            logging.INFO, "started", pid=os.getpid(), uid=os.geteuid(), socket=listener.getsockname(), clients=clients
+            logging.INFO,
+            "started",
+            pid=os.getpid(),
+            uid=os.geteuid(),
+            socket=listener.getsockname(),
+            clients=clients,
+            probe=maps.probe,
         )
         server.run(lambda: _notify("READY=1"))
         _notify("STOPPING=1")
         event(logging.INFO, "stopped", clients=server.summary().clients)
+
+
+def _probes(probe: str | None, give_kvm: bool) -> tuple[list[str], int]:
+    """Which to try, and /dev/kvm for clients; -1: they get none. Raises UnavailableError."""
+    tried = list(protocol.PROBES) if probe is None else [probe]
+    kvm = -1
+    if give_kvm and tried != ["zap"]:
+        try:
+            kvm = open_kvm()
+        except UnavailableError:
+            if probe is not None:
+                raise
+            tried = ["zap"]  # the only one for which clients need none
+    return tried, kvm
+
+
+def _load(tried: list[str], tables: int) -> Maps:
+    """The first of these probes that works here, attached. Raises UnavailableError."""
+    reasons: list[str] = []
+    for probe in tried:
+        maps: Maps | None = None
+        try:
+            if probe == "zap":
+                # It is at many functions, so many kinds of change are tried. The others clients try by themselves.
+                (candidate,) = candidates("bpf", "zap")
+                open_candidate(candidate).close()
+            maps = Maps(tables, STEPS_FOREIGN, STEPS_OWN, probe)
+            maps.attach()
+            return maps
+        except UnavailableError as error:
+            reasons.append(f"{probe}: {error}" if len(tried) > 1 else str(error))
+            if maps is not None:
+                maps.close()
+    raise UnavailableError(". ".join(reasons), "")
 
 
 @contextlib.contextmanager

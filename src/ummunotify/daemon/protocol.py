@@ -2,7 +2,7 @@
 
     client                         daemon
     HELLO                   ->
-                            <-     OK with a secret, and SCM_RIGHTS: the link, the wake-up, segment 0, /dev/kvm
+                            <-     OK with a secret, and SCM_RIGHTS: the wake-up, segment 0, what `gives` says, links
     (shows the secret to the program in the kernel)
     SETTLE                  ->
                             <-     OK: the table is fed from now on
@@ -20,7 +20,7 @@ import os
 import struct
 from typing import NamedTuple
 
-VERSION = 1
+VERSION = 2
 SOCKET = "/run/ummunotify/socket"
 ENVIRONMENT = "UMMUNOTIFY_SOCKET"
 
@@ -28,7 +28,7 @@ GROW_MOST = 64
 """Segments in one answer; the kernel passes up to 253 descriptors with a message."""
 
 _REQUEST = struct.Struct("=HHI")
-_REPLY = struct.Struct("=HHIQ")
+_REPLY = struct.Struct("=HHHHQ")
 REQUEST_SIZE = _REQUEST.size
 REPLY_SIZE = _REPLY.size
 
@@ -68,6 +68,18 @@ class Status(enum.IntEnum):
     """Of all users, in bytes."""
 
 
+class Gives(enum.IntFlag):
+    """What comes after segment 0, in this order. The rest is what keeps the program attached."""
+
+    KVM = 1
+    """/dev/kvm, for the virtual machine without which the kernel tells nobody."""
+    DOUBTS = 2
+    """A map, for the probes that the kernel may skip: see core/doubt.h."""
+
+
+PROBES = ("kvm", "mmu_notifier", "zap")
+
+
 class Request(NamedTuple):
     op: int
     version: int = VERSION
@@ -85,7 +97,10 @@ class Reply(NamedTuple):
     status: int
     fds: int = 0
     """How many come with it."""
-    unused: int = 0
+    gives: int = 0
+    """To HELLO: which of them, as in `Gives`."""
+    probe: int = 0
+    """To HELLO: what feeds the table, as its number in `PROBES`."""
     value: int = 0
 
     def pack(self) -> bytes:

@@ -29,7 +29,7 @@ from ..sources.base import UnavailableError
 from ..sources.bpf import SEGMENTS, Maps, create_ring, create_segment
 from . import protocol
 from .limits import SEGMENT, TABLE, Limits, Usage
-from .protocol import Op, Record, Reply, Request, Status, Summary
+from .protocol import Gives, Op, Record, Reply, Request, Status, Summary
 
 STEPS_FOREIGN = 8192
 """The most that a change takes on behalf of tables that may be other users', some 20 ns each."""
@@ -193,6 +193,8 @@ class Server:
         if self._deaf_until is not None and self._deaf_until <= now:
             self._deaf_until = None
             self.watch(self._listener, self._accept)
+        if self.maps.probe != "kvm":
+            return  # the kernel may skip others, and whoever is concerned knows at once: see `doubt` in watch.bpf.c
         skipped = libbpf.program_info(self.maps.fds["program"]).recursion_misses
         if skipped != self._skipped:
             # Cannot be, as a raw tracepoint's programs do not nest; if it can, then nobody must be in the dark.
@@ -341,10 +343,17 @@ class Server:
         self._by_table[client.table] = client
         try:
             client.secret = self.maps.expect(client.table)
-            fds = [self.maps.fds["link"], ring, client.segment_fd]
+            gives = Gives(0)
+            fds = [ring, client.segment_fd]
             if self._kvm >= 0:
+                gives |= Gives.KVM
                 fds.append(self._kvm)
-            client.answer(Reply(Status.OK, len(fds), value=client.secret).pack(), fds)
+            if self.maps.probe != "kvm":
+                gives |= Gives.DOUBTS
+                fds.append(self.maps.fds["doubts"])
+            fds += self.maps.links()
+            probe = protocol.PROBES.index(self.maps.probe)
+            client.answer(Reply(Status.OK, len(fds), gives, probe, client.secret).pack(), fds)
         finally:
             os.close(ring)
         self.counters["came"] += 1

@@ -43,7 +43,7 @@ int ummunotify_open(struct ummunotify **umn, const char *source);
 /* Stops watching and releases everything; regions are no longer to be used. No other thread may be using `umn`. NULL is fine. */
 void ummunotify_close(struct ummunotify *umn);
 
-/* What feeds it: "daemon:kvm", "uffd". */
+/* What feeds it, and where the daemon's program is attached: "daemon:kvm", "uffd". */
 const char *ummunotify_source(const struct ummunotify *umn);
 
 /* Watches `length` bytes from `address` on, mapped or not, until ummunotify_unwatch. Regions may overlap, nest and repeat. `cookie`

@@ -16,9 +16,10 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "core/doubt.h"
 #include "core/platform.h"
 
-#define VERSION 1
+#define VERSION 2
 #define SOCKET "/run/ummunotify/socket"
 #define GROW_MOST 64
 #define TIMEOUT 30 /* seconds without an answer */
@@ -32,15 +33,21 @@ struct request {
 
 enum status { OK, END, WRONG_VERSION, CLIENTS, USER_CLIENTS, USER_MEMORY, PROCESS_CLIENTS, FAILED, UNSEEN, MEMORY };
 
+enum gives { GIVES_KVM = 1, GIVES_DOUBTS = 2 };
+enum probe { KVM, MMU_NOTIFIER, ZAP, PROBES };
+static const char *const names[PROBES] = {"daemon:kvm", "daemon:mmu_notifier", "daemon:zap"};
+
 struct reply {
-	uint16_t status, fds;
-	uint32_t unused;
+	uint16_t status, fds, gives, probe;
 	uint64_t value;
 };
 
 struct daemon_feed {
 	struct feed feed;
-	int socket, link, ring_fd;
+	struct umn_doubt doubt;
+	int socket, ring_fd;
+	int links[GROW_MOST]; /* what keeps the program attached, and the map for `doubt` */
+	uint32_t link_count;
 	struct umn_ring ring;
 	int segments[GROW_MOST]; /* not mapped yet, the last one first */
 	uint32_t segment_count;
@@ -261,7 +268,9 @@ static void release(struct feed *feed)
 	umn_ring_unmap(&f->ring);
 	/* No farewell: the daemon notices when the last copy of the socket is closed. In the child of a fork it is not. */
 	close_fd(&f->socket);
-	close_fd(&f->link);
+	umn_doubt_abandon(&f->doubt);
+	while (f->link_count)
+		close(f->links[--f->link_count]);
 	close_fd(&f->ring_fd);
 	close_fd(&f->feed.counter_fd);
 	while (f->segment_count)
@@ -269,6 +278,41 @@ static void release(struct feed *feed)
 	if (f->in_machine && !--machine.users)
 		close_fd(&machine.fd);
 	f->in_machine = false;
+}
+
+static void free_feed(struct feed *feed)
+{
+	umn_doubt_close(&((struct daemon_feed *)feed)->doubt);
+	free(feed);
+}
+
+/* Takes over what came with the answer to HELLO. */
+static int take(struct daemon_feed *f, const struct reply *reply, const int *fds)
+{
+	uint32_t next = 0;
+	int kvm, error = 0;
+
+	f->feed.name = names[reply->probe];
+	f->ring_fd = fds[next++];
+	f->segments[f->segment_count++] = fds[next++];
+	kvm = reply->gives & GIVES_KVM ? fds[next++] : -1;
+	while (next < reply->fds)
+		f->links[f->link_count++] = fds[next++];
+	if (reply->gives & GIVES_DOUBTS) {
+		error = umn_doubt_open(&f->doubt, f->links[0]);
+		if (error)
+			fail(ENODEV, "the daemon's map cannot be mapped (%s)", strerror(-error));
+		else
+			f->feed.source = &f->doubt.source;
+	}
+	/* Without a probe at the notifier no machine is needed. */
+	if (!error && reply->probe != ZAP) {
+		error = enter_machine(kvm);
+		f->in_machine = !error;
+	} else {
+		close_fd(&kvm);
+	}
+	return error;
 }
 
 struct feed *feed_open_daemon(bool counter)
@@ -281,8 +325,7 @@ struct feed *feed_open_daemon(bool counter)
 		fail(ENOMEM, "%s", strerror(ENOMEM));
 		return NULL;
 	}
-	f->feed = (struct feed){.name = "daemon:kvm",
-				.counter_fd = -1,
+	f->feed = (struct feed){.counter_fd = -1,
 				.add_segment = add_segment,
 				.bind = bind_feed,
 				.wake_fd = wake_fd,
@@ -290,31 +333,27 @@ struct feed *feed_open_daemon(bool counter)
 				.acknowledge = acknowledge,
 				.doubtful = doubtful,
 				.release = release,
-				.free = (void (*)(struct feed *))free};
-	f->socket = f->link = f->ring_fd = -1;
+				.free = free_feed};
+	f->socket = f->ring_fd = -1;
 	f->socket = connect_to_daemon();
 	if (f->socket < 0 || ask(f, HELLO, &reply, fds))
 		goto failed;
-	if (reply.status != OK || reply.fds < 3) {
+	if (reply.status != OK || reply.fds < 3 || reply.probe >= PROBES) {
 		while (reply.fds)
 			close(fds[--reply.fds]);
 		refused(&reply);
 		goto failed;
 	}
-	f->link = fds[0];
-	f->ring_fd = fds[1];
-	f->segments[f->segment_count++] = fds[2];
 	f->secret = reply.value;
-	if (enter_machine(reply.fds > 3 ? fds[3] : -1))
+	if (take(f, &reply, fds))
 		goto failed;
-	f->in_machine = true;
-	if (counter && (f->feed.counter_fd = fcntl(fds[2], F_DUPFD_CLOEXEC, 0)) < 0) {
+	if (counter && (f->feed.counter_fd = fcntl(fds[1], F_DUPFD_CLOEXEC, 0)) < 0) {
 		fail(errno, "%s", strerror(errno));
 		goto failed;
 	}
 	return &f->feed;
 failed:
 	release(&f->feed);
-	free(f);
+	free_feed(&f->feed);
 	return NULL;
 }

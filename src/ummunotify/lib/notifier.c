@@ -248,8 +248,7 @@ static int open_notifier(struct ummunotify **result, const char *source, int epo
 	pthread_once(&first, once);
 	pthread_mutex_lock(&making);
 	for (size_t i = 0; i < sizeof sources / sizeof *sources && !umn; i++) {
-		/* "daemon:kvm" is a daemon with a probe that all daemons have. */
-		if (source && strcmp(source, sources[i].name) && (i || strcmp(source, "daemon:kvm")))
+		if (source && strcmp(source, sources[i].name))
 			continue;
 		known = true;
 		umn = try_source(sources[i].open, epoll >= 0);

@@ -22,15 +22,17 @@ class Candidate(NamedTuple):
 
 
 def _open_bpf(probe: str) -> Feed:
-    from .bpf import BpfFeed, KprobeFeed
+    from .bpf import BpfFeed, KprobeFeed, ZapFeed
 
+    if probe == "zap":
+        return ZapFeed()
     return BpfFeed(probe) if probe == "kvm" else KprobeFeed(probe)
 
 
 def _open_daemon() -> Feed:
-    from .daemon import DaemonFeed
+    from .daemon import open_feed
 
-    return DaemonFeed()
+    return open_feed()
 
 
 def _open_uffd() -> Feed:
@@ -42,7 +44,8 @@ def _open_uffd() -> Feed:
 _ALL = [
     Candidate("bpf:mmu_notifier", lambda: _open_bpf("mmu_notifier")),
     Candidate("bpf:kvm", lambda: _open_bpf("kvm")),
-    Candidate("daemon:kvm", _open_daemon),
+    Candidate("bpf:zap", lambda: _open_bpf("zap")),
+    Candidate("daemon", _open_daemon),
     Candidate("uffd", _open_uffd),
 ]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class UnavailableError(Exception):
@@ -50,6 +51,22 @@ class Feed(Protocol):
 
     def abandon(self) -> None:
         """The same in the child of a fork, without disturbing the parent."""
+
+
+class Exercise(NamedTuple):
+    """A change of a page of our own."""
+
+    name: str
+    page: int
+    act: Callable[[], object]
+
+
+@runtime_checkable
+class ExercisedFeed(Feed, Protocol):
+    """One that has to be tried with more than one kind of change."""
+
+    def exercises(self) -> Iterable[Exercise]:
+        """One at a time: what it needs is gone when the next is asked for. OSError."""
 
 
 @runtime_checkable

@@ -10,12 +10,14 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import struct
 from pathlib import Path
 
 from .._core import Doubt, Ring, map_shared, show_secret, skipped_runs
 from ..bpf import libbpf
+from . import zap
 from .base import UnavailableError
 
 PAGE = 4096
@@ -41,9 +43,11 @@ _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 _CONTROL = struct.Struct("=IIQII")  # struct control
 
-PROBES = ("mmu_notifier", "kvm")
-"""Best first: the first knows whose change it is, and of what kind."""
+PROBES = ("mmu_notifier", "kvm", "zap")
+"""Best first: the first knows whose change it is, and of what kind; the last costs other processes time, too."""
 
+_BLIND = "kvm_blind"
+"""The program for the probe kvm where the kernel is locked down."""
 _TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
 
@@ -67,19 +71,59 @@ def _not_permitted() -> UnavailableError:
     )
 
 
+_LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+
+def _locked_down() -> bool:
+    """May nobody, not even root, read the kernel's memory?"""
+    try:
+        return "[confidentiality]" in _LOCKDOWN.read_text()
+    except OSError:  # it is not mounted, or there is no lockdown
+        return False
+
+
+_KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
+
+
+def _switched_off() -> bool:
+    """Has somebody switched all kprobes off? Then they can be made, and are never hit."""
+    try:
+        return _KPROBES.read_text().strip() == "0"
+    except OSError:  # it is not mounted, or for root only; the self-test will tell
+        return False
+
+
+def _may_not_read(error: libbpf.BpfError) -> bool:
+    """Was a program refused because it reads memory, as lockdown refuses it?"""
+    return bool(re.search(r"(unknown func|cannot use helper) bpf_probe_read", error.log))
+
+
 def _why(error: OSError) -> UnavailableError:
     if isinstance(error, libbpf.LibraryMissingError):
         return UnavailableError("libbpf is not installed", "install libbpf1 (Debian) or libbpf (Fedora)")
     if error.errno in (errno.EPERM, errno.EACCES):
         return _not_permitted()
+    if isinstance(error, libbpf.BpfError) and _may_not_read(error):
+        return UnavailableError(
+            "the kernel does not let BPF read its memory", "use bpf:kvm, or boot with lockdown=integrity"
+        )
     return UnavailableError(str(error).splitlines()[0], "")
+
+
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 
 
 def _why_not_attached(probe: str, error: OSError) -> UnavailableError:
     if probe == "kvm" and error.errno == errno.ENOENT:
         return UnavailableError(f"the kernel has no tracepoint {_TRACEPOINT}", "load the kvm module (modprobe kvm)")
+    if probe != "kvm" and error.errno == errno.EACCES and (paranoid := int(_PARANOID.read_text())) > 2:
+        # Debian and Ubuntu have this level.
+        return UnavailableError(
+            f"kprobes are not permitted without CAP_SYS_ADMIN (kernel.perf_event_paranoid is {paranoid})",
+            "set that to 2 (sysctl), or use bpf:kvm",
+        )
     if probe != "kvm" and error.errno == errno.ENOENT:
-        return UnavailableError(f"the kernel has no function {_FUNCTION}", "")
+        return UnavailableError(str(error), "use another probe")
     return _why(error)
 
 
@@ -125,27 +169,27 @@ class Maps:
             raise _not_permitted()
         if probe != "kvm" and not libbpf.kprobes_available():
             raise UnavailableError("the kernel has no kprobes", "use one that is built with CONFIG_KPROBE_EVENTS")
+        if probe != "kvm" and _locked_down():
+            raise UnavailableError(
+                "the kernel is locked down (confidentiality): nobody may read its memory",
+                "use bpf:kvm, or boot with lockdown=integrity",
+            )
+        if probe != "kvm" and _switched_off():
+            raise UnavailableError(f"kprobes are switched off ({_KPROBES})", "write 1 to that file, or use bpf:kvm")
         if not libbpf.btf_available():
             raise UnavailableError(
                 "the kernel's types (BTF) are not available", "use a kernel that is built with CONFIG_DEBUG_INFO_BTF"
             )
         data = Path(libbpf.__file__).with_name("watch.bpf.o").read_bytes()
         try:
-            with contextlib.ExitStack() as undo:
-                undo.callback(self.close)
-                with libbpf.BpfObject(data, "ummunotify") as loaded:
-                    loaded.set_max_entries("segments", tables * SEGMENTS)
-                    for name in ("rings", "tables", "owners", "handshakes"):
-                        loaded.set_max_entries(name, tables)
-                    for name in (*PROBES, "doubt"):
-                        loaded.set_autoload(name, name == probe or (name == "doubt" and probe != "kvm"))
-                    loaded.load()
-                    for name in ("segments", "rings", "tables", "owners", "handshakes", "control", "doubts"):
-                        self.fds[name] = loaded.map_fd(name)
-                    self.fds["program"] = loaded.program_fd(probe)
-                    if probe != "kvm":
-                        self.fds["doubt"] = loaded.program_fd("doubt")
-                undo.pop_all()
+            # Each function to attach to, with the cookie that the program gets from there.
+            self.functions = zap.attachments() if probe == "zap" else {_FUNCTION: 0}
+            try:
+                self._load(data, tables, probe)
+            except libbpf.BpfError as error:
+                if probe != "kvm" or not _may_not_read(error):
+                    raise
+                self._load(data, tables, _BLIND)
         except OSError as error:
             raise _why(error) from error
         self.free = list(range(tables - 1, -1, -1))
@@ -155,6 +199,26 @@ class Maps:
         self.steps_foreign = steps_foreign
         self.steps_own = steps_own
 
+    def _load(self, data: bytes, tables: int, program: str) -> None:
+        """OSError, with nothing left open."""
+        programs = [program] if self.probe == "kvm" else [program, "doubt"]
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            with libbpf.BpfObject(data, "ummunotify") as loaded:
+                loaded.set_max_entries("segments", tables * SEGMENTS)
+                for name in ("rings", "tables", "owners", "handshakes"):
+                    loaded.set_max_entries(name, tables)
+                for name in (*PROBES, _BLIND, "doubt"):
+                    loaded.set_autoload(name, name in programs)
+                loaded.load()
+                for name in ("segments", "rings", "tables", "owners", "handshakes", "control", "doubts"):
+                    self.fds[name] = loaded.map_fd(name)
+                self.fds["program"] = loaded.program_fd(program)
+                if "doubt" in programs:
+                    self.fds["doubt"] = loaded.program_fd("doubt")
+                    libbpf.map_freeze(self.fds["doubts"])
+            undo.pop_all()
+
     def attach(self) -> None:
         """Attach the probe. Raises UnavailableError."""
         try:
@@ -162,13 +226,14 @@ class Maps:
                 self.fds["link"] = libbpf.raw_tracepoint_open(_TRACEPOINT, self.fds["program"])
             else:
                 self._look_out()
-                self.fds["link"] = libbpf.kprobe_open(_FUNCTION, self.fds["program"])
+                for function, cookie in self.functions.items():
+                    self.fds[f"link {function}"] = libbpf.kprobe_open(function, self.fds["program"], cookie)
         except OSError as error:
             raise _why_not_attached(self.probe, error) from error
 
     def _look_out(self) -> None:
         """For what the kernel skips at kprobes: see `doubt` in watch.bpf.c. Raises UnavailableError, OSError."""
-        self.fds["doubt_link"] = libbpf.raw_tracepoint_open("sched_switch", self.fds["doubt"])
+        self.fds["link doubt"] = libbpf.raw_tracepoint_open("sched_switch", self.fds["doubt"])
         # Each CPU once: what it runs now may have been there before.
         for cpu in _possible_cpus():
             try:
@@ -182,6 +247,10 @@ class Maps:
                     "the kernel's types (BTF) lack bpf_prog_active, so skipped runs cannot be noticed",
                     "use another probe: UMMUNOTIFY_SOURCE=bpf:kvm",
                 )
+
+    def links(self) -> list[int]:
+        """The descriptors that keep the programs attached, in whatever process they are open."""
+        return [fd for name, fd in self.fds.items() if name.startswith("link")]
 
     def close(self) -> None:
         """Close every descriptor; what it was attached to is detached with the last copy of the link."""
@@ -320,7 +389,7 @@ class Maps:
         self._put_table(table, 0, following, 0)
 
     def doubt(self) -> None:
-        """Everything of every table may be invalid: to the program, one more change, of all addresses."""
+        """Everything of every table may be invalid: to the program `kvm`, one more change, of all addresses."""
         libbpf.program_run(self.fds["program"], struct.pack("=QQ", 0, _U64_MAX))
 
     def _first(self, mm: int) -> int:
@@ -405,6 +474,8 @@ class _Process:
         return self.maps
 
     def _subscribe(self) -> None:
+        if self.probe == "zap":
+            return
         kvm = open_kvm()
         try:
             vm = create_vm(kvm)
@@ -555,3 +626,13 @@ class KprobeFeed(BpfFeed):
         super()._close_fds()
         if hasattr(self, "_doubt"):
             self._doubt.abandon()
+
+
+class ZapFeed(KprobeFeed):
+    """The same for a probe that sits at many functions, and not all changes pass all of them."""
+
+    def __init__(self) -> None:
+        """Raises UnavailableError."""
+        super().__init__("zap")
+
+    exercises = staticmethod(zap.exercises)

@@ -12,9 +12,9 @@ import socket
 import struct
 import threading
 
-from .._core import Ring, map_shared, show_secret
+from .._core import Doubt, Ring, map_shared, show_secret
 from ..daemon import protocol
-from ..daemon.protocol import Op, Reply, Request, Status
+from ..daemon.protocol import Gives, Op, Reply, Request, Status
 from .base import UnavailableError
 from .bpf import PAGE, create_vm, open_kvm
 
@@ -22,6 +22,7 @@ _TIMEVAL = struct.Struct("@ll")
 _TIMEOUT = 30
 """Seconds without an answer. Nobody else's doing can delay one for long; but the daemon may be stopped."""
 
+_ZAP = protocol.PROBES.index("zap")
 _REMEDY = "ask the administrator to look at `ummunotify status` and the daemon's log"
 
 
@@ -99,55 +100,54 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
+def _ask(connection: socket.socket, op: Op) -> tuple[Reply, list[int]]:
+    """The answer, and descriptors that the caller closes. OSError."""
+    connection.send(Request(op).pack(), socket.MSG_NOSIGNAL)
+    data, fds, _, _ = socket.recv_fds(connection, protocol.REPLY_SIZE, protocol.GROW_MOST, socket.MSG_CMSG_CLOEXEC)
+    reply = Reply.unpack(data) if len(data) == protocol.REPLY_SIZE else None
+    # Fewer of them: this process may not open that many.
+    if reply is None or reply.fds != len(fds):
+        for fd in fds:
+            os.close(fd)
+        if reply is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the daemon ended the connection")
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return reply, fds
+
+
 class DaemonFeed:
     """A table of the daemon's, for this process's own changes."""
 
-    name = "daemon:kvm"
-
-    def __init__(self) -> None:
-        """Raises UnavailableError."""
+    def __init__(self, connection: socket.socket, reply: Reply, fds: list[int]) -> None:
+        """With the answer to HELLO, which was OK. Takes all of it over. Raises UnavailableError."""
+        self._socket = connection
+        self._secret = reply.value
         self._machine: _Machine | None = None
-        self._fds: list[int] = []  # link, wake-up
-        self._segments: list[int] = []  # descriptors of those that are not mapped yet, the last one first
         self._ring: Ring | None = None
-        self._socket = connect()
+        self._wake = fds.pop(0)
+        self._segments = [fds.pop(0)]  # descriptors of those that are not mapped yet, the last one first
+        self._links = fds
+        kvm = fds.pop(0) if reply.gives & Gives.KVM else None
         try:
-            try:
-                reply, fds = self._ask(Op.HELLO)
-            except OSError as error:
-                raise _lost(error) from error
-            self._fds = fds[:2]
-            self._segments = fds[2:3]
-            kvm = fds[3] if len(fds) > 3 else None
-            try:
-                if reply.status != Status.OK or len(fds) < 3:
-                    raise UnavailableError(*_refusal(reply.status, reply.value))
+            self._probe(fds, reply)
+            # A machine that is closed at once would do for mmu_notifier. But it costs little, and some kernel may
+            # tell of more while there is one.
+            if reply.probe != _ZAP:
                 machine = _machine
                 machine.enter(kvm)
                 self._machine = machine
-            finally:
-                if kvm is not None:
-                    os.close(kvm)
         except BaseException:
             self.close()
             raise
-        self._secret = reply.value
+        finally:
+            if kvm is not None:
+                os.close(kvm)
+
+    def _probe(self, fds: list[int], reply: Reply) -> None:
+        self.name = f"daemon:{protocol.PROBES[reply.probe]}"
 
     def _ask(self, op: Op) -> tuple[Reply, list[int]]:
-        """The answer, and descriptors that the caller closes. OSError."""
-        self._socket.send(Request(op).pack(), socket.MSG_NOSIGNAL)
-        data, fds, _, _ = socket.recv_fds(
-            self._socket, protocol.REPLY_SIZE, protocol.GROW_MOST, socket.MSG_CMSG_CLOEXEC
-        )
-        reply = Reply.unpack(data) if len(data) == protocol.REPLY_SIZE else None
-        # Fewer of them: this process may not open that many.
-        if reply is None or reply.fds != len(fds):
-            for fd in fds:
-                os.close(fd)
-            if reply is None:
-                raise ConnectionResetError(errno.ECONNRESET, "the daemon ended the connection")
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return reply, fds
+        return _ask(self._socket, op)
 
     def add_segment(self, pages: int) -> int:
         if not self._segments:
@@ -178,8 +178,8 @@ class DaemonFeed:
 
     def wake_fd(self) -> int:
         if self._ring is None:
-            self._ring = Ring(self._fds[1])
-        return self._fds[1]
+            self._ring = Ring(self._wake)
+        return self._wake
 
     def acknowledge(self) -> None:
         if self._ring is not None:
@@ -203,10 +203,51 @@ class DaemonFeed:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
-        while self._fds:
-            os.close(self._fds.pop())
-        while self._segments:
-            os.close(self._segments.pop())
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+        for fds in (self._links, self._segments):
+            while fds:
+                os.close(fds.pop())
+
+
+class DoubtedDaemonFeed(DaemonFeed):
+    """The same with a probe that the kernel may skip, and which knows when: see core/doubt.h."""
+
+    def _probe(self, fds: list[int], reply: Reply) -> None:
+        super()._probe(fds, reply)
+        try:
+            self._doubt = Doubt(fds[0])
+        except OSError as error:
+            raise UnavailableError(f"the daemon's map cannot be mapped ({error})", "") from error
+        self.source_address = self._doubt.address
+
+    def refusal(self, number: int, start: int, end: int) -> Exception:
+        raise AssertionError("it refuses nothing")
+
+    def abandon(self) -> None:
+        super().abandon()
+        if hasattr(self, "_doubt"):
+            self._doubt.abandon()
+
+
+def open_feed() -> DaemonFeed:
+    """Become a client. Raises UnavailableError."""
+    connection = connect()
+    fds: list[int] = []
+    try:
+        try:
+            reply, fds = _ask(connection, Op.HELLO)
+        except OSError as error:
+            raise _lost(error) from error
+        if reply.status != Status.OK or len(fds) < 3 or reply.probe >= len(protocol.PROBES):
+            raise UnavailableError(*_refusal(reply.status, reply.value))
+    except BaseException:
+        connection.close()
+        for fd in fds:
+            os.close(fd)
+        raise
+    return (DoubtedDaemonFeed if reply.gives & Gives.DOUBTS else DaemonFeed)(connection, reply, fds)
 
 
 def connect() -> socket.socket:

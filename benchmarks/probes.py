@@ -1,0 +1,112 @@
+"""What each BPF probe costs, on the kernels of tests/vm/kernels.toml: in guests, so only the ratios count.
+
+python -m benchmarks.probes            # on this machine; as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import ummunotify
+from ummunotify import sources
+
+from . import report
+from .mappings import BETWEEN, BETWEEN_SCATTERED, OUT, Budget, added, other_process
+from .report import Row
+from .samples import Pairs
+
+TITLE = "Probes"
+ROOT = Path(__file__).parents[1]
+MANY = 100_000
+FEW = 100
+"""For the other process, whose table is not looked at: watching many takes longer than measuring."""
+KINDS = {OUT: "outside all regions", BETWEEN: "between regions", BETWEEN_SCATTERED: "between regions, at random"}
+P = ParamSpec("P")
+T = TypeVar("T")
+
+METHOD = """\
+As above, but under QEMU without hardware virtualisation, where a nanosecond means nothing: only ratios are given. A
+process that watches is compared with a fork of it at the same time, and a process that does not watch with itself when
+nobody watches; the first figure is the product of the two, because kprobes cost those who do not watch, too. What a
+kprobe costs is exaggerated there: an emulator translates code anew that the kernel modifies, and its atomic
+instructions and its interrupts are dear.
+"""
+
+
+class Cost(NamedTuple):
+    ratio: float
+    doubt: float
+
+
+def _cost(pairs: Pairs) -> Cost:
+    return Cost(pairs.ratio.median, pairs.ratio.doubt)
+
+
+def _alone(source: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """In a process of its own, whose address space nobody else has used."""
+    os.environ[sources.ENVIRONMENT] = source
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def measure(quick: bool) -> dict[str, dict[str, Cost]]:
+    """Of each probe that works here, by where the changes are; "" is another process's."""
+    budget = Budget(0.003, 0, 1) if quick else Budget(0.003, 10, 30)
+    found: dict[str, dict[str, Cost]] = {}
+    for candidate in sources.candidates("bpf"):
+        try:
+            ummunotify.open("bpf", probe=candidate.name.partition(":")[2]).close()
+        except ummunotify.SourceUnavailableError:
+            continue
+        watching = _alone(candidate.name, added, MANY, budget).pairs
+        others = _alone(candidate.name, other_process, FEW, budget)
+        found[candidate.name] = {"": _cost(others), **{name: _cost(watching[name]) for name in KINDS}}
+    return found
+
+
+def rows(kernel: str, measured: dict[str, dict[str, Cost]]) -> list[Row]:
+    found = []
+    for probe, costs in measured.items():
+        others = costs[""]
+        for name, text in KINDS.items():
+            ratio = costs[name].ratio * others.ratio
+            doubt = costs[name].doubt + others.doubt
+            what = f"{kernel}, {probe}: mmap + touch + munmap, {MANY:,} watched, {text}"
+            found.append(_row(what, 1.25, ratio, doubt, "nobody watches"))
+        what = f"{kernel}, {probe}: the same while another process watches"
+        found.append(_row(what, 1.02, others.ratio, others.doubt, "nobody watches"))
+    return found
+
+
+def _row(what: str, goal: float, ratio: float, doubt: float, baseline: str) -> Row:
+    return Row(what, f"{goal:.2f}x", f"{ratio:.3f}x ± {doubt:.3f}", baseline, ratio <= goal)
+
+
+def _in_guest(name: str, quick: bool) -> dict[str, dict[str, Cost]]:
+    command = [sys.executable, "tests/vm/run.py", "--timeout", "1800", "--only", name, "--"]
+    command += ["python", "-m", "benchmarks.probes", *(["quick"] if quick else [])]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    line = next(line for line in output.splitlines() if line.startswith("{"))
+    measured: dict[str, dict[str, Any]] = json.loads(line)
+    return {probe: {name: Cost(*cost) for name, cost in costs.items()} for probe, costs in measured.items()}
+
+
+def section(quick: bool, folder: Path) -> str:
+    found: list[Row] = []
+    for kernel in tomllib.loads((ROOT / "tests/vm/kernels.toml").read_text())["kernel"]:
+        guest = f"{kernel['name']}/{kernel['preempt'][0]}"
+        found += rows(guest, _in_guest(guest, quick))
+    return f"{report.table(found)}\n{METHOD}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure("quick" in sys.argv)))

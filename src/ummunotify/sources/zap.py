@@ -1,0 +1,254 @@
+"""Where the probe `zap` is attached: the kernel's functions that take pages away from an address space.
+
+That these are all of them is argued in docs/architecture.md. How each is called comes from the running kernel's types,
+by the names of its parameters. Whatever is not as it is written here makes the probe unavailable, and the reason says
+what.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .._core import test_page, unmap
+from ..bpf import libbpf
+from .base import Exercise, UnavailableError
+
+PAGE = mmap.PAGESIZE
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+# As watch.bpf.c numbers them.
+_OF_MM, _OF_HOLDER, _OF_MOVE = range(3)
+_TYPES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "struct mm_struct *": (_OF_MM, ()),
+    "struct vm_area_struct *": (_OF_HOLDER, ("vm_mm",)),
+    "struct mmu_gather *": (_OF_HOLDER, ("mm",)),
+    "struct mm_walk *": (_OF_HOLDER, ("mm",)),
+    "struct userfaultfd_ctx *": (_OF_HOLDER, ("mm",)),
+    "struct pagetable_move_control *": (_OF_MOVE, ("old", "old_addr", "old_end")),
+}
+"""What says whose address space it is, and the members that the program reads."""
+_END, _LENGTH, _PAGE, _PMD, _PUD, _FOLIO, _MOVED = range(7)
+_CALL = struct.Struct("=8B")  # struct call
+_MEMBERS = 3
+
+_ADDRESS = "long unsigned int"
+_LAST = {_END: _ADDRESS, _LENGTH: _ADDRESS, _FOLIO: "struct folio *"}
+
+
+class _Call(NamedTuple):
+    """A way to call a function: the names of the parameters that matter."""
+
+    whose: str
+    start: str = ""
+    extent: int = _PAGE
+    last: str = ""
+
+    def cookie(self, types: libbpf.KernelTypes, parameters: list[libbpf.Parameter]) -> int | None:
+        """What the program is told. None if this is not how the function is called."""
+        at = {parameter.name: (number, parameter.type) for number, parameter in enumerate(parameters)}
+        nothing = 0, ""
+        whose, what = at.get(self.whose, nothing)
+        start, start_type = at.get(self.start, nothing)
+        last, last_type = at.get(self.last, nothing)
+        if what not in _TYPES or (self.start and start_type != _ADDRESS) or last_type != _LAST.get(self.extent, ""):
+            return None
+        if max(whose, start, last) >= 6:  # not in a register
+            return None
+        kind, members = _TYPES[what]
+        offsets = types.members(what.split()[1]) or {}
+        if not set(members) <= set(offsets):
+            return None
+        places = [offsets[member] // 8 for member in members] + [0] * (_MEMBERS - len(members))
+        if any(offsets[member] % 8 or offsets[member] // 8 > 0xFF for member in members):
+            return None
+        return int.from_bytes(_CALL.pack(whose, kind, start, last, self.extent, *places), sys.byteorder)
+
+
+class _Function(NamedTuple):
+    name: str
+    calls: tuple[_Call, ...]
+    optional: bool = False
+    """A kernel without it needs none."""
+
+
+class _Need(NamedTuple):
+    what: str
+    either: tuple[tuple[_Function, ...], ...]
+    """The first of these that the kernel has."""
+    only_with: str = ""
+    """A structure or a function: without it the kernel cannot do this at all."""
+
+
+_VMA_PAGE = _Call("vma", "address", _PAGE)
+_VMA_PMD = _Call("vma", "address", _PMD)
+
+_NEEDS = (
+    _Need(
+        "munmap, mmap over it, brk, shmdt",
+        ((_Function("unmap_vmas", (_Call("tlb", "start_addr", _END, "end_addr"),)),),),
+    ),
+    _Need(
+        "madvise DONTNEED, truncation",
+        (
+            # Since Linux 6.16 the next one calls it, too.
+            (_Function("zap_page_range_single_batched", (_Call("vma", "address", _LENGTH, "size"),)),),
+            (
+                _Function("zap_page_range_single", (_Call("vma", "address", _LENGTH, "size"),)),
+                # Until Linux 6.2, for drivers.
+                _Function("zap_page_range", (_Call("vma", "start", _LENGTH, "size"),), optional=True),
+            ),
+        ),
+    ),
+    _Need(
+        "truncation of hugetlb files",
+        ((_Function("unmap_hugepage_range", (_Call("vma", "start", _END, "end"),)),),),
+        only_with="hugetlbfs_sb_info",
+    ),
+    _Need("madvise FREE", ((_Function("madvise_free_pte_range", (_Call("walk", "addr", _END, "end"),)),),)),
+    _Need(
+        "mremap",
+        (
+            (
+                _Function(
+                    "move_page_tables",
+                    (_Call("pmc", extent=_MOVED), _Call("vma", "old_addr", _LENGTH, "len")),
+                ),
+            ),
+        ),
+    ),
+    _Need("copying on write, merging of equal pages, uprobes", ((_Function("ptep_clear_flush", (_VMA_PAGE,)),),)),
+    _Need(
+        "huge pages",
+        (
+            (
+                _Function("pmdp_huge_clear_flush", (_VMA_PMD,)),
+                _Function("pmdp_collapse_flush", (_VMA_PMD,)),
+                # Only what is split half-way and given up; the others call the one before.
+                _Function("collapse_pte_mapped_thp", (_Call("mm", "addr", _PMD),), optional=True),
+                # Not on all processors.
+                _Function("pudp_huge_clear_flush", (_Call("vma", "address", _PUD),), optional=True),
+            ),
+        ),
+        only_with="khugepaged_scan",
+    ),
+    _Need("reclaim, hardware errors", ((_Function("try_to_unmap_one", (_Call("vma", "address", _FOLIO, "folio"),)),),)),
+    _Need("migration", ((_Function("try_to_migrate_one", (_Call("vma", "address", _FOLIO, "folio"),)),),)),
+    _Need(
+        "migration to devices",
+        ((_Function("migrate_vma_collect_pmd", (_Call("walk", "start", _END, "end"),)),),),
+        only_with="migrate_vma_setup",
+    ),
+    _Need(
+        "userfaultfd's UFFDIO_MOVE",
+        ((_Function("move_pages", (_Call("ctx", "src_start", _LENGTH, "len"),)),),),
+        only_with="uffdio_move",
+    ),
+)
+
+
+class _Missing(Exception):
+    pass
+
+
+@functools.cache
+def _symbols() -> dict[str, list[str]]:
+    """Of each function that matters here, the code that the kernel has for it."""
+    names = "|".join(function.name for need in _NEEDS for functions in need.either for function in functions)
+    found: dict[str, list[str]] = {}
+    for name, suffix in re.findall(rf" [tT] ({names})(\.\S+)?$", Path("/proc/kallsyms").read_text(), re.MULTILINE):
+        if not suffix.startswith(".cold"):  # what is seldom needed of a function, not a way into it
+            found.setdefault(name, []).append(name + suffix)
+    return found
+
+
+def _cookie(types: libbpf.KernelTypes, function: _Function) -> int:
+    """Raises _Missing."""
+    symbols = _symbols().get(function.name, [])
+    if not symbols:
+        raise _Missing(f"there is no {function.name}")
+    if symbols != [function.name]:
+        # The compiler made several of it, or changed how it is called, or there is another function of this name.
+        raise _Missing(f"there is not one {function.name}, but {', '.join(symbols)}")
+    parameters = types.parameters(function.name)
+    if parameters is None:
+        raise _Missing(f"nothing says how {function.name} is called")
+    for call in function.calls:
+        if (cookie := call.cookie(types, parameters)) is not None:
+            return cookie
+    called = ", ".join(f"{each.type} {each.name}".replace("* ", "*") for each in parameters)
+    raise _Missing(f"{function.name} is called in an unknown way: ({called})")
+
+
+def _meet(types: libbpf.KernelTypes, need: _Need) -> dict[str, int]:
+    """Raises _Missing."""
+    if need.only_with and types.members(need.only_with) is None and types.parameters(need.only_with) is None:
+        return {}
+    # Not the next because this one has changed: then not everything passes the next.
+    functions = next((each for each in need.either if each[0].name in _symbols()), need.either[0])
+    wanted = [each for each in functions if not each.optional or each.name in _symbols()]
+    return {function.name: _cookie(types, function) for function in wanted}
+
+
+def attachments() -> dict[str, int]:
+    """What to attach the program to, and with which cookie. Raises UnavailableError, OSError."""
+    chosen: dict[str, int] = {}
+    missing: list[str] = []
+    with libbpf.KernelTypes() as types:
+        for need in _NEEDS:
+            try:
+                chosen |= _meet(types, need)
+            except _Missing as error:
+                missing.append(f"{error} (for {need.what})")
+    if missing:
+        raise UnavailableError(
+            f"this kernel's functions are not those that the probe knows: {'; '.join(missing)}",
+            "use another probe (mmu_notifier, kvm), and please report this with the kernel's version",
+        )
+    return chosen
+
+
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+
+
+def exercises() -> Iterator[Exercise]:
+    """A change by each way that a page of our own can go.
+
+    A compiler may have put a function into its caller, if both are in one file, where nobody can attach to it. This is
+    how that would be noticed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+    fd = os.memfd_create("ummunotify", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(fd, b"data", 0)
+        os.ftruncate(fd, PAGE)
+        for name, flags, act in (
+            ("a page was discarded", _ANONYMOUS, lambda memory: memory.madvise(mmap.MADV_DONTNEED)),
+            ("a page was freed lazily", _ANONYMOUS, lambda memory: memory.madvise(mmap.MADV_FREE)),
+            ("a page was copied on write", mmap.MAP_PRIVATE, lambda memory: memory.write(b"new")),
+            ("a file was truncated", mmap.MAP_SHARED, lambda memory: os.ftruncate(fd, 0)),
+        ):
+            with mmap.mmap(-1 if flags & mmap.MAP_ANONYMOUS else fd, PAGE, flags) as memory:
+                page = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+                if flags & mmap.MAP_ANONYMOUS:
+                    memory[0] = 1
+                else:
+                    memory[0]  # mapped, but not written
+                yield Exercise(name, page, functools.partial(act, memory))
+    finally:
+        os.close(fd)
+    old, new = test_page(), test_page()
+    try:
+        move = functools.partial(libc.mremap, old, PAGE, PAGE, _MREMAP_MAYMOVE | _MREMAP_FIXED, new)
+        yield Exercise("a page was moved", old, move)
+    finally:
+        unmap(new, PAGE)

@@ -1,0 +1,168 @@
+"""Which functions the probe `zap` is attached to: the running kernel's types, and what it says when they are others.
+
+That it sees all changes is shown where it is for all probes: test_changes.py, test_stress.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import require
+
+import ummunotify
+from ummunotify import Notifier, SourceUnavailableError, sources
+from ummunotify._core import test_page as make_page
+from ummunotify.bpf import libbpf
+from ummunotify.bpf.libbpf import KernelTypes
+from ummunotify.sources import zap
+from ummunotify.sources.base import Exercise, UnavailableError
+from ummunotify.sources.zap import _LENGTH, _PAGE, _Call, _Function, _Need
+
+FLUSH = _Function("ptep_clear_flush", (_Call("vma", "address", _PAGE),))
+
+
+@pytest.fixture(autouse=True)
+def types() -> None:
+    if not libbpf.btf_available():
+        require("btf", "the kernel's types are not there")
+
+
+@pytest.fixture(autouse=True)
+def symbols() -> None:
+    zap._symbols.cache_clear()
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *needs: _Need) -> str:
+    monkeypatch.setattr(zap, "_NEEDS", needs)
+    with pytest.raises(UnavailableError) as info:
+        zap.attachments()
+    zap._symbols.cache_clear()
+    assert "another probe" in info.value.remedy
+    return info.value.reason
+
+
+def test_types_of_the_kernel() -> None:
+    with KernelTypes() as types:
+        parameters = types.parameters("ptep_clear_flush")
+        assert parameters is not None
+        assert [each.name for each in parameters] == ["vma", "address", "ptep"]
+        assert [each.type for each in parameters[:2]] == ["struct vm_area_struct *", "long unsigned int"]
+        assert types.parameters("no_such_function") is None
+        members = types.members("vm_area_struct")
+        assert members is not None
+        assert 0 < members["vm_mm"] < members["vm_file"]
+        assert types.members("no_such_structure") is None
+
+
+def test_this_kernel() -> None:
+    """Every kernel that is tested has what the probe needs, also where it admits no kprobes."""
+    found = zap.attachments()
+    assert {"unmap_vmas", "move_page_tables", "ptep_clear_flush", "try_to_unmap_one"} <= set(found)
+    assert ("zap_page_range_single_batched" in found) != ("zap_page_range_single" in found)
+    with KernelTypes() as types:
+        members = types.members("vm_area_struct")
+    assert members is not None
+    place = members["vm_mm"] // 8
+    assert found["ptep_clear_flush"].to_bytes(8, sys.byteorder) == bytes((0, 1, 1, 0, _PAGE, place, 0, 0))
+
+
+def test_a_function_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = _Function("no_such_function", FLUSH.calls)
+    assert "there is no no_such_function (for magic)" in refused(monkeypatch, _Need("magic", ((missing,),)))
+    # Unless the kernel cannot do what it is for, or does it in another function.
+    for need in (
+        _Need("magic", ((missing,),), only_with="no_such_structure"),
+        _Need("magic", ((missing,), (FLUSH,))),
+        _Need("magic", ((FLUSH, missing._replace(optional=True)),)),
+    ):
+        zap._symbols.cache_clear()
+        monkeypatch.setattr(zap, "_NEEDS", (_Need("copies", ((FLUSH,),)), need))
+        assert list(zap.attachments()) == ["ptep_clear_flush"]
+    needed = _Need("magic", ((missing,),), only_with="vm_area_struct")
+    assert "no_such_function" in refused(monkeypatch, needed)
+
+
+def test_a_function_is_called_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in (
+        _Call("vma", "start", _PAGE),
+        _Call("mm", "address", _PAGE),
+        _Call("address", "address", _PAGE),
+        _Call("vma", "vma", _PAGE),
+        _Call("vma", "address", _LENGTH, "size"),
+        _Call("vma", "address", _LENGTH, "ptep"),
+    ):
+        changed = FLUSH._replace(calls=(call,))
+        reason = refused(monkeypatch, _Need("magic", ((changed,),)))
+        assert "ptep_clear_flush is called in an unknown way: (struct vm_area_struct *vma, long unsigned int" in reason
+        # Then it may have another purpose, too: the next best is no way out.
+        assert "ptep_clear_flush" in refused(monkeypatch, _Need("magic", ((changed,), (FLUSH,))))
+    monkeypatch.setattr(zap, "_TYPES", {**zap._TYPES, "struct vm_area_struct *": (1, ("vm_mm", "no_such_member"))})
+    assert "unknown way" in refused(monkeypatch, _Need("magic", ((FLUSH,),)))
+
+
+def test_everything_that_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = [_Need(f"magic {i}", ((_Function(f"no_such_function_{i}", FLUSH.calls),),)) for i in range(3)]
+    reason = refused(monkeypatch, *needs)
+    assert all(f"no_such_function_{i} (for magic {i})" in reason for i in range(3))
+
+
+def test_a_function_that_the_compiler_took_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has many such; of those that matter none, on the kernels that are tested."""
+    for line in Path("/proc/kallsyms").read_text().splitlines():
+        symbol = line.split()[2]
+        name, dot, suffix = symbol.partition(".")
+        if dot and suffix.startswith(("part", "constprop", "isra")) and "[" not in line:
+            break
+    else:
+        pytest.skip("the compiler took no function of this kernel apart")
+    reason = refused(monkeypatch, _Need("magic", ((_Function(name, FLUSH.calls),),)))
+    assert f"there is not one {name}, but " in reason
+    assert symbol in reason
+
+
+def test_the_exercises_change_what_they_say() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    names = []
+    for exercise in zap.exercises():
+        names.append(exercise.name)
+        assert exercise.page % 4096 == 0
+        assert mapped(exercise.page)
+        exercise.act()
+        if exercise.name == "a page was moved":
+            assert not mapped(exercise.page)
+    assert len(names) == 5
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_all_of_them_have_to_be_seen(keeper: Notifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def exercises() -> Iterator[Exercise]:
+        for exercise in zap.exercises():
+            seen.append(exercise.name)
+            yield exercise
+        page = make_page()
+        yield Exercise("nothing was done", page, lambda: None)
+
+    monkeypatch.setattr(type(keeper._feed), "exercises", staticmethod(exercises), raising=False)
+    with pytest.raises(SourceUnavailableError, match="nothing was done and the event did not arrive"):
+        ummunotify.open()
+    assert len(seen) >= 5
+
+
+def mapped(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return True
+    return False
+
+
+def test_it_is_the_last_of_the_probes() -> None:
+    names = [each.name for each in sources.every()]
+    assert names.index("bpf:zap") == names.index("bpf:kvm") + 1
+    assert [each.name for each in sources.candidates("bpf", "zap")] == ["bpf:zap"]

@@ -1,0 +1,139 @@
+"""What is left, and what is said, when something is missing: only in the guests, where it can be taken away."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
+from support import require
+
+# A process of its own, whose mounts are its own.
+PRIVATE = ("unshare", "--mount", "--propagation", "private", "sh", "-ec")
+DEVICES = "mount -t tmpfs tmpfs /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/urandom c 1 9"
+WHO_MAY_LOAD = (
+    "setpriv --reuid=nobody --regid=nogroup --clear-groups --inh-caps=-all,+bpf,+perfmon "
+    "--ambient-caps=-all,+bpf,+perfmon --bounding-set=-all,+bpf,+perfmon "
+)
+KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
+OPEN = "python -c 'import ummunotify; print(ummunotify.open().source)'"
+
+
+@pytest.fixture(autouse=True)
+def guest() -> None:
+    if "UMMUNOTIFY_VM" not in os.environ:
+        require("vm", "this takes away what the machine needs", always=False)
+
+
+def doctor(prepare: str, become: str = "") -> dict[str, str]:
+    """Of each BPF source why it does not work, or nothing."""
+    command = [*PRIVATE, f"{prepare}; exec {become}ummunotify doctor --json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    sources: list[dict[str, Any]] = json.loads(result.stdout)["sources"]
+    return {each["source"]: each["reason"] for each in sources if each["source"].startswith("bpf:")}
+
+
+def best(prepare: str) -> str:
+    return subprocess.run([*PRIVATE, f"{prepare}; {OPEN}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_nothing_lacks() -> None:
+    assert doctor("true") == {"bpf:mmu_notifier": "", "bpf:kvm": "", "bpf:zap": ""}
+    assert best("true") == "bpf:mmu_notifier"
+
+
+def test_no_device() -> None:
+    absent = "there is no /dev/kvm"
+    assert doctor(DEVICES) == {"bpf:mmu_notifier": absent, "bpf:kvm": absent, "bpf:zap": ""}
+    assert best(DEVICES) == "bpf:zap"
+
+
+@pytest.fixture
+def paranoid() -> Iterator[Callable[[int], None]]:
+    """How little users may see of the kernel."""
+    path = Path("/proc/sys/kernel/perf_event_paranoid")
+    before = path.read_text()
+    yield lambda level: void(path.write_text(str(level)))
+    path.write_text(before)
+
+
+def void(_: object) -> None:
+    """For a lambda: no result."""
+
+
+def test_two_capabilities_and_no_access_to_the_device(paranoid: Callable[[int], None]) -> None:
+    no_access = DEVICES + "; mknod -m 600 /dev/kvm c 10 232"
+    refused = "/dev/kvm cannot be opened (Permission denied)"
+    paranoid(2)
+    assert doctor(no_access, WHO_MAY_LOAD) == {"bpf:mmu_notifier": refused, "bpf:kvm": refused, "bpf:zap": ""}
+    paranoid(3)
+    no_kprobes = "kprobes are not permitted without CAP_SYS_ADMIN (kernel.perf_event_paranoid is 3)"
+    assert doctor(no_access, WHO_MAY_LOAD) == {
+        "bpf:mmu_notifier": no_kprobes,
+        "bpf:kvm": refused,
+        "bpf:zap": no_kprobes,
+    }
+
+
+def test_a_capability_is_missing() -> None:
+    for capability in ("bpf", "perfmon"):
+        become = WHO_MAY_LOAD.replace(f",+{capability}", "")
+        assert set(doctor("true", become).values()) == {"loading BPF programs is not permitted"}
+
+
+@pytest.fixture
+def no_module() -> Iterator[None]:
+    subprocess.run(["modprobe", "-r", "kvm_amd", "kvm"], check=True)
+    yield
+    subprocess.run(["modprobe", "kvm-amd"], check=True)
+    Path("/dev/kvm").chmod(0o666)
+
+
+def test_no_module(no_module: None) -> None:
+    assert doctor("true") == {
+        "bpf:mmu_notifier": "there is no /dev/kvm",
+        "bpf:kvm": "the kernel has no tracepoint kvm_unmap_hva_range",
+        "bpf:zap": "",
+    }
+
+
+def test_no_types() -> None:
+    found = doctor("mount -t tmpfs tmpfs /sys/kernel/btf")
+    assert set(found.values()) == {"the kernel's types (BTF) are not available"}
+
+
+def test_no_kprobes() -> None:
+    found = doctor("mount -t tmpfs tmpfs /sys/bus/event_source/devices")
+    absent = "the kernel has no kprobes"
+    assert found == {"bpf:mmu_notifier": absent, "bpf:kvm": "", "bpf:zap": absent}
+
+
+@pytest.fixture
+def switch() -> Iterator[Callable[[bool], None]]:
+    """Of all kprobes."""
+    subprocess.run(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"], check=False, capture_output=True)
+
+    def set_to(on: bool) -> None:
+        KPROBES.write_text("1" if on else "0")
+
+    yield set_to
+    set_to(True)
+
+
+def test_kprobes_are_switched_off(switch: Callable[[bool], None]) -> None:
+    switch(False)
+    found = doctor("true")
+    assert found["bpf:kvm"] == ""
+    for probe in ("mmu_notifier", "zap"):
+        assert found[f"bpf:{probe}"] == "kprobes are switched off (/sys/kernel/debug/kprobes/enabled)"
+    switch(True)
+    assert set(doctor("true").values()) == {""}
