@@ -242,13 +242,17 @@ static int wake_fd(struct feed *feed)
 static int all_fds(struct feed *feed, int *fds)
 {
 	struct daemon_feed *f = (struct daemon_feed *)feed;
+	int count = 0;
 
-	fds[0] = f->socket;
-	fds[1] = f->link;
-	fds[2] = f->ring_fd;
-	fds[3] = machine.fd;
-	return 4;
+	fds[count++] = f->socket;
+	fds[count++] = f->ring_fd;
+	fds[count++] = machine.fd;
+	for (uint32_t i = 0; i < f->link_count; i++)
+		fds[count++] = f->links[i];
+	return count;
 }
+
+_Static_assert(FEED_FDS == 3 + GROW_MOST, "all_fds");
 
 static void acknowledge(struct feed *feed)
 {

@@ -8,7 +8,7 @@
 
 #include "core/table.h"
 
-#define FEED_FDS 4
+#define FEED_FDS 67
 
 /* The notifier calls these one at a time, for all feeds of the process together, and there is no fork meanwhile; but for
  * `acknowledge`, `doubtful`, and `wake_fd` once it has been made. Those that fail return a negative errno (NULL) and have said why

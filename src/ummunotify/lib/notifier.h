@@ -26,7 +26,7 @@ ptrdiff_t notifier_read(struct ummunotify *umn, struct ummunotify_event *events,
 bool notifier_must_renew(const struct ummunotify *umn);
 
 /* Descriptors that must not be closed behind its back; how many, at most NOTIFIER_FDS. */
-#define NOTIFIER_FDS 5
+#define NOTIFIER_FDS 68
 int notifier_fds(struct ummunotify *umn, int *fds);
 
 /* For a thread that passes on each wake-up: it waits for `wake`, then clears it, after which the next change wakes it again. The
