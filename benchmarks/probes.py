@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import ummunotify
 from ummunotify import sources
 
-from . import report
+from . import mappings, report
 from .mappings import BETWEEN, BETWEEN_SCATTERED, OUT, Budget, added, other_process
 from .report import Row
 from .samples import Pairs
@@ -27,6 +27,8 @@ from .samples import Pairs
 TITLE = "Probes"
 ROOT = Path(__file__).parents[1]
 MANY = 100_000
+BLOCK = 10
+"""Few at a time: there is hardly a millisecond in an emulated machine without another thread's having the CPU."""
 FEW = 100
 """For the other process, whose table is not looked at: watching many takes longer than measuring."""
 KINDS = {OUT: "outside all regions", BETWEEN: "between regions", BETWEEN_SCATTERED: "between regions, at random"}
@@ -45,6 +47,16 @@ instructions and its interrupts are dear.
 class Cost(NamedTuple):
     ratio: float
     doubt: float
+
+
+def _watching(budget: Budget) -> dict[str, Pairs]:
+    mappings.BLOCK = BLOCK
+    return added(MANY, budget).pairs
+
+
+def _others(budget: Budget) -> Pairs:
+    mappings.BLOCK = BLOCK
+    return other_process(FEW, budget)
 
 
 def _cost(pairs: Pairs) -> Cost:
@@ -67,8 +79,8 @@ def measure(quick: bool) -> dict[str, dict[str, Cost]]:
             ummunotify.open("bpf", probe=candidate.name.partition(":")[2]).close()
         except ummunotify.SourceUnavailableError:
             continue
-        watching = _alone(candidate.name, added, MANY, budget).pairs
-        others = _alone(candidate.name, other_process, FEW, budget)
+        watching = _alone(candidate.name, _watching, budget)
+        others = _alone(candidate.name, _others, budget)
         found[candidate.name] = {"": _cost(others), **{name: _cost(watching[name]) for name in KINDS}}
     return found
 
