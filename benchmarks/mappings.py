@@ -241,7 +241,7 @@ def in_turns(
     dropped = 1 - (kept + kept_alone) / tried
     if all(len(of.times) >= ENOUGH for of in alone.values()):
         return alone, Noise(dropped, 0)
-    if not kept:
+    if not all(in_company[name].times or alone[name].times for name in cases):
         raise RuntimeError("the machine is too busy to measure anything")
     return {name: in_company[name] + alone[name] for name in cases}, Noise(dropped, company / (kept + kept_alone))
 
