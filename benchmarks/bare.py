@@ -1,4 +1,4 @@
-"""Builds bare.c and binds it."""
+"""Builds bare.c and uffd.c and binds them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def _library() -> ctypes.CDLL:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     path = Path(folder, "bare.so")
-    subprocess.run(["gcc", *_CFLAGS, *map(str, _HERE.glob("*.c")), "-o", str(path)], check=True)
+    subprocess.run(
+        ["gcc", *_CFLAGS, *(str(_HERE / name) for name in ("bare.c", "uffd.c")), "-o", str(path)], check=True
+    )
     library = ctypes.CDLL(str(path))
     library.bench_check.restype = ctypes.c_uint64
     library.bench_uffd_seen.restype = ctypes.c_uint64

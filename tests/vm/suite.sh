@@ -1,10 +1,13 @@
-# What runs in each guest, unless run.py is told otherwise. With UMMUNOTIFY_SLOW set, more of it.
+# What runs in each guest, unless run.py is told otherwise: all of it in that which UMMUNOTIFY_VM_WHOLE is set for, elsewhere
+# what depends on the kernel and on how it preempts. With UMMUNOTIFY_SLOW set, more of it.
 set -e
 # Not "changes": what this kernel cannot do is no failure.
 export UMMUNOTIFY_REQUIRE=bpf,uffd,rdma,cgroup,libfabric,mpi PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+whole=$UMMUNOTIFY_VM_WHOLE$UMMUNOTIFY_SLOW
 
 step() { echo "== $(cut -d' ' -f1 /proc/uptime) s: $*"; }
 selftest() { "$@" >/run/selftest || { cat /run/selftest && exit 1; } && tail -n 1 /run/selftest; }
+run_tests() { python -m pytest -q -rsfE --tb=short --durations=5 -p no:cacheprovider "$@"; }
 
 sources=$(python -c 'from ummunotify import sources; print(*(each.name for each in sources.every()))')
 for source in $sources; do
@@ -16,7 +19,7 @@ done
 nobody="setpriv --reuid=nobody --regid=nogroup --clear-groups --inh-caps=-all"
 step "nobody, uffd"
 selftest $nobody ummunotify selftest --source uffd
-for probe in kvm zap; do
+for probe in zap ${whole:+kvm}; do
     step "nobody, daemon, $probe"
     rm -f /run/ummunotify/socket
     ummunotify daemon --socket /run/ummunotify/socket --user nobody --probe $probe &
@@ -27,14 +30,9 @@ for probe in kvm zap; do
 done
 
 step "tests"
-more=${UMMUNOTIFY_SLOW:+tests/test_changes.py tests/test_stress.py}
-case $UMMUNOTIFY_VM in
-*/full) less= ;;
-*) less=--ignore=tests/vm/test_circumstances.py ;; # it takes a minute, and preemption makes no difference
-esac
-python -m pytest -q -rsfE --tb=short -p no:cacheprovider $less tests/vm tests/test_zap.py $more
-if [ -z "$less" ]; then
+run_tests tests/test_zap.py ${whole:+tests/vm} ${UMMUNOTIFY_SLOW:+tests/test_changes.py tests/test_stress.py}
+if [ -n "$whole" ]; then
     step "lockdown"
-    python -m pytest -q -rsfE --tb=short -p no:cacheprovider tests/vm/lockdown.py
+    run_tests tests/vm/lockdown.py
 fi
 step "done"
