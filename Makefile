@@ -48,7 +48,7 @@ lint: $(VENV)/installed
 	$(RUN)lint-imports
 
 packages:
-	tools/debian-packages gcc clang libclang-rt-dev make libc6-dev python3-dev python3-venv libbpf1 libbpf-dev libfabric-bin libfabric-dev systemd
+	tools/debian-packages gcc g++ pkgconf clang libclang-rt-dev make libc6-dev python3-dev python3-venv libbpf1 libbpf-dev libfabric-bin libfabric-dev systemd
 
 $(VENV)/tools: pyproject.toml | packages
 	$(PYTHON) -m venv $(VENV)
