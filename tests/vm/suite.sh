@@ -3,11 +3,12 @@
 set -e
 # Not "changes": what this kernel cannot do is no failure.
 export UMMUNOTIFY_REQUIRE=bpf,uffd,rdma,cgroup,libfabric,mpi PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-whole=$UMMUNOTIFY_VM_WHOLE$UMMUNOTIFY_SLOW
+export HYPOTHESIS_STORAGE_DIRECTORY=/var/tmp/hypothesis
+whole=$UMMUNOTIFY_VM_WHOLE$UMMUNOTIFY_SLOW become=
 
 step() { echo "== $(cut -d' ' -f1 /proc/uptime) s: $*"; }
 selftest() { "$@" >/run/selftest || { cat /run/selftest && exit 1; } && tail -n 1 /run/selftest; }
-run_tests() { python -m pytest -q -rsfE --tb=short --durations=5 -p no:cacheprovider "$@"; }
+run_tests() { $become python -m pytest -q -rsfE --tb=short --durations=5 -p no:cacheprovider "$@"; }
 
 sources=$(python -c 'from ummunotify import sources; print(*(each.name for each in sources.every()))')
 for source in $sources; do
@@ -32,6 +33,10 @@ done
 step "tests"
 run_tests tests/test_zap.py ${whole:+tests/vm} ${UMMUNOTIFY_SLOW:+tests/test_changes.py tests/test_stress.py}
 if [ -n "$whole" ]; then
+    step "nobody, tests"
+    become=$nobody
+    run_tests tests/test_stress.py tests/test_model.py -k uffd
+    become=
     step "lockdown"
     run_tests tests/vm/lockdown.py
 fi
