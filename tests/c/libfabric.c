@@ -253,8 +253,8 @@ static void test_joining(void)
 	before = notices;
 	pthread_mutex_lock(&mm_lock);
 	dropped = join;
+	replace(joined, 1); /* with the lock, or `join` could take the memory away while this still fills it */
 	pthread_mutex_unlock(&mm_lock);
-	replace(joined, 1);
 	await(before + 1);
 	renew(joined, PAGE);
 	check(notices >= before + 2);
