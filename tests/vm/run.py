@@ -126,7 +126,7 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="KERNEL[/PREEMPT]", help=f"of {', '.join(each.name for each in guests())}")
-    parser.add_argument("--timeout", type=float, default=900, metavar="S", help="for each guest (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=1500, metavar="S", help="for each guest (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="guests at a time (%(default)s)")
     parser.add_argument("command", nargs="*", help="instead of suite.sh")
     options = parser.parse_args()
