@@ -40,7 +40,7 @@ class Guest(NamedTuple):
     kernel: str
     package: str
     preempt: str
-    whole: bool
+    tests: str
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class Guest(NamedTuple):
 def guests() -> list[Guest]:
     kernels = tomllib.loads((HERE / "kernels.toml").read_text())["kernel"]
     return [
-        Guest(each["name"], each["package"], preempt, each.get("whole", False) and not number)
+        Guest(each["name"], each["package"], preempt, "" if number else each["tests"])
         for each in kernels
         for number, preempt in enumerate(each["preempt"])
     ]
@@ -84,7 +84,7 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str) -> int:
     """Boot the guest, run the command there and pass on what it prints; the command's exit status."""
     kept = {name: value for name, value in os.environ.items() if name.startswith(("UMMUNOTIFY_", "PYTEST_"))}
     kept |= {"PATH": PATH, "HOME": "/root", "VIRTUAL_ENV": sys.prefix, "UMMUNOTIFY_VM": guest.name}
-    kept["UMMUNOTIFY_VM_WHOLE"] = "1" if guest.whole else ""
+    kept["UMMUNOTIFY_VM_TESTS"] = guest.tests
     settings = [f"{name}={value}" for name, value in kept.items()]
     started = time.monotonic()
     with tempfile.NamedTemporaryFile("w", prefix="ummunotify-vm-", suffix=".sh") as script:

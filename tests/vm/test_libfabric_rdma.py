@@ -28,7 +28,7 @@ MPIEXEC = Path(sys.executable).with_name("mpiexec")
 CHANGES = ("nothing", "munmap", "syscall", "madvise", "mremap", "truncate")
 RIGHT = {"nothing": "from the cache, new"} | dict.fromkeys(CHANGES[1:], "registered anew, new")
 WRONG = "from the cache, old"
-PATIENCE = 120
+PATIENCE = 300
 
 
 @pytest.fixture(scope="module", autouse=True)
