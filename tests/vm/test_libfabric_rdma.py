@@ -93,7 +93,7 @@ def test_preloaded(program: str, source: str) -> None:
     assert count["checked"] >= 1
     # Before and after each change, and the buffer that is read into. uffd cannot watch the file.
     refused = 2 if source == "uffd" else 0
-    assert count["refused"] == refused
+    assert count["refused"] == refused, said
     assert count["subscribed"] == 2 * len(CHANGES) - refused
     assert count["notified"] >= len(CHANGES) - 1 - refused / 2
 
