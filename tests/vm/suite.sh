@@ -36,13 +36,13 @@ for name in $tests; do
     step "tests: $name"
     case $name in
     rdma)
-        run_tests tests/vm/test_rdma.py tests/vm/test_libfabric_rdma.py
+        run_tests tests/vm/test_rdma.py tests/vm/test_libfabric_rdma.py tests/vm/test_daemon_probes.py
+        become=$nobody
+        run_tests tests/test_stress.py ${UMMUNOTIFY_SLOW:+tests/test_model.py} -k uffd
+        become=
         ;;
     circumstances)
-        run_tests tests/vm/test_circumstances.py tests/vm/test_daemon_probes.py
-        become=$nobody
-        run_tests tests/test_stress.py tests/test_model.py -k uffd
-        become=
+        run_tests tests/vm/test_circumstances.py
         ;;
     slow)
         run_tests tests/test_changes.py tests/test_stress.py
