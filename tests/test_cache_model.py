@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -22,8 +20,8 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
+from models import run_model
 from support import map_memory, unmap_memory
 
 import ummunotify
@@ -317,12 +315,4 @@ def test_model(keeper: Notifier) -> None:
         class Model(CacheModel):
             umn = opened
 
-        run_state_machine_as_test(
-            Model,
-            settings=settings(
-                max_examples=20_000 if "UMMUNOTIFY_SLOW" in os.environ else 150,
-                stateful_step_count=40,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+        run_model(Model, examples=150, slow=20_000, steps=40)

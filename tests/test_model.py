@@ -7,11 +7,9 @@ kernel, are in core/exact.c.
 from __future__ import annotations
 
 import mmap
-import os
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,8 +17,8 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
+from models import run_model
 from support import map_memory, require, unmap_memory
 
 import ummunotify
@@ -250,12 +248,4 @@ def test_model(source: str) -> None:
         umn = opened
 
     with opened:
-        run_state_machine_as_test(
-            Model,
-            settings=settings(
-                max_examples=3_000 if "UMMUNOTIFY_SLOW" in os.environ else 100,
-                stateful_step_count=50,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+        run_model(Model, examples=100, slow=3_000, steps=50)
