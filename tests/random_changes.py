@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,32 @@ def run(*command: str | Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The module, with a copy of the owner's side of the table."""
+def build() -> Path:
+    """The module, compiled from these very files, but only once: in a guest it takes minutes, and is there already."""
     if importlib.util.find_spec("Cython") is None:
         require("cython", "it is not installed")
-    folder = tmp_path_factory.mktemp("changes")
-    source, library = folder / "changes.c", folder / "changes.so"
-    run(sys.executable, "-m", "cython", "-3", HERE / "core/changes.pyx", "-o", source)
-    flags = ["-shared", "-fPIC", "-O2", "-g", "-pthread", f"-I{sysconfig.get_path('include')}"]
-    includes = [f"-I{ummunotify.get_include()}", f"-I{CORE}", f"-I{HERE / 'core'}"]
-    run("gcc", *flags, *includes, source, HERE / "core/changes.c", CORE / "table.c", "-o", library)
-    spec = importlib.util.spec_from_file_location("changes", library)
+    sources = [HERE / "core/changes.pyx", HERE / "core/changes.c", CORE / "table.c"]
+    headers = [*CORE.glob("*.h"), *HERE.glob("core/*.h"), *Path(ummunotify.get_include()).glob("*.h")]
+    contents = b"".join(path.read_bytes() for path in [Path(__file__), *sources, *sorted(headers)])
+    name = f"changes-{hashlib.sha256(contents).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = HERE.parent / "build/tests" / name
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        source, made = Path(scratch, "changes.c"), Path(scratch, name)
+        run(sys.executable, "-m", "cython", "-3", sources[0], "-o", source)
+        flags = ["-shared", "-fPIC", "-O2", "-g", "-pthread", f"-I{sysconfig.get_path('include')}"]
+        includes = [f"-I{ummunotify.get_include()}", f"-I{CORE}", f"-I{HERE / 'core'}"]
+        run("gcc", *flags, *includes, source, *sources[1:], "-o", made)
+        made.rename(library)
+    return library
+
+
+@pytest.fixture(scope="session")
+def native() -> Any:
+    """The module, with a copy of the owner's side of the table."""
+    spec = importlib.util.spec_from_file_location("changes", build())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -45,6 +45,18 @@ def refused(monkeypatch: pytest.MonkeyPatch, *needs: _Need) -> str:
     return info.value.reason
 
 
+@pytest.mark.parametrize("hidden", ["empty", "absent"])
+def test_symbols_that_cannot_be_read(hidden: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a systemd unit with ProtectKernelTunables=yes: root finds nothing there, and others are refused."""
+    symbols = tmp_path / "kallsyms"
+    if hidden == "empty":
+        symbols.touch()
+    monkeypatch.setattr(zap, "_SYMBOLS", symbols)
+    with pytest.raises(UnavailableError, match=r"cannot be read .*kallsyms") as info:
+        zap.attachments()
+    assert "ProtectKernelTunables=no" in info.value.remedy
+
+
 def test_types_of_the_kernel() -> None:
     with KernelTypes() as types:
         parameters = types.parameters("ptep_clear_flush")

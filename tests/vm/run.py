@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from random_changes import build  # noqa: E402
+
 CACHE = Path(os.environ.get("UMMUNOTIFY_VM_CACHE") or Path.home() / ".cache/ummunotify-vm") / "kernels"
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 FAILED = 125  # the guest, not the command
@@ -36,23 +39,29 @@ BLACKLIST = (
 )
 
 
+# What is printed before the kernel knows that it should be quiet.
+EARLY = re.compile(r"^\[    0\.0|KASLR using|^Probing EDD|^\x1b.*(SeaBIOS|iPXE|Booting)|^$")
+
+
 class Guest(NamedTuple):
     kernel: str
     package: str
-    preempt: str
-    tests: str
+    preempt: list[str]
+    """The models to run the tests under; booted with the last."""
+    tests: list[str]
 
     @property
     def name(self) -> str:
-        return f"{self.kernel}/{self.preempt}"
+        return self.kernel if len(self.preempt) > 1 else f"{self.kernel}/{self.preempt[0]}"
 
 
 def guests() -> list[Guest]:
+    """Those of kernels.toml, each followed by the same for one preemption model only."""
     kernels = tomllib.loads((HERE / "kernels.toml").read_text())["kernel"]
     return [
-        Guest(each["name"], each["package"], preempt, "" if number else each["tests"])
+        Guest(each["name"], each["package"], models, each["tests"])
         for each in kernels
-        for number, preempt in enumerate(each["preempt"])
+        for models in (each["preempt"], *([one] for one in each["preempt"]))
     ]
 
 
@@ -84,20 +93,26 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str) -> int:
     """Boot the guest, run the command there and pass on what it prints; the command's exit status."""
     kept = {name: value for name, value in os.environ.items() if name.startswith(("UMMUNOTIFY_", "PYTEST_"))}
     kept |= {"PATH": PATH, "HOME": "/root", "VIRTUAL_ENV": sys.prefix, "UMMUNOTIFY_VM": guest.name}
-    kept["UMMUNOTIFY_VM_TESTS"] = guest.tests
+    kept["UMMUNOTIFY_VM_TESTS"] = " ".join(f"tests/{each}" for each in guest.tests)
+    kept["UMMUNOTIFY_VM_PREEMPT"] = " ".join(guest.preempt)
     settings = [f"{name}={value}" for name, value in kept.items()]
     started = time.monotonic()
     with tempfile.NamedTemporaryFile("w", prefix="ummunotify-vm-", suffix=".sh") as script:
         # The kernel's command line, where virtme-ng puts the command, is short.
         script.write(shlex.join(["exec", "env", *settings, "bash", str(HERE / "guest.sh"), os.getcwd(), *command]))
         script.flush()
-        arguments = ["vng", "--run", str(image(guest.kernel)), "--disable-kvm", "--disable-microvm", "--force-9p"]
+        arguments = ["vng", "--verbose", "--run", str(image(guest.kernel))]
+        arguments += ["--disable-kvm", "--disable-microvm", "--force-9p"]
         arguments += ["--user", "root", "--memory", "2G", "--cpus", "2", "--exec", f"sh {script.name}"]
         host = "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"
-        arguments += [f"--qemu-opts=-fsdev {host} -device virtio-9p-pci,fsdev=host,mount_tag=host"]
+        # One thread for both CPUs. With two, QEMU before 8.1 may translate code while the other CPU patches it, and the
+        # guest's kernel dies of a breakpoint that is there no more ("Oops: int3"). It is no slower on a busy host.
+        emulation = "-accel tcg,thread=single"
+        arguments += [f"--qemu-opts={emulation} -fsdev {host} -device virtio-9p-pci,fsdev=host,mount_tag=host"]
         # On a busy host the emulated clocks drift apart; that must not look like a defect of the guest.
-        for append in (f"preempt={guest.preempt}", "tsc=reliable nowatchdog", f"modprobe.blacklist={BLACKLIST}"):
-            arguments += ["--append", append]
+        append = f"preempt={guest.preempt[-1]} tsc=reliable nowatchdog modprobe.blacklist={BLACKLIST}"
+        # Of the kernel's messages only the last: why it panicked.
+        arguments += ["--append", f"{append} loglevel=1"]
         # QEMU's output must be a pipe: it truncates a file.
         vm = subprocess.Popen(
             arguments,
@@ -110,8 +125,10 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str) -> int:
         timer.start()
         try:
             assert vm.stdout is not None
-            for line in vm.stdout:
-                print(prefix + line.decode(errors="replace").rstrip("\r\n"), flush=True)
+            for data in vm.stdout:
+                line = data.decode(errors="replace").rstrip("\r\n")
+                if not EARLY.search(line):
+                    print(prefix + line, flush=True)
             status = vm.wait()
         finally:
             timer.cancel()
@@ -131,13 +148,14 @@ def main() -> int:
     parser.add_argument("command", nargs="*", help="instead of suite.sh")
     options = parser.parse_args()
     os.environ["PATH"] = PATH  # vng and depmod
-    chosen = [each for each in guests() if options.only in (None, each.name, each.kernel)]
+    chosen = [each for each in guests() if (each.name == options.only if options.only else each.name == each.kernel)]
     if not chosen:
         parser.error(f"there is no kernel {options.only!r}")
     if missing := {each.kernel: each.package for each in chosen if image(each.kernel) is None}:
         output("apt-get", "-q", "update")
         for kernel, package in missing.items():
             fetch(kernel, package)
+    build()
     command = options.command or ["sh", str(HERE / "suite.sh")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
     with ThreadPoolExecutor(options.jobs) as pool:

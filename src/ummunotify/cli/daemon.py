@@ -21,11 +21,9 @@ import click
 from ..bpf import libbpf
 from ..daemon import privileges, protocol
 from ..daemon.limits import SPARE, Limits
-from ..daemon.server import SEGMENTS_AT_ONCE, STEPS_FOREIGN, STEPS_OWN, Server, event
-from ..notifier import open_candidate
-from ..sources import candidates
+from ..daemon.loading import load
+from ..daemon.server import SEGMENTS_AT_ONCE, Server, event
 from ..sources.base import UnavailableError
-from ..sources.bpf import Maps, open_kvm
 
 _LISTEN_FD = 3
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
@@ -225,17 +223,16 @@ def _serve(
     with contextlib.ExitStack() as undo:
         try:
             _room(clients, ready)
-            tried, kvm_fd = _probes(probe, kvm)
-            if kvm_fd >= 0:
-                undo.callback(os.close, kvm_fd)
             if bpf_statistics:
                 undo.callback(os.close, libbpf.enable_statistics())
             endpoint = None if metrics is None else undo.enter_context(_metrics_listener(metrics))
             listener = _inherited() or _bind(path, mode, group)
             undo.callback(listener.close)
             # Before that: where kernel.perf_event_paranoid is above 2, as on Debian, kprobes take CAP_SYS_ADMIN.
-            maps = _load(tried, clients + ready)
+            maps, kvm_fd = load(probe, kvm, clients + ready)
             undo.callback(maps.close)
+            if kvm_fd >= 0:
+                undo.callback(os.close, kvm_fd)
             privileges.drop(user)
             server = Server(listener, maps, kvm_fd, limits, ready)
             undo.callback(server.close)
@@ -261,40 +258,6 @@ def _serve(
         server.run(lambda: _notify("READY=1"))
         _notify("STOPPING=1")
         event(logging.INFO, "stopped", clients=server.summary().clients)
-
-
-def _probes(probe: str | None, give_kvm: bool) -> tuple[list[str], int]:
-    """Which to try, and /dev/kvm for clients; -1: they get none. Raises UnavailableError."""
-    tried = list(protocol.PROBES) if probe is None else [probe]
-    kvm = -1
-    if give_kvm and tried != ["zap"]:
-        try:
-            kvm = open_kvm()
-        except UnavailableError:
-            if probe is not None:
-                raise
-            tried = ["zap"]  # the only one for which clients need none
-    return tried, kvm
-
-
-def _load(tried: list[str], tables: int) -> Maps:
-    """The first of these probes that works here, attached. Raises UnavailableError."""
-    reasons: list[str] = []
-    for probe in tried:
-        maps: Maps | None = None
-        try:
-            if probe == "zap":
-                # It is at many functions, so many kinds of change are tried. The others clients try by themselves.
-                (candidate,) = candidates("bpf", "zap")
-                open_candidate(candidate).close()
-            maps = Maps(tables, STEPS_FOREIGN, STEPS_OWN, probe)
-            maps.attach()
-            return maps
-        except UnavailableError as error:
-            reasons.append(f"{probe}: {error}" if len(tried) > 1 else str(error))
-            if maps is not None:
-                maps.close()
-    raise UnavailableError(". ".join(reasons), "")
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ import socket
 import tempfile
 
 from ..sources.base import UnavailableError
-from ..sources.bpf import Maps, open_kvm
 from . import privileges
 from .limits import Limits
-from .server import STEPS_FOREIGN, STEPS_OWN, Server
+from .loading import load
+from .server import Server
 
 _LIMITS = Limits(clients=1024, clients_per_user=1024)
 _READY = 2
@@ -51,7 +51,6 @@ def _serve(program: int, say: int) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with contextlib.ExitStack() as undo:
         try:
-            kvm = open_kvm()
             directory = tempfile.mkdtemp(prefix="ummunotify-")
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             os.chdir("/")
@@ -59,13 +58,12 @@ def _serve(program: int, say: int) -> None:
             listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             listener.bind(path)
             listener.listen(socket.SOMAXCONN)
-            _keep_only({program, say, kvm, listener.fileno()})
+            _keep_only({program, say, listener.fileno()})
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            maps = Maps(_LIMITS.clients + _READY, STEPS_FOREIGN, STEPS_OWN)
+            maps, kvm = load(None, True, _LIMITS.clients + _READY)
             undo.callback(maps.close)
             privileges.drop(None)
-            maps.attach()
             server = Server(listener, maps, kvm, _LIMITS, _READY)
             undo.callback(server.close)
         except UnavailableError as error:

@@ -96,18 +96,25 @@ static bool has_mode(int flags)
 	return (flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE;
 }
 
+/* Only then is there one to read. */
+#define READ_MODE(mode, flags)                                                                                                 \
+	do {                                                                                                                   \
+		va_list arguments;                                                                                             \
+                                                                                                                               \
+		if (!has_mode(flags))                                                                                          \
+			break;                                                                                                 \
+		va_start(arguments, flags);                                                                                    \
+		mode = va_arg(arguments, mode_t);                                                                              \
+		va_end(arguments);                                                                                             \
+	} while (0)
+
 /* On 64-bit systems a file is as large as it likes to be, so open64 is open. */
 #define OPEN(name)                                                                                                             \
 	EXPORT int name(const char *path, int flags, ...)                                                                      \
 	{                                                                                                                      \
-		va_list arguments;                                                                                             \
 		mode_t mode = 0;                                                                                               \
                                                                                                                                \
-		if (has_mode(flags)) {                                                                                         \
-			va_start(arguments, flags);                                                                            \
-			mode = va_arg(arguments, mode_t);                                                                      \
-			va_end(arguments);                                                                                     \
-		}                                                                                                              \
+		READ_MODE(mode, flags);                                                                                        \
 		ready();                                                                                                       \
 		return opened(also.open(path, flags, mode), path, flags);                                                      \
 	}
@@ -117,14 +124,9 @@ OPEN(open64)
 #define OPENAT(name)                                                                                                           \
 	EXPORT int name(int directory, const char *path, int flags, ...)                                                       \
 	{                                                                                                                      \
-		va_list arguments;                                                                                             \
 		mode_t mode = 0;                                                                                               \
                                                                                                                                \
-		if (has_mode(flags)) {                                                                                         \
-			va_start(arguments, flags);                                                                            \
-			mode = va_arg(arguments, mode_t);                                                                      \
-			va_end(arguments);                                                                                     \
-		}                                                                                                              \
+		READ_MODE(mode, flags);                                                                                        \
 		ready();                                                                                                       \
 		return opened(also.openat(directory, path, flags, mode), path, flags);                                         \
 	}

@@ -155,16 +155,27 @@ _NEEDS = (
 )
 
 
+_SYMBOLS = Path("/proc/kallsyms")
+
+
 class _Missing(Exception):
     pass
 
 
 @functools.cache
 def _symbols() -> dict[str, list[str]]:
-    """Of each function that matters here, the code that the kernel has for it."""
+    """Of each function that matters here, the code that the kernel has for it. Raises UnavailableError."""
     names = "|".join(function.name for need in _NEEDS for functions in need.either for function in functions)
+    try:
+        if not (symbols := _SYMBOLS.read_text()):
+            raise OSError(f"{_SYMBOLS} is empty")  # to root, where a unit hides it
+    except OSError as error:
+        raise UnavailableError(
+            f"which functions the kernel has cannot be read ({error})",
+            f"let {_SYMBOLS} be read (in a systemd unit: ProtectKernelTunables=no), or use another probe",
+        ) from error
     found: dict[str, list[str]] = {}
-    for name, suffix in re.findall(rf" [tT] ({names})(\.\S+)?$", Path("/proc/kallsyms").read_text(), re.MULTILINE):
+    for name, suffix in re.findall(rf" [tT] ({names})(\.\S+)?$", symbols, re.MULTILINE):
         if not suffix.startswith(".cold"):  # what is seldom needed of a function, not a way into it
             found.setdefault(name, []).append(name + suffix)
     return found

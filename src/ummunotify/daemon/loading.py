@@ -1,0 +1,58 @@
+"""Which probe the daemon attaches: shared by the one for all users and the one for a single program."""
+
+from __future__ import annotations
+
+import os
+
+from ..notifier import open_candidate
+from ..sources import candidates
+from ..sources.base import UnavailableError
+from ..sources.bpf import Maps, open_kvm
+from .protocol import PROBES
+from .server import STEPS_FOREIGN, STEPS_OWN
+
+
+def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Maps, int]:
+    """Attach this probe, or else the first that works here. The maps, and /dev/kvm for clients; -1: they get none.
+
+    Raises UnavailableError, OSError, with nothing left open.
+    """
+    tried = list(PROBES) if probe is None else [probe]
+    reasons: list[str] = []
+    kvm = -1
+    if give_kvm and tried != ["zap"]:
+        try:
+            kvm = open_kvm()
+        except UnavailableError as error:
+            if probe is not None:
+                raise
+            tried.remove("zap")  # the only one for which clients need none
+            reasons.append(f"{', '.join(tried)}: {error}")
+            tried = ["zap"]
+    try:
+        for each in tried:
+            try:
+                return _attach(each, tables), kvm
+            except UnavailableError as error:
+                if probe is not None:
+                    raise
+                reasons.append(f"{each}: {error}")
+        raise UnavailableError(". ".join(reasons), "")
+    except BaseException:
+        if kvm >= 0:
+            os.close(kvm)
+        raise
+
+
+def _attach(probe: str, tables: int) -> Maps:
+    if probe == "zap":
+        # It is at many functions, so many kinds of change are tried. The others clients try by themselves.
+        (candidate,) = candidates("bpf", "zap")
+        open_candidate(candidate).close()
+    maps = Maps(tables, STEPS_FOREIGN, STEPS_OWN, probe)
+    try:
+        maps.attach()
+    except BaseException:
+        maps.close()
+        raise
+    return maps
