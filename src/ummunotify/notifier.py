@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import contextlib
 import os
@@ -12,13 +11,16 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from . import sources
 from ._core import WatchTable, test_page, unmap
 from .errors import ClosedError, SourceUnavailableError, TooManyRegionsError
 from .sources.base import Exercise, ExercisedFeed, Feed, ToldFeed, UnavailableError
 from .types import Invalidation
+
+if TYPE_CHECKING:
+    import asyncio
 
 PAGE = 4096
 
@@ -215,6 +217,8 @@ class Notifier(WatchTable):
 
     async def __aiter__(self) -> AsyncIterator[Invalidation]:
         """Invalidations as they come, until the notifier is closed."""
+        import asyncio  # here, as it takes longer than all else that is imported, and whoever iterates has it already
+
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as undo:
             fds = []
@@ -234,7 +238,7 @@ class Notifier(WatchTable):
                 for event in events:
                     yield event
                 if not events:
-                    await _readable(loop, fds)
+                    await _readable(loop, asyncio.Event(), fds)
 
     def close(self) -> None:
         """Stop watching and release everything. May be called more than once, and while other threads read.
@@ -274,9 +278,8 @@ class Notifier(WatchTable):
             self._closing_fd = -1
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, fds: list[int]) -> None:
+async def _readable(loop: asyncio.AbstractEventLoop, readable: asyncio.Event, fds: list[int]) -> None:
     """Until one of them is. In between the loop does not look at them, or it would spin while nobody reads."""
-    readable = asyncio.Event()
     for fd in fds:
         loop.add_reader(fd, readable.set)
     try:

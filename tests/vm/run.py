@@ -89,8 +89,12 @@ def fetch(kernel: str, package: str) -> None:
         root.rename(CACHE / kernel)
 
 
-def run(guest: Guest, command: list[str], timeout: float, prefix: str) -> int:
-    """Boot the guest, run the command there and pass on what it prints; the command's exit status."""
+def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: str) -> int:
+    """Boot the guest, run the command there and pass on what it prints; the command's exit status.
+
+    `threads`: with a single one its CPUs take turns. With several they do run at once, but QEMU before 8.1 may translate
+    code while another CPU patches it, and then the kernel dies of a breakpoint that is there no more ("Oops: int3").
+    """
     kept = {name: value for name, value in os.environ.items() if name.startswith(("UMMUNOTIFY_", "PYTEST_"))}
     kept |= {"PATH": PATH, "HOME": "/root", "VIRTUAL_ENV": sys.prefix, "UMMUNOTIFY_VM": guest.name}
     kept["UMMUNOTIFY_VM_TESTS"] = " ".join(f"tests/{each}" for each in guest.tests)
@@ -105,10 +109,9 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str) -> int:
         arguments += ["--disable-kvm", "--disable-microvm", "--force-9p"]
         arguments += ["--user", "root", "--memory", "2G", "--cpus", "2", "--exec", f"sh {script.name}"]
         host = "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"
-        # One thread for both CPUs. With two, QEMU before 8.1 may translate code while the other CPU patches it, and the
-        # guest's kernel dies of a breakpoint that is there no more ("Oops: int3"). It is no slower on a busy host.
-        emulation = "-accel tcg,thread=single"
-        arguments += [f"--qemu-opts={emulation} -fsdev {host} -device virtio-9p-pci,fsdev=host,mount_tag=host"]
+        arguments += [
+            f"--qemu-opts=-accel tcg,thread={threads} -fsdev {host} -device virtio-9p-pci,fsdev=host,mount_tag=host"
+        ]
         # On a busy host the emulated clocks drift apart; that must not look like a defect of the guest.
         append = f"preempt={guest.preempt[-1]} tsc=reliable nowatchdog modprobe.blacklist={BLACKLIST}"
         # Of the kernel's messages only the last: why it panicked.
@@ -145,6 +148,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="KERNEL[/PREEMPT]", help=f"of {', '.join(each.name for each in guests())}")
     parser.add_argument("--timeout", type=float, default=1500, metavar="S", help="for each guest (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="guests at a time (%(default)s)")
+    parser.add_argument("--threads", choices=("single", "multi"), default="single", help="do its CPUs take turns?")
     parser.add_argument("command", nargs="*", help="instead of suite.sh")
     options = parser.parse_args()
     os.environ["PATH"] = PATH  # vng and depmod
@@ -160,7 +164,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
     with ThreadPoolExecutor(options.jobs) as pool:
         results = [
-            pool.submit(run, each, command, options.timeout, f"{each.name}: " if len(chosen) > 1 else "")
+            pool.submit(
+                run, each, command, options.timeout, f"{each.name}: " if len(chosen) > 1 else "", options.threads
+            )
             for each in chosen
         ]
         return next((code for result in results if (code := result.result())), 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 
 import click
 
@@ -37,6 +36,6 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(metadata.version("ummunotify"), prog_name="ummunotify")
+@click.version_option(package_name="ummunotify", prog_name="ummunotify")
 def main() -> None:
     """Learn, without losing an event, that memory was unmapped behind your back."""

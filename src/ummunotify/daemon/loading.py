@@ -18,7 +18,7 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Maps, int]:
     Raises UnavailableError, OSError, with nothing left open.
     """
     tried = list(PROBES) if probe is None else [probe]
-    reasons: list[str] = []
+    refusals: list[tuple[str, UnavailableError]] = []
     kvm = -1
     if give_kvm and tried != ["zap"]:
         try:
@@ -27,17 +27,17 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Maps, int]:
             if probe is not None:
                 raise
             tried.remove("zap")  # the only one for which clients need none
-            reasons.append(f"{', '.join(tried)}: {error}")
+            refusals.append((", ".join(tried), error))
             tried = ["zap"]
     try:
         for each in tried:
             try:
                 return _attach(each, tables), kvm
             except UnavailableError as error:
-                if probe is not None:
-                    raise
-                reasons.append(f"{each}: {error}")
-        raise UnavailableError(". ".join(reasons), "")
+                refusals.append((each, error))
+        if len({str(error) for _, error in refusals}) == 1:  # it is not the probe's fault
+            raise refusals[0][1]
+        raise UnavailableError(". ".join(f"{names}: {error}" for names, error in refusals), "")
     except BaseException:
         if kvm >= 0:
             os.close(kvm)
