@@ -115,7 +115,7 @@ def _in_guest(name: str, quick: bool) -> dict[str, dict[str, Cost]]:
 def section(quick: bool, folder: Path) -> str:
     found: list[Row] = []
     for kernel in tomllib.loads((ROOT / "tests/vm/kernels.toml").read_text())["kernel"]:
-        guest = f"{kernel['name']}/{kernel['preempt'][0]}"
+        guest = f"{kernel['name']}/{kernel['preempt'][-1]}"
         found += rows(guest, _in_guest(guest, quick))
     return f"{report.table(found)}\n{METHOD}"
 

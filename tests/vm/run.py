@@ -92,8 +92,8 @@ def fetch(kernel: str, package: str) -> None:
 def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: str) -> int:
     """Boot the guest, run the command there and pass on what it prints; the command's exit status.
 
-    `threads`: with a single one its CPUs take turns. With several they do run at once, but QEMU before 8.1 may translate
-    code while another CPU patches it, and then the kernel dies of a breakpoint that is there no more ("Oops: int3").
+    `threads`: with a single one its CPUs take turns. With several they run at once, but QEMU before 8.1 may translate
+    code while it is patched by another CPU, and the kernel dies of a breakpoint that is there no more ("Oops: int3").
     """
     kept = {name: value for name, value in os.environ.items() if name.startswith(("UMMUNOTIFY_", "PYTEST_"))}
     kept |= {"PATH": PATH, "HOME": "/root", "VIRTUAL_ENV": sys.prefix, "UMMUNOTIFY_VM": guest.name}
