@@ -55,6 +55,7 @@ cdef extern from "core/doubt.h" nogil:
     struct umn_doubt:
         pass
     int umn_doubt_open(umn_doubt *doubt, int fd)
+    int umn_doubt_show_secret(umn_doubt *doubt, uint64_t secret) nogil
     void umn_doubt_abandon(umn_doubt *doubt)
     void umn_doubt_close(umn_doubt *doubt)
 
@@ -607,6 +608,14 @@ cdef class Doubt:
     def address(self):
         """Of the struct umn_source, which is there as long as this object."""
         return <uintptr_t>&self._doubt
+
+    def show_secret(self, uint64_t secret):
+        """As the function, but so that the kernel has not skipped the probe; it tries for some seconds. OSError."""
+        cdef int error
+        with nogil:
+            error = umn_doubt_show_secret(&self._doubt, secret)
+        if error:
+            raise OSError(-error, os.strerror(-error))
 
     def abandon(self):
         """Let go of the map; from then on there is no doubt. May be called more than once."""

@@ -483,6 +483,8 @@ int doubt(void *unused)
 	if (!*active == !*doubted_here)
 		return 1;
 	if (*active) {
+		if (__sync_fetch_and_add(&all->times, 1) == UINT32_MAX) /* using the result makes it an ordered operation */
+			*doubted_here = 1;
 		*doubted_here = __sync_fetch_and_add(&all->cpus, 1) != UINT32_MAX;
 	} else {
 		bpf_loop(ctl->tables, give_up_on, 0, 0);

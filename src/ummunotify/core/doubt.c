@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "doubt.h"
 
+#include "platform.h"
+
 #include <errno.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -48,6 +50,25 @@ int umn_doubt_open(struct umn_doubt *doubt, int fd)
 		.shared = shared,
 	};
 	return 0;
+}
+
+int umn_doubt_show_secret(struct umn_doubt *doubt, uint64_t secret)
+{
+	int error = 0;
+	bool certain = false;
+
+	for (int i = 0; i < 1000 && !certain && !error; i++) {
+		/*
+		 * Read in this order, with the system call between the halves: were the program skipped there, then on a CPU whose
+		 * doubt began either before the second line, which sees it, or after the first, and the last sees that.
+		 */
+		uint32_t times = __atomic_load_n(&doubt->shared->times, __ATOMIC_SEQ_CST);
+
+		certain = settle(&doubt->source, 10);
+		error = umn_show_secret(secret);
+		certain = certain && __atomic_load_n(&doubt->shared->times, __ATOMIC_SEQ_CST) == times;
+	}
+	return error;
 }
 
 void umn_doubt_abandon(struct umn_doubt *doubt)

@@ -16,6 +16,8 @@ struct umn_doubt {
 
 /* fd: the map. 0 or -errno. */
 int umn_doubt_open(struct umn_doubt *doubt, int fd);
+/* umn_show_secret, but again while the kernel may have skipped the probe meanwhile, for some seconds at most. 0 or -errno. */
+int umn_doubt_show_secret(struct umn_doubt *doubt, uint64_t secret);
 /* Lets go of the map: from then on there is no doubt. Other threads may be looking meanwhile. */
 void umn_doubt_abandon(struct umn_doubt *doubt);
 /* Nobody is looking any more. */

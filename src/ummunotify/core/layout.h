@@ -93,7 +93,7 @@ struct umn_slot {
 /* For the probes that the kernel may skip: see core/doubt.h. The feeder writes it, for all its tables. */
 struct umn_doubts {
 	uint32_t cpus; /* on how many of them the kernel may be skipping the probe now */
-	uint32_t unused;
+	uint32_t times; /* how often that has begun, counted before; it wraps */
 };
 
 #ifdef __cplusplus

@@ -221,8 +221,9 @@ static int bind_feed(struct feed *feed)
 {
 	struct daemon_feed *f = (struct daemon_feed *)feed;
 	struct reply reply;
-	int fds[GROW_MOST], error = umn_show_secret(f->secret);
+	int fds[GROW_MOST], error;
 
+	error = f->doubt.shared ? umn_doubt_show_secret(&f->doubt, f->secret) : umn_show_secret(f->secret);
 	if (error)
 		return fail(ENODEV, "a page of memory cannot be changed (%s)", strerror(-error));
 	error = ask(f, SETTLE, &reply, fds);

@@ -550,7 +550,7 @@ class BpfFeed:
         try:
             secret = self._maps.expect(self._table)
             try:
-                show_secret(secret)
+                self._show_secret(secret)
             finally:
                 seen = self._maps.settle(self._table, secret)
         except OSError as error:
@@ -559,6 +559,9 @@ class BpfFeed:
             raise UnavailableError(
                 "the probe did not see a change made for it to see", "please report this with the kernel's version"
             )
+
+    def _show_secret(self, secret: int) -> None:
+        show_secret(secret)
 
     def wake_fd(self) -> int:
         if self._ring is None:
@@ -621,6 +624,9 @@ class KprobeFeed(BpfFeed):
 
     def doubtful(self) -> bool:
         return False  # where there is doubt it is known already
+
+    def _show_secret(self, secret: int) -> None:
+        self._doubt.show_secret(secret)
 
     def _close_fds(self) -> None:
         super()._close_fds()

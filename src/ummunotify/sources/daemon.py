@@ -169,12 +169,15 @@ class DaemonFeed:
 
     def bind(self) -> None:
         try:
-            show_secret(self._secret)
+            self._show_secret()
             reply, _ = self._ask(Op.SETTLE)
         except OSError as error:
             raise _lost(error) from error
         if reply.status != Status.OK:
             raise UnavailableError(*_refusal(reply.status, reply.value))
+
+    def _show_secret(self) -> None:
+        show_secret(self._secret)
 
     def wake_fd(self) -> int:
         if self._ring is None:
@@ -224,6 +227,9 @@ class DoubtedDaemonFeed(DaemonFeed):
 
     def refusal(self, number: int, start: int, end: int) -> Exception:
         raise AssertionError("it refuses nothing")
+
+    def _show_secret(self) -> None:
+        self._doubt.show_secret(self._secret)
 
     def abandon(self) -> None:
         super().abandon()
