@@ -19,7 +19,7 @@ PROCESSES = 64
 
 
 def change(umn: ummunotify.Notifier) -> None:
-    """Unmap something that is watched, and is known to be as it was: where the kernel skips a probe that takes a while."""
+    """Unmap what is watched and known to be as it was: where the kernel skips a probe, that takes a while."""
     address = map_memory(PAGE)
     ctypes.c_ubyte.from_address(address).value = 1
     region = umn.watch((address, PAGE))

@@ -6,7 +6,7 @@ export UMMUNOTIFY_REQUIRE=bpf,uffd,rdma,cgroup,libfabric,mpi PYTEST_DISABLE_PLUG
 export HYPOTHESIS_STORAGE_DIRECTORY=/var/tmp/hypothesis
 tests=$UMMUNOTIFY_VM_TESTS
 if [ -n "$UMMUNOTIFY_SLOW" ]; then
-    tests="tests/test_zap.py tests/test_changes.py tests/test_stress.py $(ls tests/vm/test_*.py) tests/vm/lockdown.py"
+    tests="tests/test_zap.py tests/test_changes.py tests/test_stress.py tests/test_processes.py $(ls tests/vm/test_*.py) tests/vm/lockdown.py"
 fi
 nobody="setpriv --reuid=nobody --regid=nogroup --clear-groups --inh-caps=-all"
 model=/sys/kernel/debug/sched/preempt
