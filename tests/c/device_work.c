@@ -73,6 +73,19 @@ static uint64_t change_and_read(void)
 	return after - before;
 }
 
+/* Without the turns of a loop that waits for another thread: there may be any number of them. */
+static uint64_t least(uint64_t (*what)(void))
+{
+	uint64_t smallest = UINT64_MAX;
+
+	for (int i = 0; i < 20; i++) {
+		uint64_t counted = what();
+
+		smallest = counted < smallest ? counted : smallest;
+	}
+	return smallest;
+}
+
 int main(void)
 {
 	uint64_t first, last, few, many;
@@ -81,11 +94,11 @@ int main(void)
 	check(fd >= 0);
 	memory = get_pages(PAGES, NULL);
 	first = average(add, 0);
-	few = change_and_read();
+	few = least(change_and_read);
 	for (uint64_t i = FEW; i < N - FEW; i++)
 		add(i);
 	last = average(add, N - FEW);
-	many = change_and_read();
+	many = least(change_and_read);
 	printf("register: %lu %lu\n", (unsigned long)first, (unsigned long)last);
 	printf("change and read: %lu %lu\n", (unsigned long)few, (unsigned long)many);
 	last = average(drop, N - FEW);
