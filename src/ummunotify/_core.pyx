@@ -55,7 +55,7 @@ cdef extern from "core/doubt.h" nogil:
     struct umn_doubt:
         pass
     int umn_doubt_open(umn_doubt *doubt, int fd)
-    int umn_doubt_show_secret(umn_doubt *doubt, uint64_t secret) nogil
+    int umn_doubt_show_secret(umn_doubt *doubt, uint64_t secret)
     void umn_doubt_abandon(umn_doubt *doubt)
     void umn_doubt_close(umn_doubt *doubt)
 
