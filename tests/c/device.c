@@ -1385,6 +1385,9 @@ static void *register_and_change(void *argument)
 		watch(shared_fd, memory, PAGE, base + i);
 		before = *shared_counter;
 		munmap(memory, PAGE);
+		/* userfaultfd may be telling of another thread's change just then: it takes some microseconds (docs/c.md). */
+		while (is_uffd() && *shared_counter == before)
+			sched_yield();
 		check(*shared_counter != before);
 		/* Until somebody has read it. */
 		while (!__atomic_load_n(&seen[base + i], __ATOMIC_ACQUIRE))
