@@ -483,8 +483,7 @@ int doubt(void *unused)
 	if (!*active == !*doubted_here)
 		return 1;
 	if (*active) {
-		if (__sync_fetch_and_add(&all->times, 1) == UINT32_MAX) /* using the result makes it an ordered operation */
-			*doubted_here = 1;
+		__sync_fetch_and_add(&all->times, 1); /* ordered by the next: using the result makes it a full barrier */
 		*doubted_here = __sync_fetch_and_add(&all->cpus, 1) != UINT32_MAX;
 	} else {
 		bpf_loop(ctl->tables, give_up_on, 0, 0);
