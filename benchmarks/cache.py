@@ -67,7 +67,10 @@ def _threads(native: hits.Native) -> str:
                 scale >= 1.8 if ours else None,
             )
         )
-    return "Wall-clock time, the best of many short runs:\n\n" + report.table(rows)
+    return (
+        "Wall-clock time, the best of many short runs, in turns. Threads that have a cache each share nothing at all, so "
+        "what they lack is the machine's.\n\n" + report.table(rows)
+    )
 
 
 def _python(python: dict[str, float]) -> str:

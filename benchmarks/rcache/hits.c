@@ -25,7 +25,9 @@ static uint64_t now(clockid_t clock)
 
 /* ---- One thread ---- */
 
-/* Each returns the thread's own time in ns, or 0 if something was not found. */
+/* Each returns the thread's own time in ns, which can be 0 where a hypervisor takes its time back; or NOT_FOUND. */
+#define NOT_FOUND UINT64_MAX
+
 uint64_t bench_hits(struct umn_cache *cache, const uint64_t *addresses, uint32_t n, uint64_t length)
 {
 	uint64_t begun = now(CLOCK_THREAD_CPUTIME_ID);
@@ -34,7 +36,7 @@ uint64_t bench_hits(struct umn_cache *cache, const uint64_t *addresses, uint32_t
 	for (uint32_t i = 0; i < n; i++) {
 		entry = umn_cache_acquire(cache, addresses[i], addresses[i] + length);
 		if (!entry)
-			return 0;
+			return NOT_FOUND;
 		umn_cache_release(cache, entry);
 	}
 	return now(CLOCK_THREAD_CPUTIME_ID) - begun;
@@ -86,7 +88,7 @@ uint64_t bench_ucx_hits(void *rcache, const uint64_t *addresses, uint32_t n, uin
 
 	for (uint32_t i = 0; i < n; i++) {
 		if (ucs_rcache_get(rcache, (void *)addresses[i], length, PROT_READ | PROT_WRITE, NULL, &region) != UCS_OK)
-			return 0;
+			return NOT_FOUND;
 		ucs_rcache_region_put(rcache, region);
 	}
 	return now(CLOCK_THREAD_CPUTIME_ID) - begun;
@@ -101,7 +103,7 @@ void *bench_ucx_new(void)
 uint64_t bench_ucx_hits(void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length)
 {
 	(void)rcache, (void)addresses, (void)n, (void)length;
-	return 0;
+	return NOT_FOUND;
 }
 #endif
 
@@ -124,13 +126,14 @@ static void *work(void *argument)
 
 	pthread_barrier_wait(w->barrier);
 	for (uint32_t i = 0; i < w->rounds; i++)
-		w->failed |= !(w->rcache ? bench_ucx_hits(w->rcache, w->addresses, w->n, w->length)
-					 : bench_hits(w->cache, w->addresses, w->n, w->length));
+		w->failed |= (w->rcache ? bench_ucx_hits(w->rcache, w->addresses, w->n, w->length)
+					: bench_hits(w->cache, w->addresses, w->n, w->length)) == NOT_FOUND;
 	return NULL;
 }
 
-/* Each thread has its own n addresses. The time that passes until all are done, in ns; 0: something was not found. */
-uint64_t bench_threads(struct umn_cache *cache, void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length,
+/* Each thread has its own n addresses, and one of the caches, or all share UCX's. The time that passes until all are done, in ns;
+ * or NOT_FOUND. */
+uint64_t bench_threads(struct umn_cache *const *caches, void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length,
 		       uint32_t threads, uint32_t rounds)
 {
 	struct worker *workers = calloc(threads, sizeof *workers);
@@ -140,7 +143,7 @@ uint64_t bench_threads(struct umn_cache *cache, void *rcache, const uint64_t *ad
 
 	pthread_barrier_init(&barrier, NULL, threads + 1);
 	for (uint32_t i = 0; i < threads; i++) {
-		workers[i] = (struct worker){.cache = cache,
+		workers[i] = (struct worker){.cache = caches[i],
 					     .rcache = rcache,
 					     .addresses = addresses + (size_t)i * n,
 					     .n = n,
@@ -158,5 +161,5 @@ uint64_t bench_threads(struct umn_cache *cache, void *rcache, const uint64_t *ad
 	begun = now(CLOCK_MONOTONIC) - begun;
 	pthread_barrier_destroy(&barrier);
 	free(workers);
-	return failed ? 0 : begun;
+	return failed ? NOT_FOUND : begun;
 }

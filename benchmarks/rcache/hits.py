@@ -5,6 +5,7 @@ In a process of its own, because UCX patches libc's functions in it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -26,7 +27,8 @@ PAGE = mmap.PAGESIZE
 REGISTRATIONS = 10_000
 STRIDE = 2 * PAGE
 THREADS = 4
-OURS, UCX = "ours", "UCX"
+NOT_FOUND = 2**64 - 1
+OURS, APART, UCX = "ours", "each with a cache of its own", "UCX"
 IN_ORDER, AT_RANDOM = "in order", "at random"
 
 
@@ -34,7 +36,7 @@ class Native(NamedTuple):
     pairs: dict[str, list[tuple[float, float | None]]]
     """Of a hit, ours and UCX's in ns, by the order of the addresses."""
     threads: dict[str, list[tuple[float, float]]]
-    """Of a hit by one thread, and by all of several in turn."""
+    """Of a hit by one thread, and by all of several, in turns."""
 
 
 def measure(quick: bool) -> Native:
@@ -77,14 +79,18 @@ def _interruptions() -> int:
     return usage.ru_nivcsw + usage.ru_nvcsw
 
 
+def _found(time: int) -> int:
+    if time == NOT_FOUND:
+        raise RuntimeError("something was not found")
+    return time
+
+
 def _undisturbed(run: Any, *arguments: Any, tries: int = 20) -> Iterator[float]:
     """The time of a run, after one to warm up, that was not interrupted; nothing if there was none."""
     for _ in range(tries):
         run(*arguments)
         before = _interruptions()
-        time = run(*arguments)
-        if not time:
-            raise RuntimeError("something was not found")
+        time = _found(run(*arguments))
         if before == _interruptions():
             yield time
             return
@@ -93,15 +99,19 @@ def _undisturbed(run: Any, *arguments: Any, tries: int = 20) -> Iterator[float]:
 def _main(quick: bool) -> None:
     rounds = 20 if quick else 300
     undisturbed()
-    with tempfile.TemporaryDirectory() as folder, ummunotify.RegistrationCache(_Registrar()) as cache:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        caches = [stack.enter_context(ummunotify.RegistrationCache(_Registrar())) for _ in range(THREADS)]
         library, ucx = _build(folder)
         area = mmap.mmap(-1, REGISTRATIONS * STRIDE, flags=mmap.MAP_PRIVATE)
         base = ctypes.addressof(ctypes.c_char.from_buffer(area))
         places = [base + i * STRIDE for i in range(REGISTRATIONS)]
         random.Random(1).shuffle(places)
-        for place in places:
-            cache.acquire((place, PAGE)).release()
-        ours, theirs = _native_cache(cache), library.bench_ucx_new() if ucx else None
+        for cache in caches:
+            for place in places:
+                cache.acquire((place, PAGE)).release()
+        natives = [_native_cache(cache) for cache in caches]
+        ours, theirs = natives[0], library.bench_ucx_new() if ucx else None
         pairs: dict[str, list[tuple[float, float | None]]] = {}
         for order, those in ((IN_ORDER, sorted(places)), (AT_RANDOM, random.Random(2).sample(places, len(places)))):
             addresses = (ctypes.c_uint64 * REGISTRATIONS)(*those)
@@ -116,16 +126,21 @@ def _main(quick: bool) -> None:
                     for other in _undisturbed(library.bench_ucx_hits, theirs, *arguments) if theirs else ():
                         pairs[order].append((time / REGISTRATIONS, other / REGISTRATIONS))
         each = REGISTRATIONS // THREADS
-        threads: dict[str, list[tuple[float, float]]] = {}
-        for name, caches in {OURS: (ours, None), **({UCX: (None, theirs)} if theirs else {})}.items():
-            threads[name] = []
-            for _ in range(rounds // 10):
+        array = ctypes.c_void_p * THREADS
+        kinds = {
+            OURS: (array(*[ours] * THREADS), None),
+            APART: (array(*natives), None),
+            **({UCX: (array(), theirs)} if theirs else {}),
+        }
+        threads: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+        for _ in range(rounds):
+            for name, those_used in kinds.items():
                 one, many = (
-                    library.bench_threads(*caches, addresses, each, PAGE, count, 40) / (each * 40)
+                    _found(library.bench_threads(*those_used, addresses, each, PAGE, count, 40)) / (each * 40)
                     for count in (1, THREADS)
                 )
                 threads[name].append((one, many))
-        assert cache.stats.misses == REGISTRATIONS
+        assert all(cache.stats.misses == REGISTRATIONS for cache in caches)
         del area
     json.dump(Native(pairs, threads)._asdict(), sys.stdout)
 
