@@ -68,8 +68,8 @@ def _threads(native: hits.Native) -> str:
             )
         )
     return (
-        "Wall-clock time, the best of many short runs, in turns. Threads that have a cache each share nothing at all, so "
-        "what they lack is the machine's.\n\n" + report.table(rows)
+        "Wall-clock time, the best of many short runs, in turns. Threads that have a cache each share nothing at all, "
+        "so what they lack is the machine's.\n\n" + report.table(rows)
     )
 
 
