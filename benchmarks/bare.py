@@ -39,7 +39,7 @@ def _library() -> ctypes.CDLL:
     )
     library = ctypes.CDLL(str(path))
     library.bench_check.restype = ctypes.c_uint64
-    library.bench_uffd_seen.restype = ctypes.c_uint64
+    library.bench_uffd_seen.restype = library.bench_uffd_ask.restype = ctypes.c_uint64
     return library
 
 
@@ -90,6 +90,10 @@ class Reader:
     def seen(self) -> int:
         """How many events it has read."""
         return int(_library().bench_uffd_seen())
+
+    def ask(self, times: int) -> float:
+        """What it costs to ask the kernel whether a change is under way: ns of CPU time each."""
+        return int(_library().bench_uffd_ask(times)) / times
 
 
 def reserve(address: int, length: int) -> None:
