@@ -141,7 +141,7 @@ def test_interface(source: str, case: str, suite: str, request: pytest.FixtureRe
     else:
         uffd_or_skip()
         result = call(*RUN, "--source", "uffd", "--", suite, case)
-    assert (result.returncode, result.stdout, result.stderr) == (0, f"{case}\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{case}\n", ""), result.stderr
 
 
 def uffd_or_skip() -> None:
