@@ -35,7 +35,7 @@ def resources() -> tuple[dict[str, str], list[str], set[str]]:
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if is_ours(line)]
     threads = set()
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             name = Path(f"/proc/self/task/{thread}/comm").read_text()
             if not name.startswith("iou-"):  # the kernel's own; they stay for some seconds
                 threads.add(thread)
