@@ -403,4 +403,4 @@ def sanitized(request: pytest.FixtureRequest, public: Path) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_sanitizers(case: str, sanitized: str, shared_daemon: Daemon) -> None:
     result = call(sanitized, case, environment={SOCKET: shared_daemon.path})
-    assert (result.returncode, result.stdout, result.stderr) == (0, f"{case}\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{case}\n", ""), result.stderr
