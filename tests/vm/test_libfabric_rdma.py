@@ -95,6 +95,7 @@ def test_preloaded(program: str, source: str) -> None:
     # joins a range that is stale already, and so do others.
     assert count["refused"] <= (2 if source == "uffd" else 0), said
     assert count["subscribed"] == 2 * len(CHANGES) - count["refused"], said
+    assert count["notified"] >= 1, said
     # The cache may ask before it is told.
     assert count["notified"] + count["of them stale"] >= len(CHANGES) - 1 - count["refused"] / 2, said
 
