@@ -6,10 +6,11 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/
 # No path of the machine gets into the object, so it is the same wherever it is built.
-BPF_COMPILE = cd src/ummunotify/bpf && \
+BPF_OBJECT := $(abspath src/ummunotify/bpf/watch.bpf.o)
+BPF_COMPILE = cd src/libummunotify/bpf && \
 	zig=$$($(abspath $(RUN))/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent)') && \
 	ZIG_GLOBAL_CACHE_DIR=$$(mktemp -d $(abspath $(VENV))/zig.XXXXXX) $$zig/zig cc -target bpfel-freestanding -mcpu=v3 -O2 -g \
-	-fno-stack-protector -Wall -Wextra -Wno-unused-parameter -idirafter /usr/include \
+	-fno-stack-protector -Wall -Wextra -Wno-unused-parameter -I.. -idirafter /usr/include \
 	-fdebug-compilation-dir=. -ffile-prefix-map=$$zig=zig -c watch.bpf.c -o
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
@@ -61,11 +62,11 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 
 # The committed object is what users load: they need no compiler for BPF.
 bpf: $(VENV)/tools
-	$(BPF_COMPILE) watch.bpf.o
+	$(BPF_COMPILE) $(BPF_OBJECT)
 
 check-bpf: $(VENV)/tools
 	$(BPF_COMPILE) $(abspath $(VENV))/watch.bpf.o
-	cmp $(VENV)/watch.bpf.o src/ummunotify/bpf/watch.bpf.o
+	cmp $(VENV)/watch.bpf.o $(BPF_OBJECT)
 
 clean:
 	rm -rf $(VENV) build

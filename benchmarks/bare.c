@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "core/table.h"
+#include "table/table.h"
 
 struct timing {
 	uint64_t cpu, wall; /* in ns */

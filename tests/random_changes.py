@@ -17,7 +17,7 @@ from support import require
 import ummunotify
 
 HERE = Path(__file__).parent
-CORE = HERE.parent / "src/ummunotify/core"
+LIBRARY = HERE.parent / "src/libummunotify"
 
 
 def run(*command: str | Path) -> None:
@@ -32,8 +32,8 @@ def build() -> Path:
     """The module, compiled from these very files, but only once: in a guest it takes minutes, and is there already."""
     if importlib.util.find_spec("Cython") is None:
         require("cython", "it is not installed")
-    sources = [HERE / "core/changes.pyx", HERE / "core/changes.c", CORE / "table.c"]
-    headers = [*CORE.glob("*.h"), *HERE.glob("core/*.h"), *Path(ummunotify.get_include()).glob("*.h")]
+    sources = [HERE / "core/changes.pyx", HERE / "core/changes.c", LIBRARY / "table/table.c"]
+    headers = [*LIBRARY.glob("*/*.h"), *HERE.glob("core/*.h"), *Path(ummunotify.get_include()).glob("*.h")]
     contents = b"".join(path.read_bytes() for path in [Path(__file__), *sources, *sorted(headers)])
     name = f"changes-{hashlib.sha256(contents).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
     library = HERE.parent / "build/tests" / name
@@ -44,7 +44,7 @@ def build() -> Path:
         source, made = Path(scratch, "changes.c"), Path(scratch, name)
         run(sys.executable, "-m", "cython", "-3", sources[0], "-o", source)
         flags = ["-shared", "-fPIC", "-O2", "-g", "-pthread", f"-I{sysconfig.get_path('include')}"]
-        includes = [f"-I{ummunotify.get_include()}", f"-I{CORE}", f"-I{HERE / 'core'}"]
+        includes = [f"-I{ummunotify.get_include()}", f"-I{LIBRARY}", f"-I{HERE / 'core'}"]
         run("gcc", *flags, *includes, source, *sources[1:], "-o", made)
         made.rename(library)
     return library

@@ -18,7 +18,7 @@ import ummunotify
 from ummunotify import RegistrationCache
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent / "src/ummunotify/core"
+SOURCES = HERE.parent / "src/libummunotify"
 SECONDS = "120" if "UMMUNOTIFY_SLOW" in os.environ else "3"
 PAGE = 4096
 
@@ -51,7 +51,7 @@ def use(cache, what):
 
 C = """
 #include <Python.h>
-#include "core/cache.h"
+#include "cache/cache.h"
 
 static struct umn_entry *held;
 
@@ -111,13 +111,13 @@ def build(name: str, source: Path) -> Any:
 def test_the_core_under_thread_sanitizer(tmp_path: Path) -> None:
     program = tmp_path / "cache_test"
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=thread"]
-    run("gcc", *flags, f"-I{SOURCES}", HERE / "core/cache_test.c", SOURCES / "table.c", "-o", program)
+    run("gcc", *flags, f"-I{SOURCES}", HERE / "core/cache_test.c", SOURCES / "table/table.c", "-o", program)
     assert "hits" in run(program, SECONDS)
 
 
 def test_the_header_in_cplusplus(tmp_path: Path) -> None:
     source = tmp_path / "header.cc"
-    source.write_text('#include "core/cache.h"\n')
+    source.write_text('#include "cache/cache.h"\n')
     run("g++", "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only", f"-I{ummunotify.get_include()}", source)
 
 

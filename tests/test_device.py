@@ -199,10 +199,9 @@ def test_no_linear_scan(source: str, public: Path, request: pytest.FixtureReques
 
 def device_sources() -> list[str]:
     """What builds a program that has the device in itself."""
-    package = Path(__file__).parents[1] / "src" / "ummunotify"
-    sources = [f"core/{name}.c" for name in ("doubt", "feed", "platform", "table", "uffd")]
-    sources += [f"lib/{name}.c" for name in ("daemon", "device", "notifier", "preload", "uffd")]
-    return [*(str(package / name) for name in sources), f"-I{package}", f"-I{package / 'include'}", "-ldl"]
+    library = Path(__file__).parents[1] / "src" / "libummunotify"
+    sources = sorted(path for path in library.glob("*/*.c") if path.parent.name in ("table", "sources", "notifier", "device"))
+    return [*map(str, sources), f"-I{library}", f"-I{library / 'include'}", "-ldl"]
 
 
 # ---- Where there is none ----

@@ -34,7 +34,7 @@ def libfabric() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    lib = f"-I{Path(__file__).parents[1] / 'src/ummunotify'}"
+    lib = f"-I{Path(__file__).parents[1] / 'src/libummunotify'}"
     return build(HERE / "libfabric.c", tmp_path_factory.mktemp("libfabric") / "libfabric", lib, LIBFABRIC, *flags())
 
 

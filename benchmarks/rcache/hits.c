@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#include "core/cache.h"
+#include "cache/cache.h"
 
 #ifdef WITH_UCX
 #include <ucm/api/ucm.h>

@@ -62,5 +62,5 @@ __all__ = [
 
 
 def get_include() -> str:
-    """The directory for a C compiler's -I: for `#include "core/cache.h"`, and Cython's `cimport ummunotify`."""
+    """The directory for a C compiler's -I: for `#include "cache/cache.h"`, and Cython's `cimport ummunotify`."""
     return __path__[0]

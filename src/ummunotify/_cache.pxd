@@ -5,7 +5,7 @@ from libc.stdint cimport uint64_t
 
 from ._core cimport umn_region
 
-cdef extern from "core/cache.h" nogil:
+cdef extern from "cache/cache.h" nogil:
     struct umn_cache:
         pass
     struct umn_entry:

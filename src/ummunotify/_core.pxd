@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
-cdef extern from "core/table.h" nogil:
+cdef extern from "table/table.h" nogil:
     """
     /* What a Region that is no longer watched looks at: never valid. */
     static const struct umn_slot umn_no_slot;

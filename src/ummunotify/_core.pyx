@@ -40,7 +40,7 @@ cdef extern from "sys/mman.h" nogil:
     void *MAP_FAILED
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS
 
-cdef extern from "core/platform.h" nogil:
+cdef extern from "sources/platform.h" nogil:
     uint64_t umn_user_limit()
     int umn_show_secret(uint64_t secret)
     void *umn_test_page()
@@ -51,7 +51,7 @@ cdef extern from "core/platform.h" nogil:
     void umn_ring_clear(umn_ring *ring)
     void umn_ring_unmap(umn_ring *ring)
 
-cdef extern from "core/doubt.h" nogil:
+cdef extern from "sources/probe_gap.h" nogil:
     struct umn_doubt:
         pass
     int umn_doubt_open(umn_doubt *doubt, int fd)

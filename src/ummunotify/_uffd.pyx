@@ -9,7 +9,7 @@ from ._core cimport umn_source
 
 import os
 
-cdef extern from "core/uffd.h" nogil:
+cdef extern from "sources/uffd.h" nogil:
     enum umn_uffd_step:
         pass
     int UMN_UFFD_OPEN, UMN_UFFD_FEATURES, UMN_UFFD_MAPS, UMN_UFFD_PROOF, UMN_UFFD_TABLES, UMN_UFFD_MEMORY

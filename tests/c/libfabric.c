@@ -19,7 +19,7 @@
 #define fi_ops_mem_monitor our_ops_mem_monitor
 #define fi_ops_mem_notify our_ops_mem_notify
 #define fid_mem_monitor our_mem_monitor
-#include "lib/libfabric.h"
+#include "bridges/libfabric.h"
 #undef FI_CLASS_MEM_MONITOR
 #undef fid
 #undef fi_ops

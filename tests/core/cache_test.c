@@ -19,7 +19,7 @@ static void chaos(void);
 #define __atomic_fetch_add(p, v, order) (chaos(), __atomic_fetch_add(p, v, order))
 #define __atomic_fetch_sub(p, v, order) (chaos(), __atomic_fetch_sub(p, v, order))
 #define __atomic_fetch_xor(p, v, order) (chaos(), __atomic_fetch_xor(p, v, order))
-#include "cache.c"
+#include "cache/cache.c"
 #include "common.h"
 
 #define PAGE 4096u

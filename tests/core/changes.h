@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "table.h"
+#include "table/table.h"
 
 struct changes_options {
 	struct umn_source *source; /* the table's, if it has one */

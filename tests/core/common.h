@@ -22,7 +22,7 @@ static _Thread_local bool lose_chain;
 			;                                                                                 \
 	} while (0)
 #include "feed.c"
-#include "table.h"
+#include "table/table.h"
 
 #define LENGTH(array) (sizeof(array) / sizeof *(array))
 
