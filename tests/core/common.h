@@ -21,7 +21,7 @@ static _Thread_local bool lose_chain;
 		for (uint32_t i_ = 0; i_ < n_ && !f(i_, w); i_++)                                         \
 			;                                                                                 \
 	} while (0)
-#include "feed.c"
+#include "table/user_feeder.c"
 #include "table/table.h"
 
 #define LENGTH(array) (sizeof(array) / sizeof *(array))
