@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+#define _GNU_SOURCE
+#include "process/error.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+/* One per thread: a signal handler that uses the library replaces what the code that it interrupts would read. */
+static __thread struct {
+	struct ummunotify_failure failure;
+	char what[160], why[1600], remedy[400], mapping[200], text[2400];
+} last;
+
+const struct ummunotify_failure *ummunotify_failure(void)
+{
+	last.failure.what = last.what;
+	last.failure.why = last.why;
+	last.failure.remedy = last.remedy;
+	last.failure.mapping = last.mapping;
+	return &last.failure;
+}
+
+const char *ummunotify_error(void)
+{
+	snprintf(last.text, sizeof last.text, "%s%s%s%s%s", last.what, *last.what ? ": " : "", last.why, *last.remedy ? "; " : "",
+		 last.remedy);
+	return last.text;
+}
+
+int umn_fail(enum ummunotify_code code, int error, const char *remedy, const char *why, ...)
+{
+	char text[sizeof last.why]; /* the arguments may be what was noted last */
+	va_list arguments;
+
+	va_start(arguments, why);
+	vsnprintf(text, sizeof text, why, arguments);
+	va_end(arguments);
+	memmove(last.remedy, remedy, strnlen(remedy, sizeof last.remedy - 1) + 1);
+	last.remedy[sizeof last.remedy - 1] = 0;
+	memcpy(last.why, text, sizeof text);
+	*last.what = *last.mapping = 0;
+	last.failure.code = code;
+	last.failure.error = error;
+	return -error;
+}
+
+int umn_fail_what(const char *what, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, what);
+	vsnprintf(last.what, sizeof last.what, what, arguments);
+	va_end(arguments);
+	return -last.failure.error;
+}
+
+void umn_fail_mapping(const char *mapping)
+{
+	snprintf(last.mapping, sizeof last.mapping, "%s", mapping);
+}
+
+int umn_fail_errno(enum ummunotify_code code, int error, const char *what)
+{
+	return umn_fail(code, error, "", "%s (%s)", what, strerror(error));
+}
