@@ -99,6 +99,9 @@ int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
  * call as well, and rarely a wait of up to 10 ms. True may be relied on; false may be a false alarm. */
 bool ummunotify_valid(const struct ummunotify_region *region);
 
+/* The same without waiting: 1, 0, or -EAGAIN where ummunotify_valid would wait. */
+int ummunotify_valid_now(const struct ummunotify_region *region);
+
 /* The region is valid again, until the next change after this call: pin the memory anew after it, not before. An event that was not
  * read yet still will be. With the source uffd it can fail as ummunotify_watch does; then the region stays invalid. */
 int ummunotify_renew(struct ummunotify *umn, struct ummunotify_region *region);
@@ -182,6 +185,13 @@ struct ummunotify_failure {
 
 /* Of this thread's last call that failed. Good until the thread's next call. */
 const struct ummunotify_failure *ummunotify_failure(void);
+
+/* What this thread's last ummunotify_open tried in vain, in that order. NULL: no more. */
+struct ummunotify_tried {
+	const char *source;
+	const char *why, *remedy;
+};
+const struct ummunotify_tried *ummunotify_tried(size_t i);
 
 /* The same in a line of text: "what: why; remedy". */
 const char *ummunotify_error(void);

@@ -11,9 +11,9 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "notifier/prove.h"
 #include "notifier/wakeup.h"
 #include "process/error.h"
 #include "process/process.h"
@@ -194,52 +194,6 @@ static int grow(struct ummunotify *umn)
 	return error;
 }
 
-/* -EAGAIN, inconclusive: the source may have skipped events during the test. */
-static int prove_once(struct ummunotify *umn)
-{
-	struct umn_region *region;
-	struct umn_event events[2];
-	void *page = umn_test_page();
-	bool seen, good;
-	int error;
-
-	if (!page)
-		return umn_fail_errno(UMMUNOTIFY_NO_MEMORY, errno, "a page for the self-test cannot be mapped");
-	error = umn_table_watch(umn->table, (uint64_t)page, (uint64_t)page + UMN_PAGE, 0, NULL, &region);
-	if (error) {
-		munmap(page, UMN_PAGE);
-		return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, abs(error), "a page cannot be watched");
-	}
-	good = umn_region_valid(region);
-	munmap(page, UMN_PAGE);
-	seen = !umn_region_valid(region) && umn_table_changed(umn->table);
-	good &= seen;
-	good &= umn_table_drain(umn->table, events, 2) == 1 && events[0].region == region;
-	umn_table_unwatch(umn->table, region);
-	umn_table_restart(umn->table);
-	if (!good && seen && umn->connection->source)
-		return -EAGAIN;
-	return good ? 0 : umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "please report this with the kernel's version",
-				   "it failed its self-test: a page was unmapped and the event did not arrive as it should");
-}
-
-/* Nothing is trusted until a change of our own was seen. */
-static int prove(struct ummunotify *umn)
-{
-	const struct timespec step = {.tv_nsec = 1000000};
-	int error = -EAGAIN;
-
-	for (int i = 0; i < 10000 && error == -EAGAIN; i++) {
-		if (i)
-			nanosleep(&step, NULL);
-		error = prove_once(umn);
-	}
-	if (error == -EAGAIN)
-		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "try again",
-				"so much else was changing that its self-test showed nothing");
-	return error;
-}
-
 static void free_notifier(struct ummunotify *umn)
 {
 	if (umn->connection)
@@ -278,7 +232,7 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 		umn_table_set_source(umn->table, umn->connection->source);
 	/* The wake-up first: after it, no descriptor is left that the self-test could depend on. */
 	if (!umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !grow(umn) && !umn->connection->bind(umn->connection) &&
-	    !prove(umn)) {
+	    !umn_prove(umn->table, umn->connection)) {
 		list_add(umn);
 		return umn;
 	}
@@ -306,12 +260,17 @@ static int open_notifier(struct ummunotify **result, const struct ummunotify_opt
 	char *reasons = NULL;
 
 	*result = NULL;
+	umn_forget_tried();
 	if (count < 0)
 		return count;
 	for (int i = 0; i < count; i++) {
+		/* All of them for the same reason. */
+		if (i && candidates[i]->kind == UMN_BPF && !options->feeder)
+			continue;
 		*result = try_source(candidates[i], options, epoll);
 		if (*result)
 			break;
+		umn_note_tried(candidates[i]->name);
 		/* What the process has is never followed by something weaker without a word. */
 		if (count == 1 || (ummunotify_failure()->code == UMMUNOTIFY_LIMIT && has_another(candidates[i]->kind))) {
 			error = -ummunotify_failure()->error;
@@ -438,13 +397,14 @@ static int watch(struct ummunotify *umn, uint64_t start, uint64_t length, uint64
 
 	if (error)
 		return error;
-	if (umn_table_regions(umn->table) >= umn->max_regions)
+	if (umn_table_regions(umn->table) >= umn->max_regions) /* to within the threads that watch at the same time */
 		return umn_fail(UMMUNOTIFY_LIMIT, ENOSPC, "unwatch some, or raise max_regions",
 				"%llu regions are watched, and max_regions allows for no more",
 				(unsigned long long)umn_table_regions(umn->table));
 	while ((error = umn_table_watch(umn->table, start, start + length, cookie, NULL, region)) == -ENOSPC)
 		if ((error = grow(umn)))
-			return __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST) ? fail_closed() : error;
+			return __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST) ? fail_closed() :
+										 umn_fail_what("the table cannot grow");
 	return error ? fail_to_watch(umn, error, start, length) : 0;
 }
 
@@ -476,6 +436,18 @@ int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
 bool ummunotify_valid(const struct ummunotify_region *region)
 {
 	return umn_region_valid((const struct umn_region *)region);
+}
+
+int ummunotify_valid_now(const struct ummunotify_region *region)
+{
+	const struct umn_region *r = (const struct umn_region *)region;
+
+	if (!umn_region_untouched(r))
+		return 0;
+	if (!r->source)
+		return 1;
+	/* In this order: see umn_region_valid. */
+	return r->source->arrived(r->source) ? umn_region_untouched(r) : -EAGAIN;
 }
 
 int ummunotify_renew(struct ummunotify *umn, struct ummunotify_region *region)

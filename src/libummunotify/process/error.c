@@ -64,3 +64,33 @@ int umn_fail_errno(enum ummunotify_code code, int error, const char *what)
 {
 	return umn_fail(code, error, "", "%s (%s)", what, strerror(error));
 }
+
+#define TRIED_MAX 8
+
+static __thread struct {
+	size_t count;
+	struct ummunotify_tried is[TRIED_MAX];
+	char why[TRIED_MAX][600], remedy[TRIED_MAX][300];
+} tried;
+
+void umn_forget_tried(void)
+{
+	tried.count = 0;
+}
+
+void umn_note_tried(const char *source)
+{
+	size_t i = tried.count;
+
+	if (i == TRIED_MAX)
+		return;
+	snprintf(tried.why[i], sizeof tried.why[i], "%s", last.why);
+	snprintf(tried.remedy[i], sizeof tried.remedy[i], "%s", last.remedy);
+	tried.is[i] = (struct ummunotify_tried){source, tried.why[i], tried.remedy[i]};
+	tried.count++;
+}
+
+const struct ummunotify_tried *ummunotify_tried(size_t i)
+{
+	return i < tried.count ? &tried.is[i] : NULL;
+}

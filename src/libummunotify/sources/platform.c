@@ -33,6 +33,8 @@ void *umn_test_page(void)
 
 	if (page == MAP_FAILED)
 		return NULL;
+	/* After mlockall(MCL_FUTURE) it is locked, and MADV_DONTNEED refuses locked memory. */
+	munlock((void *)page, (size_t)sysconf(_SC_PAGESIZE));
 	*page = 1;
 	return (void *)page;
 }
@@ -86,6 +88,9 @@ int umn_ring_map(struct umn_ring *ring, int fd)
 		munmap(consumed, page);
 		return error;
 	}
+	/* A child must not touch the parent's, nor keep them. */
+	madvise(consumed, page, MADV_DONTFORK);
+	madvise(produced, page, MADV_DONTFORK);
 	ring->consumed = consumed;
 	ring->produced = produced;
 	return 0;

@@ -45,6 +45,7 @@ int umn_probe_gap_open(struct umn_probe_gap *gap, int fd)
 
 	if (shared == MAP_FAILED)
 		return -errno;
+	madvise(shared, UMN_PAGE, MADV_DONTFORK);
 	*gap = (struct umn_probe_gap){
 		.source = {.watch = watch, .unwatch = unwatch, .arrived = arrived, .settle = settle, .stop = stop},
 		.shared = shared,
