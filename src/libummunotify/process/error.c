@@ -28,6 +28,14 @@ const char *ummunotify_error(void)
 	return last.text;
 }
 
+static void copy(char *to, size_t size, const char *from)
+{
+	size_t length = strnlen(from, size - 1);
+
+	memmove(to, from, length);
+	to[length] = 0;
+}
+
 int umn_fail(enum ummunotify_code code, int error, const char *remedy, const char *why, ...)
 {
 	char text[sizeof last.why]; /* the arguments may be what was noted last */
@@ -36,8 +44,7 @@ int umn_fail(enum ummunotify_code code, int error, const char *remedy, const cha
 	va_start(arguments, why);
 	vsnprintf(text, sizeof text, why, arguments);
 	va_end(arguments);
-	memmove(last.remedy, remedy, strnlen(remedy, sizeof last.remedy - 1) + 1);
-	last.remedy[sizeof last.remedy - 1] = 0;
+	copy(last.remedy, sizeof last.remedy, remedy);
 	memcpy(last.why, text, sizeof text);
 	*last.what = *last.mapping = 0;
 	last.failure.code = code;
@@ -84,8 +91,8 @@ void umn_note_tried(const char *source)
 
 	if (i == TRIED_MAX)
 		return;
-	snprintf(tried.why[i], sizeof tried.why[i], "%s", last.why);
-	snprintf(tried.remedy[i], sizeof tried.remedy[i], "%s", last.remedy);
+	copy(tried.why[i], sizeof tried.why[i], last.why);
+	copy(tried.remedy[i], sizeof tried.remedy[i], last.remedy);
 	tried.is[i] = (struct ummunotify_tried){source, tried.why[i], tried.remedy[i]};
 	tried.count++;
 }
