@@ -23,7 +23,7 @@ typedef int64_t __s64;
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
 
-#include "abi/layout.h"
+#include "abi/maps.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -73,11 +73,6 @@ struct folio___memdesc {
 
 /* ---- The maps. Of these only segments and rings are ever in a client's hands; what the others say can be trusted. ---- */
 
-struct table {
-	uint64_t mm;	/* 0: its owner has not shown itself yet, or is gone */
-	uint32_t next;	/* the next table of the same address space, plus 1 */
-	uint32_t cells; /* in all its segments: no walk of a sound index takes more steps */
-};
 /* All of one size: then the verifier turns look-ups in them into a few instructions (array_map_gen_lookup). */
 struct segment {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -88,7 +83,7 @@ struct segment {
 };
 struct ring {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 4096);
+	__uint(max_entries, UMN_RING_BYTES);
 };
 
 /* The loader sets these maps' max_entries for the number of tables that it wants. */
@@ -108,7 +103,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, uint32_t);
-	__type(value, struct table);
+	__type(value, struct umn_fed_table);
 } tables SEC(".maps");
 /* An address space's first table, plus 1. */
 struct {
@@ -125,18 +120,11 @@ struct {
 	__type(value, uint32_t);
 } handshakes SEC(".maps");
 
-struct control {
-	uint32_t tables;	/* tables with this number and above have never been used */
-	uint32_t handshakes;	/* how many are open */
-	uint64_t mm;		/* if just one table is being fed: its address space, ... */
-	uint32_t only;		/* ... and its number plus 1 */
-	uint32_t steps_foreign; /* the most that a change may take on behalf of a table that may be another user's */
-};
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, uint32_t);
-	__type(value, struct control);
+	__type(value, struct umn_control);
 } control SEC(".maps");
 
 /* See `doubt` below. The daemon's clients can map it, too: it is frozen, so nobody but programs can write it. */
@@ -199,12 +187,10 @@ static __always_inline struct umn_header *header_of(uint32_t id)
 	return (struct umn_header *)page_at(id * UMN_SEGMENTS, 0);
 }
 
-#define STEPS_MAX (1u << 23) /* bpf_loop's own limit */
-
 /* One table's share of a change. A global function, so that the verifier looks at it once. */
 __attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, int32_t syscall, uint32_t steps)
 {
-	struct table *table = bpf_map_lookup_elem(&tables, &id);
+	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
 	struct umn_walk w = {.segments_at = id * UMN_SEGMENTS, .start = start, .end = end, .syscall = syscall};
 	uint64_t wake = 1;
 	void *ring;
@@ -235,9 +221,9 @@ struct change {
 static long feed_next(uint32_t unused, struct change *change)
 {
 	uint32_t id = change->table - 1;
-	struct table *table;
+	struct umn_fed_table *table;
 
-	feed(id, change->start, change->end, change->syscall, STEPS_MAX);
+	feed(id, change->start, change->end, change->syscall, UMN_STEPS_MAX);
 	table = bpf_map_lookup_elem(&tables, &id);
 	change->table = table ? table->next : 0;
 	return !change->table;
@@ -249,8 +235,6 @@ static long feed_foreign(uint32_t id, struct change *change)
 	return 0;
 }
 
-#define TABLES_PER_MM_MAX 256
-
 static __always_inline void feed_mm(uint64_t mm, struct change *change)
 {
 	uint32_t *first = bpf_map_lookup_elem(&owners, &mm);
@@ -258,7 +242,7 @@ static __always_inline void feed_mm(uint64_t mm, struct change *change)
 	if (!first)
 		return;
 	change->table = *first;
-	bpf_loop(TABLES_PER_MM_MAX, feed_next, change, 0);
+	bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next, change, 0);
 }
 
 /* ---- Whose change is it? The kvm probe does not say, so it has to follow from what the current task is doing. ---- */
@@ -366,7 +350,7 @@ static __always_inline enum scope scope_of(struct task_struct *task, struct pt_r
 static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
 {
 	uint32_t *id = bpf_map_lookup_elem(&handshakes, &secret);
-	struct table *table = id ? bpf_map_lookup_elem(&tables, id) : 0;
+	struct umn_fed_table *table = id ? bpf_map_lookup_elem(&tables, id) : 0;
 
 	if (table && !table->mm)
 		table->mm = mm;
@@ -379,7 +363,7 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	enum scope scope = ANYBODY;
 	struct task_struct *task;
 	struct pt_regs *regs;
-	struct control *ctl;
+	struct umn_control *ctl;
 	uint32_t zero = 0;
 	uint64_t mm;
 
@@ -387,8 +371,8 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	if (!ctl)
 		return 0;
 	/* The usual case, a process that feeds just itself: most changes are none of its regions', so ask that first. */
-	if (ctl->only && !ctl->handshakes) {
-		header = header_of(ctl->only - 1);
+	if (ctl->sole_table && !ctl->handshakes) {
+		header = header_of(ctl->sole_table - 1);
 		if (header && !umn_in_hull(header, change.start, change.end))
 			return 0;
 	}
@@ -405,8 +389,8 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	}
 	if (scope == NOBODY)
 		return 0;
-	if (ctl->only && ctl->mm == mm)
-		return feed(ctl->only - 1, change.start, change.end, change.syscall, STEPS_MAX);
+	if (ctl->sole_table && ctl->mm == mm)
+		return feed(ctl->sole_table - 1, change.start, change.end, change.syscall, UMN_STEPS_MAX);
 	if (scope == OWN)
 		feed_mm(mm, &change);
 	else
@@ -444,7 +428,7 @@ extern int bpf_prog_active __ksym __weak;
 
 static long give_up_on(uint32_t id, void *unused)
 {
-	struct table *table = bpf_map_lookup_elem(&tables, &id);
+	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
 	struct umn_header *header = header_of(id);
 
 	/* As in umn_invalidate; using the results makes these ordered operations. */
@@ -473,7 +457,7 @@ int doubt(void *unused)
 {
 	uint32_t zero = 0;
 	struct umn_doubts *all = bpf_map_lookup_elem(&doubts, &zero);
-	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
 	uint32_t *doubted_here = bpf_map_lookup_elem(&doubted, &zero);
 	int *active;
 
@@ -496,13 +480,13 @@ int doubt(void *unused)
 /* ---- The probe mmu_notifier: the function that calls all notifiers. It says whose change it is, and of what kind. ---- */
 
 /* The current task's change of [start, end) in the address space `mm`. */
-static __always_inline int feed_traced(struct control *ctl, uint64_t mm, uint64_t start, uint64_t end)
+static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uint64_t start, uint64_t end)
 {
 	struct change change = {.start = start, .end = end, .syscall = -1};
 	struct task_struct *task;
 	struct pt_regs *regs;
 
-	if (ctl->only && !ctl->handshakes && ctl->mm != mm)
+	if (ctl->sole_table && !ctl->handshakes && ctl->mm != mm)
 		return 0;
 	task = bpf_get_current_task_btf();
 	regs = (struct pt_regs *)bpf_task_pt_regs(task);
@@ -512,8 +496,8 @@ static __always_inline int feed_traced(struct control *ctl, uint64_t mm, uint64_
 		if (ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
 	}
-	if (ctl->only && ctl->mm == mm)
-		return feed(ctl->only - 1, start, end, change.syscall, STEPS_MAX);
+	if (ctl->sole_table && ctl->mm == mm)
+		return feed(ctl->sole_table - 1, start, end, change.syscall, UMN_STEPS_MAX);
 	feed_mm(mm, &change);
 	return 0;
 }
@@ -523,7 +507,7 @@ int mmu_notifier(struct pt_regs *ctx)
 {
 	struct mmu_notifier_range *range = (void *)ctx->di;
 	uint32_t zero = 0;
-	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
 	unsigned int event = BPF_CORE_READ(range, event);
 
 	/* The pages stay where they are: mprotect and its like; what writes protect them, as fork does; and soft-dirty. */
@@ -535,23 +519,6 @@ int mmu_notifier(struct pt_regs *ctx)
 }
 
 /* ---- The probe zap: the functions that take pages away. sources/zap.py says which, and how they are called. ---- */
-
-/*
- * How a function is called, told with each attachment. Arguments are numbered from 0, members in units of 8 bytes.
- *
- * Members are not left to CO-RE, as not every kernel has each of these structures: libbpf then searches the modules, which needs
- * CAP_SYS_ADMIN.
- */
-struct call {
-	uint8_t whose;	 /* the argument that says whose address space it is ... */
-	uint8_t type;	 /* ... and what that is */
-	uint8_t start;	 /* the argument with the first address */
-	uint8_t last;	 /* the argument that says how far it goes ... */
-	uint8_t extent;	 /* ... and how */
-	uint8_t members[3];
-};
-enum { OF_MM, OF_HOLDER, OF_MOVE }; /* mm_struct; what has a pointer to one, members[0]; pagetable_move_control */
-enum { TO_END, TO_LENGTH, TO_PAGE, TO_PMD, TO_PUD, TO_FOLIO, TO_MOVED };
 
 #define ARGUMENTS 8 /* a power of two; 6 are in registers */
 #define PMD_SIZE (UINT64_C(1) << 21)
@@ -603,49 +570,49 @@ int zap(struct pt_regs *ctx)
 	uint64_t arguments[ARGUMENTS] = {ctx->di, ctx->si, ctx->dx, ctx->cx, ctx->r8, ctx->r9};
 	union {
 		uint64_t cookie;
-		struct call call;
+		struct umn_call call;
 	} how = {.cookie = bpf_get_attach_cookie(ctx)};
 	uint64_t mm, whose, start, end, last, size;
 	uint32_t zero = 0;
-	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
 
 	if (!ctl)
 		return 0;
 	whose = arguments[how.call.whose % ARGUMENTS];
-	if (how.call.type == OF_MM)
+	if (how.call.type == UMN_OF_MM)
 		mm = whose;
 	else
 		mm = member(whose, how.call.members[0]);
-	if (how.call.type == OF_MOVE) /* that was a vm_area_struct */
+	if (how.call.type == UMN_OF_MOVE) /* that was a vm_area_struct */
 		mm = (uint64_t)BPF_CORE_READ((struct vm_area_struct *)mm, vm_mm);
-	if (ctl->only && !ctl->handshakes && ctl->mm != mm)
+	if (ctl->sole_table && !ctl->handshakes && ctl->mm != mm)
 		return 0;
 	start = arguments[how.call.start % ARGUMENTS];
 	last = arguments[how.call.last % ARGUMENTS];
 	switch (how.call.extent) {
-	case TO_END:
+	case UMN_TO_END:
 		end = last;
 		break;
-	case TO_LENGTH:
+	case UMN_TO_LENGTH:
 		end = start + last;
 		break;
-	case TO_PAGE:
+	case UMN_TO_PAGE:
 		size = page_size_in((struct vm_area_struct *)whose);
 		start &= -size;
 		end = start + size;
 		break;
-	case TO_PMD:
+	case UMN_TO_PMD:
 		start &= -PMD_SIZE;
 		end = start + PMD_SIZE;
 		break;
-	case TO_PUD:
+	case UMN_TO_PUD:
 		start &= -PUD_SIZE;
 		end = start + PUD_SIZE;
 		break;
-	case TO_FOLIO:
+	case UMN_TO_FOLIO:
 		end = start + size_of((struct folio *)last);
 		break;
-	case TO_MOVED:
+	case UMN_TO_MOVED:
 		start = member(whose, how.call.members[1]);
 		end = member(whose, how.call.members[2]);
 		break;

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
+from .._abi import SOCKET_ENVIRONMENT
 from ..daemon import private
-from ..daemon.protocol import ENVIRONMENT as SOCKET_ENVIRONMENT
 from ..sources import ENVIRONMENT as SOURCE_ENVIRONMENT
 from ..sources import daemon
 from ..sources.base import UnavailableError

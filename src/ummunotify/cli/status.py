@@ -10,8 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..daemon import protocol
-from ..daemon.protocol import Op, Record, Request, Summary
+from .._abi import RECORD_SIZE, STATUS_SUMMARY, SUMMARY_SIZE, Op, Record, Request, Summary
 from ..sources.base import UnavailableError
 from ..sources.daemon import connect
 
@@ -27,8 +26,8 @@ def _ask(connection: socket.socket, argument: int, size: int) -> bytes:
 def _records(connection: socket.socket) -> Iterator[Record]:
     table = 0
     while True:
-        data = _ask(connection, table, protocol.RECORD_SIZE)
-        if len(data) < protocol.RECORD_SIZE:
+        data = _ask(connection, table, RECORD_SIZE)
+        if len(data) < RECORD_SIZE:
             return
         record = Record.unpack(data)
         yield record
@@ -48,7 +47,7 @@ def status(as_json: bool) -> None:
     """
     try:
         with connect() as connection:
-            summary = Summary.unpack(_ask(connection, protocol.SUMMARY, protocol.SUMMARY_SIZE))
+            summary = Summary.unpack(_ask(connection, STATUS_SUMMARY, SUMMARY_SIZE))
             records = list(_records(connection))
     except UnavailableError as error:
         raise click.ClickException(str(error)) from None

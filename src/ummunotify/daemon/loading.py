@@ -7,8 +7,7 @@ import os
 from ..notifier import open_candidate
 from ..sources import candidates
 from ..sources.base import UnavailableError
-from ..sources.bpf import Maps, open_kvm
-from .protocol import PROBES
+from ..sources.bpf import PROBES, Maps, open_kvm
 from .server import STEPS_FOREIGN, STEPS_OWN
 
 

@@ -12,17 +12,15 @@ import socket
 import struct
 import threading
 
+from .._abi import FDS_MAX, PAGE, PROTOCOL_VERSION, REPLY_SIZE, Gives, Op, Probe, Reply, Request, Status, socket_path
 from .._core import Doubt, Ring, map_shared, show_secret
-from ..daemon import protocol
-from ..daemon.protocol import Gives, Op, Reply, Request, Status
 from .base import UnavailableError
-from .bpf import PAGE, create_vm, open_kvm
+from .bpf import create_vm, open_kvm
 
 _TIMEVAL = struct.Struct("@ll")
 _TIMEOUT = 30
 """Seconds without an answer. Nobody else's doing can delay one for long; but the daemon may be stopped."""
 
-_ZAP = protocol.PROBES.index("zap")
 _REMEDY = "ask the administrator to look at `ummunotify status` and the daemon's log"
 
 
@@ -31,7 +29,7 @@ def _refusal(status: int, value: int) -> tuple[str, str]:
     mib = f"{value >> 20} MiB"
     known: dict[int, tuple[str, str]] = {
         Status.VERSION: (
-            f"the daemon speaks version {value} of the protocol, this library version {protocol.VERSION}",
+            f"the daemon speaks version {value} of the protocol, this library version {PROTOCOL_VERSION}",
             "install the same version of ummunotify on both sides",
         ),
         Status.CLIENTS: (f"the daemon serves {value} notifiers, as many as it may", "raise its --clients"),
@@ -103,8 +101,8 @@ os.register_at_fork(after_in_child=_forget)
 def _ask(connection: socket.socket, op: Op) -> tuple[Reply, list[int]]:
     """The answer, and descriptors that the caller closes. OSError."""
     connection.send(Request(op).pack(), socket.MSG_NOSIGNAL)
-    data, fds, _, _ = socket.recv_fds(connection, protocol.REPLY_SIZE, protocol.GROW_MOST, socket.MSG_CMSG_CLOEXEC)
-    reply = Reply.unpack(data) if len(data) == protocol.REPLY_SIZE else None
+    data, fds, _, _ = socket.recv_fds(connection, REPLY_SIZE, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+    reply = Reply.unpack(data) if len(data) == REPLY_SIZE else None
     # Fewer of them: this process may not open that many.
     if reply is None or reply.fds != len(fds):
         for fd in fds:
@@ -132,7 +130,7 @@ class DaemonFeed:
             self._probe(fds, reply)
             # A machine that is closed at once would do for mmu_notifier. But it costs little, and some kernel may
             # tell of more while there is one.
-            if reply.probe != _ZAP:
+            if reply.probe != Probe.ZAP:
                 machine = _machine
                 machine.enter(kvm)
                 self._machine = machine
@@ -144,7 +142,7 @@ class DaemonFeed:
                 os.close(kvm)
 
     def _probe(self, fds: list[int], reply: Reply) -> None:
-        self.name = f"daemon:{protocol.PROBES[reply.probe]}"
+        self.name = f"daemon:{Probe(reply.probe).label}"
 
     def _ask(self, op: Op) -> tuple[Reply, list[int]]:
         return _ask(self._socket, op)
@@ -246,19 +244,19 @@ def open_feed() -> DaemonFeed:
             reply, fds = _ask(connection, Op.HELLO)
         except OSError as error:
             raise _lost(error) from error
-        if reply.status != Status.OK or len(fds) < 3 or reply.probe >= len(protocol.PROBES):
+        if reply.status != Status.OK or len(fds) < 3 or reply.probe >= len(Probe):
             raise UnavailableError(*_refusal(reply.status, reply.value))
     except BaseException:
         connection.close()
         for fd in fds:
             os.close(fd)
         raise
-    return (DoubtedDaemonFeed if reply.gives & Gives.DOUBTS else DaemonFeed)(connection, reply, fds)
+    return (DoubtedDaemonFeed if reply.gives & Gives.PROBE_GAPS else DaemonFeed)(connection, reply, fds)
 
 
 def connect() -> socket.socket:
     """Raises UnavailableError."""
-    path = protocol.socket_path()
+    path = socket_path()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         # Not settimeout(): without blocking, connect() fails at once where others wait in line.
