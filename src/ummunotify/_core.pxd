@@ -90,7 +90,7 @@ cdef class Notifier:
     cdef dict _regions  # by cookie
     cdef uint64_t _next_cookie
     cdef object _feeder  # keeps what _umn calls
-    cdef object _closing  # called once, by close()
+    cdef list _waiters  # to be woken by close()
     cdef object __weakref__
 
     cdef int _check(self) except -1

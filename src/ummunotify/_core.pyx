@@ -12,10 +12,11 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyObject_GenericGetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EAGAIN, EBADF, ECANCELED, EINTR
+from libc.errno cimport EINTR
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
+import contextlib
 import os
 import sys
 import time
@@ -48,6 +49,7 @@ cdef extern from "ummunotify_feeder.h" nogil:
     struct umn_reply:
         pass
     int ummunotify_failed(const char *why, const char *remedy)
+    int ummunotify_daemon_socket()
 
 cdef extern from *:
     """
@@ -57,6 +59,9 @@ cdef extern from *:
     size_t REQUEST_SIZE "sizeof(struct umn_request)"
     size_t REPLY_SIZE "sizeof(struct umn_reply)"
     int UMN_FDS_MAX
+
+cdef extern from "ummunotify.h":
+    const char *UMMUNOTIFY_SOURCE_ENVIRONMENT
 
 cdef enum:
     ROOM = 128
@@ -71,6 +76,7 @@ WAIT_MAX = 86400.0
 """Seconds; the library takes a number of milliseconds in 32 bits."""
 
 version = ummunotify_version().decode()
+SOURCE_ENVIRONMENT = UMMUNOTIFY_SOURCE_ENVIRONMENT.decode()
 
 
 cdef struct dl_tensor:
@@ -335,6 +341,17 @@ def open_notifier(type kind, source, max_regions, feeder):
     raise SourceUnavailableError(message, reasons)
 
 
+def connect_to_daemon():
+    """A connected descriptor; SourceUnavailableError."""
+    cdef int fd
+    with nogil:
+        fd = ummunotify_daemon_socket()
+    if fd < 0:
+        message = ummunotify_error().decode(errors="replace")
+        raise SourceUnavailableError(message, {"daemon": message})
+    return fd
+
+
 def why_not():
     """What the last failed open of this thread tried: (source, why, remedy) of each."""
     cdef const ummunotify_tried *tried
@@ -480,6 +497,7 @@ cdef class Notifier:
 
     def __cinit__(self, *args, **kwargs):
         self._regions = {}
+        self._waiters = []
         self._next_cookie = <uint64_t>1 << FIRST_OWN_COOKIE_BIT
 
     def __init__(self, *args, **kwargs):
@@ -743,7 +761,28 @@ cdef class Notifier:
         with nogil:
             ummunotify_shutdown(self._umn)
         self._regions = {}
-        closing, self._closing = self._closing, None
-        if closing is not None:
-            closing()
+        while self._waiters:
+            self._waiters.pop()()
         raise_pending()
+
+    # ---- for the subclass ----
+
+    @contextlib.contextmanager
+    def _dup(self):
+        """A copy of the descriptor."""
+        fd = os.dup(self.fileno())
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _waiter(self, wake):
+        """`wake` is called when the notifier is closed meanwhile."""
+        self._waiters.append(wake)
+        try:
+            self._check()
+            yield
+        finally:
+            if wake in self._waiters:
+                self._waiters.remove(wake)

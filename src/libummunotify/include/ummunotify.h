@@ -54,6 +54,7 @@ struct ummunotify_region; /* a range of addresses that is watched */
  *	daemon	`ummunotify daemon` runs here, or the program runs under `ummunotify run`; the same probes.
  *	uffd	the kernel's userfaultfd, without privileges; for private anonymous memory only.
  */
+#define UMMUNOTIFY_SOURCE_ENVIRONMENT "UMMUNOTIFY_SOURCE"
 
 /* The sources that `wanted` names, best first: up to `room` of their names into `names`. NULL or "": what the environment variable
  * UMMUNOTIFY_SOURCE says, or all. Returns how many there are. -EINVAL: there is no such source. */
@@ -79,6 +80,9 @@ void ummunotify_close(struct ummunotify *umn);
 /* Stops watching. Other threads may be using `umn` and its regions: nothing is valid any more, functions fail with -ESHUTDOWN
  * (UMMUNOTIFY_CLOSED), those that wait too. May be called more than once. ummunotify_close then frees the memory. */
 void ummunotify_shutdown(struct ummunotify *umn);
+
+/* Is it open, and this process's? 0, -ESHUTDOWN, -EBADF. */
+int ummunotify_check(struct ummunotify *umn);
 
 /* What feeds it, and where the BPF program is attached: "daemon:kvm", "uffd". */
 const char *ummunotify_source(const struct ummunotify *umn);

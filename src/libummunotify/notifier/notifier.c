@@ -161,7 +161,7 @@ static int enter(struct ummunotify *umn)
 	return fail_closed();
 }
 
-int umn_check(struct ummunotify *umn)
+int ummunotify_check(struct ummunotify *umn)
 {
 	int error = enter(umn);
 

@@ -25,9 +25,6 @@ ptrdiff_t umn_read(struct ummunotify *umn, struct ummunotify_event *events, size
 /* Once it has been reported, a region must be renewed for its changes to be reported again. */
 bool umn_must_renew(const struct ummunotify *umn);
 
-/* Is the notifier this process's, and open? Notes why not. 0, -EBADF, -ESHUTDOWN. */
-int umn_check(struct ummunotify *umn);
-
 /* Descriptors of a device that the program should not close by mistake; how many, at most UMN_DEVICE_FDS. */
 #define UMN_DEVICE_FDS 4
 int umn_device_fds(struct ummunotify *umn, int *fds);

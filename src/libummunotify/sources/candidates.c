@@ -9,8 +9,6 @@
 #include "process/error.h"
 #include "sources/connection.h"
 
-#define ENVIRONMENT "UMMUNOTIFY_SOURCE"
-
 /*
  * Best first. mmu_notifier knows whose change it is, and of what kind; kvm has to conclude that; zap costs other processes time too.
  * The names with a daemon's probe stand for the same daemon: they are tried only where they are asked for.
@@ -42,8 +40,8 @@ int umn_candidates(const char *wanted, const struct umn_candidate **candidates)
 	int count = 0;
 
 	if (!wanted || !*wanted) {
-		wanted = secure_getenv(ENVIRONMENT);
-		origin = " (from " ENVIRONMENT ")";
+		wanted = secure_getenv(UMMUNOTIFY_SOURCE_ENVIRONMENT);
+		origin = " (from " UMMUNOTIFY_SOURCE_ENVIRONMENT ")";
 	}
 	for (size_t i = 0; i < UMN_CANDIDATES_MAX; i++)
 		if (wanted && *wanted ? is_named(&all[i], wanted) : all[i].kind != UMN_DAEMON || all[i].probe < 0)

@@ -277,6 +277,14 @@ static int connect_to_daemon(struct umn_descriptor *result)
 	return umn_fail(code, ENODEV, LOOK_AT_LOG, "cannot connect to the daemon at %s (%s)", path, strerror(error));
 }
 
+int ummunotify_daemon_socket(void)
+{
+	struct umn_descriptor socket = UMN_NO_DESCRIPTOR;
+	int error = connect_to_daemon(&socket);
+
+	return error ? error : socket.fd;
+}
+
 /* ---- The connection ---- */
 
 /* Maps segments at once, and closes their descriptors: the mappings keep the maps. They are added from the end of the array, so
