@@ -558,7 +558,7 @@ static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *ev
 	if (umn->connection->counter)
 		counter = __atomic_load_n(umn->connection->counter, __ATOMIC_ACQUIRE);
 	if (umn->connection->may_have_missed(umn->connection))
-		umn_table_doubt(umn->table);
+		umn_table_invalidate_all(umn->table);
 	pthread_mutex_lock(&umn->lock);
 	if (umn->wakes) {
 		/* In this order no wake-up is lost: what hits after arming sends one again. */
