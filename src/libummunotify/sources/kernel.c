@@ -492,7 +492,8 @@ static struct kernel_connection *new_connection(bool counter)
 		umn_fail_errno(UMMUNOTIFY_NO_MEMORY, ENOMEM, "no memory");
 		return NULL;
 	}
-	c->connection = (struct umn_connection){.add_segment = add_segment,
+	c->connection = (struct umn_connection){.wake_fd = -1,
+						.add_segment = add_segment,
 						.bind = bind_table,
 						.add_wakeup = add_wakeup,
 						.acknowledge = acknowledge,
