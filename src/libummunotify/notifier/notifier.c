@@ -23,6 +23,14 @@
 
 #define PIECE 64 /* events drained at a time */
 
+/* A lock that is held while code of the program's runs, from which the same thread may come back (a Python signal handler): it then
+ * is told so, and does not wait for itself. */
+struct owned_lock {
+	pthread_mutex_t mutex;
+	pthread_t owner; /* if is_owned; atomic */
+	bool is_owned;
+};
+
 struct ummunotify {
 	uint32_t epoch; /* of the process that it belongs to */
 	/*
@@ -37,16 +45,14 @@ struct ummunotify {
 	struct umn_connection *connection;
 	const struct umn_candidate *candidate;
 	uint64_t max_regions;
-	pthread_mutex_t growing;
+	struct owned_lock growing; /* held while the feeder is asked for memory, which may run Python code */
 
 	pthread_mutex_t lock; /* reading against unwatching: what is unwatched is not reported; and of the next two */
 	bool wakes;	      /* changes send wake-ups */
 	struct umn_wakeup wakeup;
 
 	uint32_t delivering;	     /* callbacks that are not done, or are about to be called */
-	pthread_mutex_t dispatching; /* held while they run ... */
-	pthread_t dispatcher;	     /* ... by this thread, if is_dispatching */
-	bool is_dispatching;
+	struct owned_lock dispatching; /* held while they run */
 
 	struct ummunotify *next;
 };
@@ -119,6 +125,25 @@ static bool has_another(enum umn_source_kind kind)
 	return found;
 }
 
+/* ---- Locks ---- */
+
+/* False: this thread holds it. What it finds there it has written itself, or it is another thread's, and not equal to it. */
+static bool take(struct owned_lock *lock)
+{
+	if (__atomic_load_n(&lock->is_owned, __ATOMIC_ACQUIRE) && __atomic_load_n(&lock->owner, __ATOMIC_RELAXED) == pthread_self())
+		return false;
+	pthread_mutex_lock(&lock->mutex);
+	__atomic_store_n(&lock->owner, pthread_self(), __ATOMIC_RELAXED);
+	__atomic_store_n(&lock->is_owned, true, __ATOMIC_RELEASE);
+	return true;
+}
+
+static void give(struct owned_lock *lock)
+{
+	__atomic_store_n(&lock->is_owned, false, __ATOMIC_RELEASE);
+	pthread_mutex_unlock(&lock->mutex);
+}
+
 /* ---- Calls ---- */
 
 static void release(struct ummunotify *umn)
@@ -179,7 +204,9 @@ static int grow(struct ummunotify *umn)
 	void *memory;
 	int error;
 
-	pthread_mutex_lock(&umn->growing);
+	if (!take(&umn->growing))
+		return umn_fail(UMMUNOTIFY_LIMIT, EAGAIN, "watch it later",
+				"the code that this signal handler has interrupted is about to make the table larger");
 	pages = umn_table_next_pages(umn->table);
 	if (!pages) {
 		error = umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "", "the table is as large as it can be");
@@ -190,7 +217,7 @@ static int grow(struct ummunotify *umn)
 			umn_fail_errno(UMMUNOTIFY_NO_MEMORY, -error, "the table cannot grow");
 		}
 	}
-	pthread_mutex_unlock(&umn->growing);
+	give(&umn->growing);
 	return error;
 }
 
@@ -221,8 +248,8 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 	umn->epoch = umn_process_current();
 	umn->candidate = candidate;
 	pthread_mutex_init(&umn->lock, NULL);
-	pthread_mutex_init(&umn->growing, NULL);
-	pthread_mutex_init(&umn->dispatching, NULL);
+	pthread_mutex_init(&umn->growing.mutex, NULL);
+	pthread_mutex_init(&umn->dispatching.mutex, NULL);
 	umn->connection = umn_connect(candidate, options->feeder, epoll >= 0);
 	if (!umn->connection) {
 		free_notifier(umn);
@@ -579,14 +606,10 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 
 	if (result)
 		return result;
-	/* Only the dispatcher itself can find itself there. */
-	if (__atomic_load_n(&umn->is_dispatching, __ATOMIC_ACQUIRE) && pthread_equal(umn->dispatcher, pthread_self())) {
+	if (!take(&umn->dispatching)) {
 		leave(umn);
 		return 0;
 	}
-	pthread_mutex_lock(&umn->dispatching);
-	umn->dispatcher = pthread_self();
-	__atomic_store_n(&umn->is_dispatching, true, __ATOMIC_RELEASE);
 	/* One by one: what was not delivered, because a callback stops, stays in the table. */
 	do {
 		__atomic_add_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
@@ -597,8 +620,7 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 		}
 		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
 	} while (n > 0 && !stopped && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST));
-	__atomic_store_n(&umn->is_dispatching, false, __ATOMIC_RELEASE);
-	pthread_mutex_unlock(&umn->dispatching);
+	give(&umn->dispatching);
 	leave(umn);
 	return stopped ? -ECANCELED : result;
 }
