@@ -681,19 +681,22 @@ bool umn_must_renew(const struct ummunotify *umn)
 	return umn->connection->source != NULL;
 }
 
-int umn_device_fds(struct ummunotify *umn, int *fds)
+size_t umn_device_fds(struct ummunotify *umn, int *fds)
 {
 	const struct umn_wakeup *w = &umn->wakeup;
+	size_t count = 0;
 
-	memcpy(fds, (int[]){w->source, w->out.fd, w->in.fd}, 3 * sizeof *fds);
-	return 3;
+	fds[count++] = w->source;
+	fds[count++] = w->out.fd;
+	fds[count++] = w->in.fd;
+	if (umn->connection->wake_fd >= 0)
+		fds[count++] = umn->connection->wake_fd;
+	return count;
 }
 
-void umn_device_wakeups(struct ummunotify *umn, int *wake, int pipe[2])
+int umn_device_wake(struct ummunotify *umn)
 {
-	*wake = umn->wakeup.source;
-	pipe[0] = umn->wakeup.out.fd;
-	pipe[1] = umn->wakeup.in.fd;
+	return umn->wakeup.source;
 }
 
 void umn_device_next_wakeup(struct ummunotify *umn)
