@@ -65,6 +65,14 @@ class TooManyRegionsError(UmmunotifyError):
     """`max_regions` regions are watched, or the table cannot grow (the cause says why not)."""
 
 
+class TooManyNotifiersError(UmmunotifyError):
+    """The source works, and has no room for another notifier of this process; a weaker source is not taken instead."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"this process has {limit} notifiers, as many as it can have; close some of them")
+        self.limit = limit
+
+
 class ClosedError(UmmunotifyError, ValueError):
     """The notifier was closed."""
 
@@ -92,6 +100,19 @@ class SourceUnavailableError(UmmunotifyError, RuntimeError):
         tried = "; ".join(f"{source}: {reason}" for source, reason in reasons.items())
         super().__init__(f"no source of invalidations is available ({tried or 'none was tried'})")
         self.reasons = dict(reasons)
+
+
+class UnavailableError(Exception):
+    """A source does not work here. Never seen by users: `SourceUnavailableError` collects them."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class DescriptorLostError(UnavailableError):
+    """The program has closed a descriptor of this library's that is needed."""
 
 
 class RegistrarError(UmmunotifyError):

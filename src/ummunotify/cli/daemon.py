@@ -230,12 +230,12 @@ def _serve(
             listener = _inherited() or _bind(path, mode, group)
             undo.callback(listener.close)
             # Before that: where kernel.perf_event_paranoid is above 2, as on Debian, kprobes take CAP_SYS_ADMIN.
-            maps, kvm_fd = load(probe, kvm, clients + ready)
-            undo.callback(maps.close)
+            program, kvm_fd = load(probe, kvm, clients + ready)
+            undo.callback(program.close)
             if kvm_fd >= 0:
                 undo.callback(os.close, kvm_fd)
             privileges.drop(user)
-            server = Server(listener, maps, kvm_fd, limits, ready)
+            server = Server(listener, program, kvm_fd, limits, ready)
             undo.callback(server.close)
         except UnavailableError as error:
             raise _fail(str(error)) from None
@@ -254,7 +254,7 @@ def _serve(
             uid=os.geteuid(),
             socket=listener.getsockname(),
             clients=clients,
-            probe=maps.probe,
+            probe=program.probe.label,
         )
         server.run(lambda: _notify("READY=1"))
         _notify("STOPPING=1")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 
+from .._abi import Probe
+from ..bpf.program import Program, attached
 from ..notifier import open_candidate
 from ..sources import candidates
 from ..sources.base import UnavailableError
-from ..sources.bpf import PROBES, Maps, open_kvm
+from ..sources.client import open_kvm
 from .server import STEPS_FOREIGN, STEPS_OWN
 
 
-def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Maps, int]:
-    """Attach this probe, or else the first that works here. The maps, and /dev/kvm for clients; -1: they get none.
+def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
+    """Attach this probe, or else the first that works here. The program, and /dev/kvm for clients; -1: they get none.
 
     Raises UnavailableError, OSError, with nothing left open.
     """
-    tried = list(PROBES) if probe is None else [probe]
+    tried = [each.name.partition(":")[2] for each in candidates("bpf", probe)]
     refusals: list[tuple[str, UnavailableError]] = []
     kvm = -1
     if give_kvm and tried != ["zap"]:
@@ -43,15 +45,9 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Maps, int]:
         raise
 
 
-def _attach(probe: str, tables: int) -> Maps:
+def _attach(probe: str, tables: int) -> Program:
     if probe == "zap":
         # It is at many functions, so many kinds of change are tried. The others clients try by themselves.
         (candidate,) = candidates("bpf", "zap")
         open_candidate(candidate).close()
-    maps = Maps(tables, STEPS_FOREIGN, STEPS_OWN, probe)
-    try:
-        maps.attach()
-    except BaseException:
-        maps.close()
-        raise
-    return maps
+    return attached(Probe[probe.upper()], tables, steps_foreign=STEPS_FOREIGN, steps_own=STEPS_OWN)

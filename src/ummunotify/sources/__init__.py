@@ -22,11 +22,9 @@ class Candidate(NamedTuple):
 
 
 def _open_bpf(probe: str) -> Feed:
-    from .bpf import BpfFeed, KprobeFeed, ZapFeed
+    from .bpf import BpfFeed, ZapFeed
 
-    if probe == "zap":
-        return ZapFeed()
-    return BpfFeed(probe) if probe == "kvm" else KprobeFeed(probe)
+    return ZapFeed() if probe == "zap" else BpfFeed(probe)
 
 
 def _open_daemon() -> Feed:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
-
-class UnavailableError(Exception):
-    """A source does not work here. Never seen by users: `SourceUnavailableError` collects them."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(f"{reason}; {remedy}" if remedy else reason)
-        self.reason = reason
-        self.remedy = remedy
+from ..errors import UnavailableError as UnavailableError
 
 
 class Feed(Protocol):

@@ -1,7 +1,6 @@
 """The source `daemon`: the bpf source's program and maps, held by a daemon that has the privileges for them.
 
-After `bind` the daemon is on no path but growing: the kernel feeds the table through the link, which this process
-holds too, whatever becomes of the daemon. Of its own the process has an empty virtual machine, as the bpf source has.
+The kernel feeds the table through the link, which this process holds too, whatever becomes of the daemon.
 """
 
 from __future__ import annotations
@@ -10,12 +9,10 @@ import errno
 import os
 import socket
 import struct
-import threading
 
-from .._abi import FDS_MAX, PAGE, PROTOCOL_VERSION, REPLY_SIZE, Gives, Op, Probe, Reply, Request, Status, socket_path
-from .._core import Doubt, Ring, map_shared, show_secret
+from .._abi import FDS_MAX, PROTOCOL_VERSION, REPLY_SIZE, Op, Probe, Reply, Request, Status, socket_path
 from .base import UnavailableError
-from .bpf import create_vm, open_kvm
+from .client import ClientFeed
 
 _TIMEVAL = struct.Struct("@ll")
 _TIMEOUT = 30
@@ -51,53 +48,6 @@ def _refusal(status: int, value: int) -> tuple[str, str]:
     return known.get(status, (f"the daemon failed ({os.strerror(value)})", _REMEDY))
 
 
-class _Machine:
-    """The process's empty virtual machine; made for the first notifier and closed with the last."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.fd = -1
-
-    def enter(self, kvm: int | None) -> None:
-        """`kvm` is a descriptor of /dev/kvm. Raises UnavailableError."""
-        with self.lock:
-            if not self.users:
-                if kvm is not None:
-                    self.fd = create_vm(kvm)
-                else:
-                    kvm = open_kvm()
-                    try:
-                        self.fd = create_vm(kvm)
-                    finally:
-                        os.close(kvm)
-            self.users += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.users -= 1
-            if not self.users:
-                self.close()
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-_machine = _Machine()
-
-
-def _forget() -> None:
-    """In the child of a fork: the machine is the parent's."""
-    global _machine
-    machine, _machine = _machine, _Machine()
-    machine.close()
-
-
-os.register_at_fork(after_in_child=_forget)
-
-
 def _ask(connection: socket.socket, op: Op) -> tuple[Reply, list[int]]:
     """The answer, and descriptors that the caller closes. OSError."""
     connection.send(Request(op).pack(), socket.MSG_NOSIGNAL)
@@ -113,126 +63,29 @@ def _ask(connection: socket.socket, op: Op) -> tuple[Reply, list[int]]:
     return reply, fds
 
 
-class DaemonFeed:
-    """A table of the daemon's, for this process's own changes."""
+class DaemonFeed(ClientFeed):
+    """A table of the daemon's."""
 
     def __init__(self, connection: socket.socket, reply: Reply, fds: list[int]) -> None:
         """With the answer to HELLO, which was OK. Takes all of it over. Raises UnavailableError."""
         self._socket = connection
-        self._secret = reply.value
-        self._machine: _Machine | None = None
-        self._ring: Ring | None = None
-        self._wake = fds.pop(0)
-        self._segments = [fds.pop(0)]  # descriptors of those that are not mapped yet, the last one first
-        self._links = fds
-        kvm = fds.pop(0) if reply.gives & Gives.KVM else None
-        try:
-            self._probe(fds, reply)
-            # A machine that is closed at once would do for mmu_notifier. But it costs little, and some kernel may
-            # tell of more while there is one.
-            if reply.probe != Probe.ZAP:
-                machine = _machine
-                machine.enter(kvm)
-                self._machine = machine
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            if kvm is not None:
-                os.close(kvm)
-
-    def _probe(self, fds: list[int], reply: Reply) -> None:
-        self.name = f"daemon:{Probe(reply.probe).label}"
+        super().__init__("daemon", reply, fds)
 
     def _ask(self, op: Op) -> tuple[Reply, list[int]]:
         return _ask(self._socket, op)
 
-    def add_segment(self, pages: int) -> int:
-        if not self._segments:
-            try:
-                reply, fds = self._ask(Op.GROW)
-            except ConnectionError as error:
-                raise OSError(
-                    error.errno, "the daemon that this notifier was opened with has ended; open a new one"
-                ) from error
-            if reply.status != Status.OK:
-                raise OSError(errno.ENOSPC, "; ".join(_refusal(reply.status, reply.value)))
-            self._segments = fds[::-1]
-        fd = self._segments.pop()
-        try:
-            # The mapping keeps the map: one descriptor less.
-            return map_shared(fd, pages * PAGE)
-        finally:
-            os.close(fd)
-
-    def bind(self) -> None:
-        try:
-            self._show_secret()
-            reply, _ = self._ask(Op.SETTLE)
-        except OSError as error:
-            raise _lost(error) from error
-        if reply.status != Status.OK:
-            raise UnavailableError(*_refusal(reply.status, reply.value))
-
-    def _show_secret(self) -> None:
-        show_secret(self._secret)
-
-    def wake_fd(self) -> int:
-        if self._ring is None:
-            self._ring = Ring(self._wake)
-        return self._wake
-
-    def acknowledge(self) -> None:
-        if self._ring is not None:
-            self._ring.clear()
-
-    def doubtful(self) -> bool:
-        # The daemon looks at the count of skipped runs, and invalidates everything if it grows. The program's
-        # descriptor would let a client look too; but also run the program, and tie maps to it for good
-        # (BPF_PROG_BIND_MAP).
-        return False
-
-    def close(self) -> None:
-        self.abandon()
-        machine, self._machine = self._machine, None
-        if machine is not None:
-            machine.leave()
-
-    def abandon(self) -> None:
+    def _hang_up(self) -> None:
         # No farewell: the daemon notices when the last copy of the socket is closed. In the child of a fork it is not.
         self._socket.close()
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
-        if self._wake >= 0:
-            os.close(self._wake)
-            self._wake = -1
-        for fds in (self._links, self._segments):
-            while fds:
-                os.close(fds.pop())
 
+    # The daemon looks at the count of skipped runs, and invalidates everything if it grows. The program's descriptor
+    # would let a client look too; but also run the program, and tie maps to it for good (BPF_PROG_BIND_MAP).
 
-class DoubtedDaemonFeed(DaemonFeed):
-    """The same with a probe that the kernel may skip, and which knows when: see core/doubt.h."""
+    def _refusal(self, status: int, value: int) -> tuple[str, str]:
+        return _refusal(status, value)
 
-    def _probe(self, fds: list[int], reply: Reply) -> None:
-        super()._probe(fds, reply)
-        try:
-            self._doubt = Doubt(fds[0])
-        except OSError as error:
-            raise UnavailableError(f"the daemon's map cannot be mapped ({error})", "") from error
-        self.source_address = self._doubt.address
-
-    def refusal(self, number: int, start: int, end: int) -> Exception:
-        raise AssertionError("it refuses nothing")
-
-    def _show_secret(self) -> None:
-        self._doubt.show_secret(self._secret)
-
-    def abandon(self) -> None:
-        super().abandon()
-        if hasattr(self, "_doubt"):
-            self._doubt.abandon()
+    def _lost(self, error: OSError) -> UnavailableError:
+        return _lost(error)
 
 
 def open_feed() -> DaemonFeed:
@@ -251,7 +104,7 @@ def open_feed() -> DaemonFeed:
         for fd in fds:
             os.close(fd)
         raise
-    return (DoubtedDaemonFeed if reply.gives & Gives.PROBE_GAPS else DaemonFeed)(connection, reply, fds)
+    return DaemonFeed(connection, reply, fds)
 
 
 def connect() -> socket.socket:

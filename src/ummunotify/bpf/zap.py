@@ -7,22 +7,14 @@ what.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import mmap
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from .._abi import CallType, Extent, call_cookie
-from .._core import test_page, unmap
-from ..bpf import libbpf
-from .base import Exercise, UnavailableError
-
-PAGE = mmap.PAGESIZE
-_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+from ..errors import UnavailableError
+from . import libbpf
 
 _TYPES: dict[str, tuple[CallType, tuple[str, ...]]] = {
     "struct mm_struct *": (CallType.MM, ()),
@@ -222,41 +214,3 @@ def attachments() -> dict[str, int]:
             "use another probe (mmu_notifier, kvm), and please report this with the kernel's version",
         )
     return chosen
-
-
-_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
-
-
-def exercises() -> Iterator[Exercise]:
-    """A change by each way that a page of our own can go.
-
-    A compiler may have put a function into its caller, if both are in one file, where nobody can attach to it. This is
-    how that would be noticed.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
-    fd = os.memfd_create("ummunotify", os.MFD_CLOEXEC)
-    try:
-        os.pwrite(fd, b"data", 0)
-        os.ftruncate(fd, PAGE)
-        for name, flags, act in (
-            ("a page was discarded", _ANONYMOUS, lambda memory: memory.madvise(mmap.MADV_DONTNEED)),
-            ("a page was freed lazily", _ANONYMOUS, lambda memory: memory.madvise(mmap.MADV_FREE)),
-            ("a page was copied on write", mmap.MAP_PRIVATE, lambda memory: memory.write(b"new")),
-            ("a file was truncated", mmap.MAP_SHARED, lambda memory: os.ftruncate(fd, 0)),
-        ):
-            with mmap.mmap(-1 if flags & mmap.MAP_ANONYMOUS else fd, PAGE, flags) as memory:
-                page = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-                if flags & mmap.MAP_ANONYMOUS:
-                    memory[0] = 1
-                else:
-                    memory[0]  # mapped, but not written
-                yield Exercise(name, page, functools.partial(act, memory))
-    finally:
-        os.close(fd)
-    old, new = test_page(), test_page()
-    try:
-        move = functools.partial(libc.mremap, old, PAGE, PAGE, _MREMAP_MAYMOVE | _MREMAP_FIXED, new)
-        yield Exercise("a page was moved", old, move)
-    finally:
-        unmap(new, PAGE)
