@@ -14,8 +14,7 @@ import click
 from .._abi import SOCKET_ENVIRONMENT
 from .._core import SOURCE_ENVIRONMENT, connect_to_daemon
 from ..daemon import private
-from ..errors import SourceUnavailableError
-from ..sources.base import UnavailableError
+from ..errors import SourceUnavailableError, UnavailableError
 
 LIB = Path(__file__).parents[1] / "lib"
 _PT_INTERP = 3

@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 
-from ..sources.base import UnavailableError
+from ..errors import UnavailableError
 from . import privileges
 from .limits import Limits
 from .loading import load
@@ -61,10 +61,10 @@ def _serve(program: int, say: int) -> None:
             _keep_only({program, say, listener.fileno()})
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            maps, kvm = load(None, True, _LIMITS.clients + _READY)
-            undo.callback(maps.close)
+            loaded, kvm = load(None, True, _LIMITS.clients + _READY)
+            undo.callback(loaded.close)
             privileges.drop(None)
-            server = Server(listener, maps, kvm, _LIMITS, _READY)
+            server = Server(listener, loaded, kvm, _LIMITS, _READY)
             undo.callback(server.close)
         except UnavailableError as error:
             os.write(say, f"\n{error.reason}\n{error.remedy}".encode())
