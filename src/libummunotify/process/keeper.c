@@ -3,6 +3,7 @@
 #include "process/keeper.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
@@ -31,7 +32,7 @@ struct umn_keeper {
 	pthread_t thread;
 	uint32_t state;
 	int error;
-	int fds[KEPT_MAX + 1]; /* ascending */
+	int fds[KEPT_MAX]; /* ascending */
 	size_t count;
 };
 enum { STARTING, KEEPING, FAILED, ENDING };
@@ -103,6 +104,10 @@ static int take_table(const struct umn_keeper *keeper)
 		if ((unsigned int)keeper->fds[i] > first && syscall(SYS_close_range, first, keeper->fds[i] - 1u, 0))
 			return errno;
 	}
+	/* Another thread of the program may have closed one while this thread still shared its table. */
+	for (size_t i = 0; i <= last; i++)
+		if (fcntl(keeper->fds[i], F_GETFD) < 0)
+			return errno;
 	return 0;
 }
 
@@ -124,23 +129,35 @@ static int ascending(const void *a, const void *b)
 }
 
 /* 0 or an errno. */
-static int keep_by_thread(struct umn_keeper *keeper, const int *fds, size_t count)
+static int start_thread(struct umn_keeper *keeper)
 {
 	pthread_attr_t attributes;
 	sigset_t all, before;
 	int error;
 
-	keeper->count = count;
-	memcpy(keeper->fds, fds, count * sizeof *fds);
-	qsort(keeper->fds, count, sizeof *fds, ascending);
 	sigfillset(&all);
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, STACK);
 	/* The thread inherits the mask: the program's signal handlers never run on it. */
 	pthread_sigmask(SIG_BLOCK, &all, &before);
 	error = pthread_create(&keeper->thread, &attributes, keep, keeper);
+	/* The C library takes the program's static thread-local memory from the stack, so this one may be too small. */
+	if (error == EINVAL)
+		error = pthread_create(&keeper->thread, NULL, keep, keeper);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attributes);
+	return error;
+}
+
+/* 0 or an errno. */
+static int keep_by_thread(struct umn_keeper *keeper, const int *fds, size_t count)
+{
+	int error;
+
+	keeper->count = count;
+	memcpy(keeper->fds, fds, count * sizeof *fds);
+	qsort(keeper->fds, count, sizeof *fds, ascending);
+	error = start_thread(keeper);
 	if (error)
 		return error;
 	if (wait_while(keeper, STARTING) == KEEPING)
@@ -153,11 +170,15 @@ static int keep_by_thread(struct umn_keeper *keeper, const int *fds, size_t coun
 
 struct umn_keeper *umn_keeper_new(const int *fds, size_t count)
 {
-	struct umn_keeper *keeper = calloc(1, sizeof *keeper);
+	struct umn_keeper *keeper;
 	int ring_error, error;
 
-	if (!keeper || count > KEPT_MAX || !count) {
-		free(keeper);
+	if (!count || count > KEPT_MAX) {
+		umn_fail(UMMUNOTIFY_UNAVAILABLE, EINVAL, "", "%zu files cannot be kept open, only 1 to %d", count, KEPT_MAX);
+		return NULL;
+	}
+	keeper = calloc(1, sizeof *keeper);
+	if (!keeper) {
 		umn_fail_errno(UMMUNOTIFY_NO_MEMORY, ENOMEM, "no memory");
 		return NULL;
 	}
