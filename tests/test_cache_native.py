@@ -111,7 +111,8 @@ def build(name: str, source: Path) -> Any:
 def test_the_core_under_thread_sanitizer(tmp_path: Path) -> None:
     program = tmp_path / "cache_test"
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=thread"]
-    table = [SOURCES / f"{name}.c" for name in ("table/table", "table/index", "table/grace", "table/pending", "process/process")]
+    names = ("table/table", "table/index", "table/grace", "table/pending", "process/process")
+    table = [SOURCES / f"{name}.c" for name in names]
     tests = [HERE / "core/cache_test.c", HERE / "core/table_check.c"]
     run("gcc", *flags, f"-I{SOURCES}", f"-I{HERE / 'core'}", *tests, *table, "-o", program)
     assert "hits" in run(program, SECONDS)
