@@ -241,7 +241,7 @@ def test_the_table_cannot_grow(umn: Notifier, memory: Memory) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
         for _ in range(3):
-            with pytest.raises(TooManyRegionsError, match="cannot grow.*Too many open files"):
+            with pytest.raises(TooManyRegionsError, match=r"cannot grow.*Too many open files"):
                 watch_all()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

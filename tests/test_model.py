@@ -152,8 +152,8 @@ class NotifierModel(RuleBasedStateMachine):
         else:
             map_at(address, length)
         self.mapped[first:last] = [how != "unmap"] * (last - first)
-        # Or what is watched next could be hit by this, which is needless, and allowed. While something may be on its way,
-        # the generation counts up whenever it is asked for.
+        # Or what is watched next could be hit by this, which is needless, and allowed. While something may be on its
+        # way, the generation counts up whenever it is asked for.
         while self.late and self.umn.generation != self.umn.generation:
             pass
         self.hit(first, last, replaced=how != "drop")

@@ -41,6 +41,8 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
+#undef ummunotify_event /* <linux/ummunotify.h> has another one, which keeps the name struct ummunotify_device_event */
+
 struct ummunotify;	  /* a notifier, for the memory of the process that opened it */
 struct ummunotify_region; /* a range of addresses that is watched */
 

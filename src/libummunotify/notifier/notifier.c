@@ -38,6 +38,8 @@ struct ummunotify {
 	struct umn_connection *connection;
 	const struct umn_candidate *candidate;
 	uint64_t max_regions;
+	/* While this or `dispatching` is held, code of the program's may run, and come back here from a signal handler: both are of
+	 * the kind that fails (EDEADLK) where the thread has it already. */
 	pthread_mutex_t growing;
 
 	pthread_mutex_t lock; /* reading against unwatching: what is unwatched is not reported; and of the next four */
@@ -47,9 +49,7 @@ struct ummunotify {
 	enum { NONE, CALLING, REFUSED } taken_is;
 
 	uint32_t delivering;	     /* callbacks that are not done, are about to be called, or have refused `taken` */
-	pthread_mutex_t dispatching; /* held while they run ... */
-	pthread_t dispatcher;	     /* ... by this thread, if is_dispatching */
-	bool is_dispatching;
+	pthread_mutex_t dispatching; /* held while they run */
 
 	struct ummunotify *next;
 };
@@ -231,8 +231,8 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 	pthread_mutexattr_init(&checked);
 	pthread_mutexattr_settype(&checked, PTHREAD_MUTEX_ERRORCHECK);
 	pthread_mutex_init(&umn->growing, &checked);
+	pthread_mutex_init(&umn->dispatching, &checked);
 	pthread_mutexattr_destroy(&checked);
-	pthread_mutex_init(&umn->dispatching, NULL);
 	umn->connection = umn_connect(candidate, options->feeder, epoll >= 0);
 	if (!umn->connection) {
 		free_notifier(umn);
@@ -553,7 +553,7 @@ static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *ev
 	if (umn->connection->counter)
 		counter = __atomic_load_n(umn->connection->counter, __ATOMIC_ACQUIRE);
 	if (umn->connection->may_have_missed(umn->connection))
-		umn_table_doubt(umn->table);
+		umn_table_invalidate_all(umn->table);
 	pthread_mutex_lock(&umn->lock);
 	if (umn->wakes) {
 		/* In this order no wake-up is lost: what hits after arming sends one again. */
@@ -625,14 +625,10 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 
 	if (result)
 		return result;
-	/* Only the dispatcher itself can find itself there. */
-	if (__atomic_load_n(&umn->is_dispatching, __ATOMIC_ACQUIRE) && pthread_equal(umn->dispatcher, pthread_self())) {
+	if (pthread_mutex_lock(&umn->dispatching) == EDEADLK) {
 		leave(umn);
 		return 0;
 	}
-	pthread_mutex_lock(&umn->dispatching);
-	umn->dispatcher = pthread_self();
-	__atomic_store_n(&umn->is_dispatching, true, __ATOMIC_RELEASE);
 	/* One by one: what was not delivered, because a callback stops, stays in the table. */
 	do {
 		__atomic_add_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
@@ -648,7 +644,6 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 			__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
 		}
 	} while (n > 0 && !stopped && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST));
-	__atomic_store_n(&umn->is_dispatching, false, __ATOMIC_RELEASE);
 	pthread_mutex_unlock(&umn->dispatching);
 	leave(umn);
 	return stopped ? -ECANCELED : result;
@@ -720,19 +715,22 @@ bool umn_must_renew(const struct ummunotify *umn)
 	return umn->connection->source != NULL;
 }
 
-int umn_device_fds(struct ummunotify *umn, int *fds)
+size_t umn_device_fds(struct ummunotify *umn, int *fds)
 {
 	const struct umn_wakeup *w = &umn->wakeup;
+	size_t count = 0;
 
-	memcpy(fds, (int[]){w->source, w->out.fd, w->in.fd}, 3 * sizeof *fds);
-	return 3;
+	fds[count++] = w->source;
+	fds[count++] = w->out.fd;
+	fds[count++] = w->in.fd;
+	if (umn->connection->wake_fd >= 0)
+		fds[count++] = umn->connection->wake_fd;
+	return count;
 }
 
-void umn_device_wakeups(struct ummunotify *umn, int *wake, int pipe[2])
+int umn_device_wake(struct ummunotify *umn)
 {
-	*wake = umn->wakeup.source;
-	pipe[0] = umn->wakeup.out.fd;
-	pipe[1] = umn->wakeup.in.fd;
+	return umn->wakeup.source;
 }
 
 void umn_device_next_wakeup(struct ummunotify *umn)
