@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ummunotify
-from ummunotify.daemon import protocol
+from ummunotify import _abi
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
 
@@ -87,7 +87,7 @@ def serving() -> Iterator[int]:
     """A daemon; its number."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        path = os.environ[protocol.ENVIRONMENT] = f"{folder}/socket"
+        path = os.environ[_abi.SOCKET_ENVIRONMENT] = f"{folder}/socket"
         daemon = subprocess.Popen(
             [sys.executable, "-m", "ummunotify", "daemon", "--socket", path, "--user", "nobody"],
             stderr=subprocess.DEVNULL,
@@ -98,15 +98,15 @@ def serving() -> Iterator[int]:
         finally:
             daemon.terminate()
             daemon.wait()
-            del os.environ[protocol.ENVIRONMENT]
+            del os.environ[_abi.SOCKET_ENVIRONMENT]
 
 
-def idle() -> protocol.Summary:
+def idle() -> _abi.Summary:
     """When the daemon is there, and has everything ready."""
     while True:
         with contextlib.suppress(UnavailableError), source.connect() as connection:
-            connection.send(protocol.Request(protocol.Op.STATUS, argument=protocol.SUMMARY).pack())
-            summary = protocol.Summary.unpack(connection.recv(protocol.SUMMARY_SIZE))
+            connection.send(_abi.Request(_abi.Op.STATUS, argument=_abi.STATUS_SUMMARY).pack())
+            summary = _abi.Summary.unpack(connection.recv(_abi.SUMMARY_SIZE))
             if summary.ready == 16:
                 return summary
         time.sleep(0.05)

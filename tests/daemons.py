@@ -26,10 +26,10 @@ import pytest
 from support import map_memory, require, unmap_memory
 
 import ummunotify
+from ummunotify import _abi
+from ummunotify._abi import Op, Request, Summary
 from ummunotify.bpf import libbpf
-from ummunotify.daemon import protocol
 from ummunotify.daemon.limits import TABLE
-from ummunotify.daemon.protocol import Op, Request, Summary
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
 from ummunotify.sources.bpf import SEGMENTS, BpfFeed
@@ -103,8 +103,8 @@ class Daemon:
 
     def summary(self) -> Summary:
         with source.connect() as connection:
-            connection.send(Request(Op.STATUS, argument=protocol.SUMMARY).pack())
-            return Summary.unpack(connection.recv(protocol.SUMMARY_SIZE))
+            connection.send(Request(Op.STATUS, argument=_abi.STATUS_SUMMARY).pack())
+            return Summary.unpack(connection.recv(_abi.SUMMARY_SIZE))
 
     def settled(self, clients: int = 0) -> Summary:
         """When it has so many clients, and nothing to do."""
@@ -175,7 +175,7 @@ def directory(privileged: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """That other users can get into."""
     directory = Path(tempfile.mkdtemp(prefix="umn"))
     directory.chmod(0o755)
-    monkeypatch.setenv(protocol.ENVIRONMENT, str(directory / "socket"))
+    monkeypatch.setenv(_abi.SOCKET_ENVIRONMENT, str(directory / "socket"))
     yield directory
     shutil.rmtree(directory)
 

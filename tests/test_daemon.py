@@ -42,11 +42,12 @@ from daemons import (
 from support import map_memory, unmap_memory
 
 import ummunotify
+from ummunotify import _abi
+from ummunotify._abi import Op, Reply, Request, Status
 from ummunotify.bpf import libbpf
 from ummunotify.cli.daemon import closed_folder
-from ummunotify.daemon import protocol, server
+from ummunotify.daemon import server
 from ummunotify.daemon.limits import TABLE, Limits, Usage
-from ummunotify.daemon.protocol import Op, Reply, Request, Status
 from ummunotify.daemon.server import STEPS_FOREIGN, STEPS_OWN
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
@@ -326,7 +327,7 @@ def test_without_its_daemon_a_notifier_cannot_grow_and_says_so(daemon: Daemon) -
 
 def test_the_other_side_has_another_version(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an upgrade of only one of them."""
-    monkeypatch.setattr(Request.__new__, "__defaults__", (protocol.VERSION + 1, 0))
+    monkeypatch.setattr(Request.__new__, "__defaults__", (_abi.PROTOCOL_VERSION + 1, 0))
     with pytest.raises(ummunotify.SourceUnavailableError, match="install the same version"):
         ummunotify.open(source="daemon")
     daemon.settled()
@@ -419,7 +420,7 @@ def enter_container(path: str) -> None:
         call("mount", folder.encode(), bytes(inside), None, MS_BIND | MS_REC, None)
     os.chroot(root)
     os.chdir("/")
-    os.environ[protocol.ENVIRONMENT] = "/socket"
+    os.environ[_abi.SOCKET_ENVIRONMENT] = "/socket"
 
 
 def test_a_container_with_nothing_but_the_socket(daemon: Daemon) -> None:

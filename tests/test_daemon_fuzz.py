@@ -14,9 +14,9 @@ import time
 from daemons import Daemon, as_nobody, change
 
 import ummunotify
+from ummunotify import _abi
+from ummunotify._abi import Op, Reply, Request, Status
 from ummunotify._core import show_secret
-from ummunotify.daemon import protocol
-from ummunotify.daemon.protocol import Op, Reply, Request, Status
 from ummunotify.sources import daemon as source
 
 MESSAGES = int(os.environ.get("UMMUNOTIFY_FUZZ_MESSAGES", "5000"))
@@ -39,7 +39,7 @@ class Fuzzer:
             case 0:
                 return rng.randbytes(rng.randrange(41))
             case 1:
-                return rng.randbytes(protocol.REQUEST_SIZE)
+                return rng.randbytes(_abi.REQUEST_SIZE)
             case 2:
                 return Request(rng.randrange(7), rng.randrange(3), rng.choice((0, 1, 20, rng.getrandbits(32)))).pack()
         return Request(rng.choice(list(Op))).pack()
@@ -52,7 +52,7 @@ class Fuzzer:
         data, fds, _, _ = socket.recv_fds(connection, 100, FDS_MOST, 0 if wait else socket.MSG_DONTWAIT)
         for fd in fds:
             os.close(fd)
-        return Reply.unpack(data) if len(data) == protocol.REPLY_SIZE else None
+        return Reply.unpack(data) if len(data) == _abi.REPLY_SIZE else None
 
     def converse(self) -> None:
         """Until the daemon has had enough, or this one."""

@@ -20,8 +20,8 @@ from support import require
 from test_c import HERE, build, output
 
 import ummunotify
+from ummunotify._abi import SOCKET_ENVIRONMENT as SOCKET
 from ummunotify.cli.config import LIB
-from ummunotify.daemon.protocol import ENVIRONMENT as SOCKET
 
 RUN = [*COMMAND, "run"]
 PRELOAD = str(LIB / "libummunotify-device.so")
@@ -200,7 +200,9 @@ def test_no_linear_scan(source: str, public: Path, request: pytest.FixtureReques
 def device_sources() -> list[str]:
     """What builds a program that has the device in itself."""
     library = Path(__file__).parents[1] / "src" / "libummunotify"
-    sources = sorted(path for path in library.glob("*/*.c") if path.parent.name in ("table", "sources", "notifier", "device"))
+    sources = sorted(
+        path for path in library.glob("*/*.c") if path.parent.name in ("table", "sources", "notifier", "device")
+    )
     return [*map(str, sources), f"-I{library}", f"-I{library / 'include'}", "-ldl"]
 
 

@@ -15,14 +15,15 @@ from support import require
 
 import ummunotify
 from ummunotify import Notifier, SourceUnavailableError, sources
+from ummunotify._abi import CallType, Extent
 from ummunotify._core import test_page as make_page
 from ummunotify.bpf import libbpf
 from ummunotify.bpf.libbpf import KernelTypes
 from ummunotify.sources import zap
 from ummunotify.sources.base import Exercise, UnavailableError
-from ummunotify.sources.zap import _LENGTH, _PAGE, _Call, _Function, _Need
+from ummunotify.sources.zap import _Call, _Function, _Need
 
-FLUSH = _Function("ptep_clear_flush", (_Call("vma", "address", _PAGE),))
+FLUSH = _Function("ptep_clear_flush", (_Call("vma", "address", Extent.PAGE),))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def test_this_kernel() -> None:
         members = types.members("vm_area_struct")
     assert members is not None
     place = members["vm_mm"] // 8
-    assert found["ptep_clear_flush"].to_bytes(8, sys.byteorder) == bytes((0, 1, 1, 0, _PAGE, place, 0, 0))
+    assert found["ptep_clear_flush"].to_bytes(8, sys.byteorder) == bytes((0, 1, 1, 0, Extent.PAGE, place, 0, 0))
 
 
 def test_a_function_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,19 +101,21 @@ def test_a_function_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_function_is_called_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (
-        _Call("vma", "start", _PAGE),
-        _Call("mm", "address", _PAGE),
-        _Call("address", "address", _PAGE),
-        _Call("vma", "vma", _PAGE),
-        _Call("vma", "address", _LENGTH, "size"),
-        _Call("vma", "address", _LENGTH, "ptep"),
+        _Call("vma", "start", Extent.PAGE),
+        _Call("mm", "address", Extent.PAGE),
+        _Call("address", "address", Extent.PAGE),
+        _Call("vma", "vma", Extent.PAGE),
+        _Call("vma", "address", Extent.LENGTH, "size"),
+        _Call("vma", "address", Extent.LENGTH, "ptep"),
     ):
         changed = FLUSH._replace(calls=(call,))
         reason = refused(monkeypatch, _Need("magic", ((changed,),)))
         assert "ptep_clear_flush is called in an unknown way: (struct vm_area_struct *vma, long unsigned int" in reason
         # Then it may have another purpose, too: the next best is no way out.
         assert "ptep_clear_flush" in refused(monkeypatch, _Need("magic", ((changed,), (FLUSH,))))
-    monkeypatch.setattr(zap, "_TYPES", {**zap._TYPES, "struct vm_area_struct *": (1, ("vm_mm", "no_such_member"))})
+    monkeypatch.setattr(
+        zap, "_TYPES", {**zap._TYPES, "struct vm_area_struct *": (CallType.HOLDER, ("vm_mm", "no_such_member"))}
+    )
     assert "unknown way" in refused(monkeypatch, _Need("magic", ((FLUSH,),)))
 
 

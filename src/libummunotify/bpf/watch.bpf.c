@@ -23,7 +23,7 @@ typedef int64_t __s64;
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
 
-#include "abi/layout.h"
+#include "abi/maps.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -34,7 +34,29 @@ struct pt_regs {
 struct thread_info {
 	unsigned int status;
 };
+struct atomic_long {
+	long counter;
+};
+struct task_struct;
+struct rw_semaphore {
+	struct atomic_long owner;
+};
+/* PREEMPT_RT's */
+struct rt_mutex_base {
+	struct task_struct *owner;
+};
+struct rwbase_rt {
+	struct rt_mutex_base rtmutex;
+};
+struct rw_semaphore___rt {
+	struct rwbase_rt rwbase;
+};
+struct maple_tree {
+	void *ma_root;
+};
 struct mm_struct {
+	struct maple_tree mm_mt;
+	struct rw_semaphore mmap_lock;
 	unsigned long locked_vm;
 };
 struct task_struct {
@@ -42,7 +64,16 @@ struct task_struct {
 	unsigned int flags;
 	struct mm_struct *mm;
 };
-enum mmu_notifier_event { MMU_NOTIFY_PROTECTION_VMA = 2, MMU_NOTIFY_PROTECTION_PAGE = 3, MMU_NOTIFY_SOFT_DIRTY = 4 };
+enum maple_type { maple_leaf_64 = 1, maple_range_64 = 2, maple_arange_64 = 3 };
+struct maple_range_64 {
+	unsigned long pivot[15];
+	void *slot[16];
+};
+struct maple_arange_64 {
+	unsigned long pivot[9];
+	void *slot[10];
+};
+enum mmu_notifier_event { MMU_NOTIFY_CLEAR = 1, MMU_NOTIFY_PROTECTION_VMA = 2, MMU_NOTIFY_PROTECTION_PAGE = 3, MMU_NOTIFY_SOFT_DIRTY = 4 };
 struct mmu_notifier_range {
 	struct mm_struct *mm;
 	unsigned long start, end;
@@ -55,8 +86,10 @@ struct file {
 	struct inode *f_inode;
 };
 struct vm_area_struct {
+	unsigned long vm_start, vm_end;
 	struct mm_struct *vm_mm;
 	unsigned long vm_flags;
+	void *vm_ops;
 	struct file *vm_file;
 };
 enum pageflags { PG_head = 6 };
@@ -73,11 +106,6 @@ struct folio___memdesc {
 
 /* ---- The maps. Of these only segments and rings are ever in a client's hands; what the others say can be trusted. ---- */
 
-struct table {
-	uint64_t mm;	/* 0: its owner has not shown itself yet, or is gone */
-	uint32_t next;	/* the next table of the same address space, plus 1 */
-	uint32_t cells; /* in all its segments: no walk of a sound index takes more steps */
-};
 /* All of one size: then the verifier turns look-ups in them into a few instructions (array_map_gen_lookup). */
 struct segment {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -88,7 +116,7 @@ struct segment {
 };
 struct ring {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 4096);
+	__uint(max_entries, UMN_RING_BYTES);
 };
 
 /* The loader sets these maps' max_entries for the number of tables that it wants. */
@@ -108,7 +136,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, uint32_t);
-	__type(value, struct table);
+	__type(value, struct umn_fed_table);
 } tables SEC(".maps");
 /* An address space's first table, plus 1. */
 struct {
@@ -125,18 +153,11 @@ struct {
 	__type(value, uint32_t);
 } handshakes SEC(".maps");
 
-struct control {
-	uint32_t tables;	/* tables with this number and above have never been used */
-	uint32_t handshakes;	/* how many are open */
-	uint64_t mm;		/* if just one table is being fed: its address space, ... */
-	uint32_t only;		/* ... and its number plus 1 */
-	uint32_t steps_foreign; /* the most that a change may take on behalf of a table that may be another user's */
-};
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, uint32_t);
-	__type(value, struct control);
+	__type(value, struct umn_control);
 } control SEC(".maps");
 
 /* See `doubt` below. The daemon's clients can map it, too: it is frozen, so nobody but programs can write it. */
@@ -199,12 +220,10 @@ static __always_inline struct umn_header *header_of(uint32_t id)
 	return (struct umn_header *)page_at(id * UMN_SEGMENTS, 0);
 }
 
-#define STEPS_MAX (1u << 23) /* bpf_loop's own limit */
-
 /* One table's share of a change. A global function, so that the verifier looks at it once. */
 __attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, int32_t syscall, uint32_t steps)
 {
-	struct table *table = bpf_map_lookup_elem(&tables, &id);
+	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
 	struct umn_walk w = {.segments_at = id * UMN_SEGMENTS, .start = start, .end = end, .syscall = syscall};
 	uint64_t wake = 1;
 	void *ring;
@@ -235,9 +254,9 @@ struct change {
 static long feed_next(uint32_t unused, struct change *change)
 {
 	uint32_t id = change->table - 1;
-	struct table *table;
+	struct umn_fed_table *table;
 
-	feed(id, change->start, change->end, change->syscall, STEPS_MAX);
+	feed(id, change->start, change->end, change->syscall, UMN_STEPS_MAX);
 	table = bpf_map_lookup_elem(&tables, &id);
 	change->table = table ? table->next : 0;
 	return !change->table;
@@ -249,8 +268,6 @@ static long feed_foreign(uint32_t id, struct change *change)
 	return 0;
 }
 
-#define TABLES_PER_MM_MAX 256
-
 static __always_inline void feed_mm(uint64_t mm, struct change *change)
 {
 	uint32_t *first = bpf_map_lookup_elem(&owners, &mm);
@@ -258,7 +275,7 @@ static __always_inline void feed_mm(uint64_t mm, struct change *change)
 	if (!first)
 		return;
 	change->table = *first;
-	bpf_loop(TABLES_PER_MM_MAX, feed_next, change, 0);
+	bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next, change, 0);
 }
 
 /* ---- Whose change is it? The kvm probe does not say, so it has to follow from what the current task is doing. ---- */
@@ -281,14 +298,21 @@ enum {
 	NR_madvise = 28,
 	NR_clone = 56,
 	NR_fork = 57,
+	NR_mlock = 149,
+	NR_munlock = 150,
+	NR_mlock2 = 325,
 	NR_pkey_mprotect = 329,
 	NR_clone3 = 435
 };
 #define PROT_WRITE 2
+#define MAP_FIXED 0x10
 #define MAP_ANONYMOUS 0x20
 #define MREMAP_FIXED 2
+#define MADV_SEQUENTIAL 2 /* 0 to 2, and 10 to 19, change nothing but how a mapping is treated */
 #define MADV_DONTNEED 4
 #define MADV_FREE 8
+#define MADV_DONTFORK 10
+#define MADV_KEEPONFORK 19
 #define MADV_DONTNEED_LOCKED 24
 #define CLONE_VM 0x100
 #define CLONE_PIDFD 0x1000
@@ -297,6 +321,150 @@ enum {
 static __always_inline int within(struct change *change, uint64_t address, uint64_t length)
 {
 	return change->start >= (address & -4096ull) && change->end <= ((address + length + 4095) & -4096ull);
+}
+
+/* ---- The splits of huge pages, in which all pages stay where they are. ---- */
+
+#define PMD_SIZE (UINT64_C(1) << 21)
+#define VM_WRITE 0x2
+#define VM_LOCKED 0x2000
+
+/* Does the current task hold its address space's mmap lock for writing? Only the writer is its owner without a flag. */
+static __always_inline int writes_mappings(struct task_struct *task)
+{
+	struct rw_semaphore *lock = &task->mm->mmap_lock;
+	struct rw_semaphore___rt *rt = (void *)lock;
+
+	if (bpf_core_field_exists(lock->owner))
+		return lock->owner.counter == (long)task;
+	if (bpf_core_field_exists(rt->rwbase)) /* bit 0: the lock has waiters */
+		return (unsigned long)rt->rwbase.rtmutex.owner - (unsigned long)task <= 1;
+	return 0;
+}
+
+/* The way down a maple tree, which is where an address space's mappings are. */
+struct descent {
+	uint64_t address;
+	uint64_t entry; /* the next node, its type in bits 3 to 6; in the end the mapping */
+	int found;
+};
+#define MAPLE_DEPTH_MAX 12 /* 10 entries in each of its nodes, at least */
+#define MAPLE_PIVOTS 15
+
+/* Entry i of a node is for addresses up to pivot i. A pivot of 0 behind others says that entry i is the last. */
+static long descend(uint32_t unused, struct descent *way)
+{
+	uint64_t node = way->entry & ~0xffull, type = way->entry >> 3 & 0xf;
+	uint32_t pivots_at, slots_at, last, i, at;
+	uint64_t pivots[MAPLE_PIVOTS] = {};
+
+	if (type == bpf_core_enum_value(enum maple_type, maple_arange_64)) {
+		pivots_at = bpf_core_field_offset(struct maple_arange_64, pivot);
+		slots_at = bpf_core_field_offset(struct maple_arange_64, slot);
+		last = bpf_core_field_size(struct maple_arange_64, pivot) / sizeof *pivots;
+	} else if (type == bpf_core_enum_value(enum maple_type, maple_range_64) ||
+		   type == bpf_core_enum_value(enum maple_type, maple_leaf_64)) {
+		pivots_at = bpf_core_field_offset(struct maple_range_64, pivot);
+		slots_at = bpf_core_field_offset(struct maple_range_64, slot);
+		last = bpf_core_field_size(struct maple_range_64, pivot) / sizeof *pivots;
+	} else {
+		return 1;
+	}
+	if (last > MAPLE_PIVOTS || bpf_probe_read_kernel(pivots, sizeof pivots, (void *)(node + pivots_at)))
+		return 1;
+	at = last;
+	UMN_UNROLL
+	for (i = MAPLE_PIVOTS; i-- > 0;)
+		if (i < last && (way->address <= pivots[i] || (i && !pivots[i])))
+			at = i;
+	if (bpf_probe_read_kernel(&way->entry, sizeof way->entry, (void *)(node + slots_at + at * sizeof *pivots)))
+		return 1;
+	way->found = type == bpf_core_enum_value(enum maple_type, maple_leaf_64);
+	return way->found || !way->entry;
+}
+
+/*
+ * The mapping at an address of the current task's. The task holds the mmap lock for writing, so the tree and the mapping stand
+ * still. Needs kernels with maple trees, since Linux 6.1.
+ */
+static __always_inline struct vm_area_struct *mapping_at(struct task_struct *task, uint64_t address)
+{
+	struct descent way = {.address = address};
+
+	if (!bpf_core_field_exists(task->mm->mm_mt) || !bpf_core_enum_value_exists(enum maple_type, maple_arange_64) ||
+	    !bpf_core_type_exists(struct maple_arange_64))
+		return 0;
+	way.entry = (uint64_t)task->mm->mm_mt.ma_root;
+	if ((way.entry & 3) != 2) /* not a node: there is at most one mapping */
+		return 0;
+	bpf_loop(MAPLE_DEPTH_MAX, descend, &way, 0);
+	return way.found ? (void *)way.entry : 0;
+}
+
+/* Is an end of the pages that contain [address, address + length) strictly inside the change? */
+static __always_inline int cut(struct change *change, uint64_t address, uint64_t length)
+{
+	uint64_t start = address & -4096ull, end = (address + length + 4095) & -4096ull;
+
+	return (change->start < start && start < change->end) || (change->start < end && end < change->end);
+}
+
+/*
+ * Is the change just the split of a huge page, which leaves all pages where they are? Where a system call cuts a mapping within an
+ * aligned 2 MiB, the kernel reports these 2 MiB, whether there is a huge page or not.
+ *
+ * The current task is inside the 64-bit system call `change->syscall`. When in doubt: no. docs/architecture.md, "Splits of huge
+ * pages", says why nothing else that these calls do passes all tests.
+ */
+static __always_inline int splits(struct task_struct *task, struct pt_regs *regs, struct change *change)
+{
+	uint64_t a = regs->di, b = regs->si, c = regs->dx;
+	struct vm_area_struct *mapping;
+	int populates = 0;
+
+	if (change->end - change->start != PMD_SIZE || change->start & (PMD_SIZE - 1))
+		return 0;
+	switch (change->syscall) {
+	case NR_mmap:
+		if (!(regs->r10 & MAP_ANONYMOUS) || !(regs->r10 & MAP_FIXED))
+			return 0;
+		break;
+	case NR_brk:
+		b = 0;
+		break;
+	case NR_mremap:
+		if (cut(change, a, c)) /* it shrinks */
+			b = c;
+		else if ((regs->r10 & MREMAP_FIXED) && !cut(change, a, b))
+			a = regs->r8, b = c;
+		break;
+	case NR_madvise: /* only how the mapping is to be treated */
+		if (c > MADV_SEQUENTIAL && (c < MADV_DONTFORK || c > MADV_KEEPONFORK))
+			return 0;
+		break;
+	case NR_mprotect:
+	case NR_pkey_mprotect:
+		populates = (c & PROT_WRITE) && task->mm->locked_vm;
+		break;
+	case NR_munmap:
+	case NR_mlock:
+	case NR_munlock:
+	case NR_mlock2:
+		break;
+	default:
+		return 0;
+	}
+	if (!cut(change, a, b) || !writes_mappings(task) || (task->flags & PF_MEMALLOC))
+		return 0;
+	mapping = mapping_at(task, change->start);
+	if (!mapping || BPF_CORE_READ(mapping, vm_start) > change->start || BPF_CORE_READ(mapping, vm_end) < change->end ||
+	    BPF_CORE_READ(mapping, vm_ops)) /* not anonymous: the split takes a file's pages out */
+		return 0;
+	if (!populates)
+		return 1;
+	/* Once it is both, its pages may be copied. */
+	return bpf_core_field_exists(mapping->vm_flags) &&
+	       (BPF_CORE_READ(mapping, vm_flags) & (VM_LOCKED | VM_WRITE)) != (VM_LOCKED | VM_WRITE);
 }
 
 /* A fork write-protects the parent's pages, which stay where they are. It may also write the child's number through a pointer
@@ -366,7 +534,7 @@ static __always_inline enum scope scope_of(struct task_struct *task, struct pt_r
 static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
 {
 	uint32_t *id = bpf_map_lookup_elem(&handshakes, &secret);
-	struct table *table = id ? bpf_map_lookup_elem(&tables, id) : 0;
+	struct umn_fed_table *table = id ? bpf_map_lookup_elem(&tables, id) : 0;
 
 	if (table && !table->mm)
 		table->mm = mm;
@@ -379,7 +547,7 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	enum scope scope = ANYBODY;
 	struct task_struct *task;
 	struct pt_regs *regs;
-	struct control *ctl;
+	struct umn_control *ctl;
 	uint32_t zero = 0;
 	uint64_t mm;
 
@@ -387,8 +555,8 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	if (!ctl)
 		return 0;
 	/* The usual case, a process that feeds just itself: most changes are none of its regions', so ask that first. */
-	if (ctl->only && !ctl->handshakes) {
-		header = header_of(ctl->only - 1);
+	if (ctl->sole_table && !ctl->handshakes) {
+		header = header_of(ctl->sole_table - 1);
 		if (header && !umn_in_hull(header, change.start, change.end))
 			return 0;
 	}
@@ -399,14 +567,14 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
-		scope = scope_of(task, regs, &change, blind);
+		scope = !blind && splits(task, regs, &change) ? NOBODY : scope_of(task, regs, &change, blind);
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
 	}
 	if (scope == NOBODY)
 		return 0;
-	if (ctl->only && ctl->mm == mm)
-		return feed(ctl->only - 1, change.start, change.end, change.syscall, STEPS_MAX);
+	if (ctl->sole_table && ctl->mm == mm)
+		return feed(ctl->sole_table - 1, change.start, change.end, change.syscall, UMN_STEPS_MAX);
 	if (scope == OWN)
 		feed_mm(mm, &change);
 	else
@@ -444,7 +612,7 @@ extern int bpf_prog_active __ksym __weak;
 
 static long give_up_on(uint32_t id, void *unused)
 {
-	struct table *table = bpf_map_lookup_elem(&tables, &id);
+	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
 	struct umn_header *header = header_of(id);
 
 	/* As in umn_invalidate; using the results makes these ordered operations. */
@@ -473,7 +641,7 @@ int doubt(void *unused)
 {
 	uint32_t zero = 0;
 	struct umn_doubts *all = bpf_map_lookup_elem(&doubts, &zero);
-	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
 	uint32_t *doubted_here = bpf_map_lookup_elem(&doubted, &zero);
 	int *active;
 
@@ -495,14 +663,14 @@ int doubt(void *unused)
 
 /* ---- The probe mmu_notifier: the function that calls all notifiers. It says whose change it is, and of what kind. ---- */
 
-/* The current task's change of [start, end) in the address space `mm`. */
-static __always_inline int feed_traced(struct control *ctl, uint64_t mm, uint64_t start, uint64_t end)
+/* The current task's change of [start, end) in the address space `mm`. `may_split`: it may be just the split of a huge page. */
+static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uint64_t start, uint64_t end, int may_split)
 {
 	struct change change = {.start = start, .end = end, .syscall = -1};
 	struct task_struct *task;
 	struct pt_regs *regs;
 
-	if (ctl->only && !ctl->handshakes && ctl->mm != mm)
+	if (ctl->sole_table && !ctl->handshakes && ctl->mm != mm)
 		return 0;
 	task = bpf_get_current_task_btf();
 	regs = (struct pt_regs *)bpf_task_pt_regs(task);
@@ -511,9 +679,11 @@ static __always_inline int feed_traced(struct control *ctl, uint64_t mm, uint64_
 		change.syscall = regs->orig_ax;
 		if (ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
+		if (may_split && splits(task, regs, &change))
+			return 0;
 	}
-	if (ctl->only && ctl->mm == mm)
-		return feed(ctl->only - 1, start, end, change.syscall, STEPS_MAX);
+	if (ctl->sole_table && ctl->mm == mm)
+		return feed(ctl->sole_table - 1, start, end, change.syscall, UMN_STEPS_MAX);
 	feed_mm(mm, &change);
 	return 0;
 }
@@ -523,7 +693,7 @@ int mmu_notifier(struct pt_regs *ctx)
 {
 	struct mmu_notifier_range *range = (void *)ctx->di;
 	uint32_t zero = 0;
-	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
 	unsigned int event = BPF_CORE_READ(range, event);
 
 	/* The pages stay where they are: mprotect and its like; what writes protect them, as fork does; and soft-dirty. */
@@ -531,30 +701,13 @@ int mmu_notifier(struct pt_regs *ctx)
 	    event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_PROTECTION_PAGE) ||
 	    event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_SOFT_DIRTY))
 		return 0;
-	return feed_traced(ctl, (uint64_t)BPF_CORE_READ(range, mm), BPF_CORE_READ(range, start), BPF_CORE_READ(range, end));
+	return feed_traced(ctl, (uint64_t)BPF_CORE_READ(range, mm), BPF_CORE_READ(range, start), BPF_CORE_READ(range, end),
+			   event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_CLEAR));
 }
 
 /* ---- The probe zap: the functions that take pages away. sources/zap.py says which, and how they are called. ---- */
 
-/*
- * How a function is called, told with each attachment. Arguments are numbered from 0, members in units of 8 bytes.
- *
- * Members are not left to CO-RE, as not every kernel has each of these structures: libbpf then searches the modules, which needs
- * CAP_SYS_ADMIN.
- */
-struct call {
-	uint8_t whose;	 /* the argument that says whose address space it is ... */
-	uint8_t type;	 /* ... and what that is */
-	uint8_t start;	 /* the argument with the first address */
-	uint8_t last;	 /* the argument that says how far it goes ... */
-	uint8_t extent;	 /* ... and how */
-	uint8_t members[3];
-};
-enum { OF_MM, OF_HOLDER, OF_MOVE }; /* mm_struct; what has a pointer to one, members[0]; pagetable_move_control */
-enum { TO_END, TO_LENGTH, TO_PAGE, TO_PMD, TO_PUD, TO_FOLIO, TO_MOVED };
-
 #define ARGUMENTS 8 /* a power of two; 6 are in registers */
-#define PMD_SIZE (UINT64_C(1) << 21)
 #define PUD_SIZE (UINT64_C(1) << 30)
 #define VM_HUGETLB 0x00400000
 
@@ -603,49 +756,49 @@ int zap(struct pt_regs *ctx)
 	uint64_t arguments[ARGUMENTS] = {ctx->di, ctx->si, ctx->dx, ctx->cx, ctx->r8, ctx->r9};
 	union {
 		uint64_t cookie;
-		struct call call;
+		struct umn_call call;
 	} how = {.cookie = bpf_get_attach_cookie(ctx)};
 	uint64_t mm, whose, start, end, last, size;
 	uint32_t zero = 0;
-	struct control *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
 
 	if (!ctl)
 		return 0;
 	whose = arguments[how.call.whose % ARGUMENTS];
-	if (how.call.type == OF_MM)
+	if (how.call.type == UMN_OF_MM)
 		mm = whose;
 	else
 		mm = member(whose, how.call.members[0]);
-	if (how.call.type == OF_MOVE) /* that was a vm_area_struct */
+	if (how.call.type == UMN_OF_MOVE) /* that was a vm_area_struct */
 		mm = (uint64_t)BPF_CORE_READ((struct vm_area_struct *)mm, vm_mm);
-	if (ctl->only && !ctl->handshakes && ctl->mm != mm)
+	if (ctl->sole_table && !ctl->handshakes && ctl->mm != mm)
 		return 0;
 	start = arguments[how.call.start % ARGUMENTS];
 	last = arguments[how.call.last % ARGUMENTS];
 	switch (how.call.extent) {
-	case TO_END:
+	case UMN_TO_END:
 		end = last;
 		break;
-	case TO_LENGTH:
+	case UMN_TO_LENGTH:
 		end = start + last;
 		break;
-	case TO_PAGE:
+	case UMN_TO_PAGE:
 		size = page_size_in((struct vm_area_struct *)whose);
 		start &= -size;
 		end = start + size;
 		break;
-	case TO_PMD:
+	case UMN_TO_PMD:
 		start &= -PMD_SIZE;
 		end = start + PMD_SIZE;
 		break;
-	case TO_PUD:
+	case UMN_TO_PUD:
 		start &= -PUD_SIZE;
 		end = start + PUD_SIZE;
 		break;
-	case TO_FOLIO:
+	case UMN_TO_FOLIO:
 		end = start + size_of((struct folio *)last);
 		break;
-	case TO_MOVED:
+	case UMN_TO_MOVED:
 		start = member(whose, how.call.members[1]);
 		end = member(whose, how.call.members[2]);
 		break;
@@ -653,5 +806,5 @@ int zap(struct pt_regs *ctx)
 		start = 0;
 		end = UINT64_MAX;
 	}
-	return feed_traced(ctl, mm, start, end);
+	return feed_traced(ctl, mm, start, end, 0);
 }

@@ -81,12 +81,12 @@ struct device {
 	struct device *next;
 	int client, server; /* both ends of what children ask through; -1: no fork yet */
 	bool remote;	    /* this is a child; only `client` and counter_fd are of use */
-	int hidden[NOTIFIER_FDS + 1], hidden_count;
+	int hidden[UMN_DEVICE_FDS + 1], hidden_count;
 
 	pthread_mutex_t own;
 	bool used;
 	struct cookies cookies;
-	struct drain drain;
+	struct umn_reading drain;
 	struct signaller signaller;
 };
 
@@ -245,7 +245,7 @@ static int unregister_region(struct device *d, uint64_t cookie)
 	ummunotify_unwatch(d->umn, (struct ummunotify_region *)region);
 	/* If it was the only one that was hit, there is nothing to read any more. */
 	if (ummunotify_changed(d->umn))
-		notifier_read(d->umn, NULL, 0, &d->drain);
+		umn_read(d->umn, NULL, 0, &d->drain);
 	return 0;
 }
 
@@ -253,12 +253,12 @@ static int unregister_region(struct device *d, uint64_t cookie)
 static uint32_t read_events(struct device *d, struct device_event *events, uint32_t room)
 {
 	struct ummunotify_event piece[PIECE];
-	ptrdiff_t n = notifier_read(d->umn, piece, room, &d->drain);
+	ptrdiff_t n = umn_read(d->umn, piece, room, &d->drain);
 	uint32_t count = 0;
 
 	for (; count < n; count++) {
 		/* First, so that what its holder pins after reading this is watched. It fails if there is nothing mapped now. */
-		if (notifier_must_renew(d->umn))
+		if (umn_must_renew(d->umn))
 			ummunotify_renew(d->umn, piece[count].region);
 		events[count] = (struct device_event){.type = UMMUNOTIFY_EVENT_TYPE_INVAL,
 						      .flags = piece[count].exact ? UMMUNOTIFY_EVENT_FLAG_HINT : 0,
@@ -374,12 +374,12 @@ static void *send_signals(void *argument)
 	struct device *d = argument;
 	struct signaller *s = &d->signaller;
 	struct pollfd polled[2] = {{.events = POLLIN}, {.fd = s->stop, .events = POLLIN}};
-	int more, kept[5], fd = s->pipe[0];
+	int ends[2], kept[6], fd = s->pipe[0];
 	char byte = 0;
 
-	notifier_wakeups(d->umn, &polled[0].fd, &more);
-	memcpy(kept, (int[]){polled[0].fd, more, s->stop, s->pipe[0], s->pipe[1]}, sizeof kept);
-	if (unshare_fds(kept, 5))
+	umn_device_wakeups(d->umn, &polled[0].fd, ends);
+	memcpy(kept, (int[]){polled[0].fd, ends[0], ends[1], s->stop, s->pipe[0], s->pipe[1]}, sizeof kept);
+	if (unshare_fds(kept, 6))
 		fd = (int)syscall(SYS_dup2, s->pipe[0], s->fd);
 	next.fcntl(fd, F_SETFL, O_NONBLOCK | O_ASYNC);
 	__atomic_store_n(&s->ready, 1, __ATOMIC_RELEASE);
@@ -388,7 +388,7 @@ static void *send_signals(void *argument)
 		if (!polled[0].revents)
 			continue;
 		/* First, so that what comes after the signal sends another. */
-		notifier_next_wakeup(d->umn);
+		umn_device_next_wakeup(d->umn);
 		/* The system calls themselves: no descriptor here is one in the table of devices. */
 		if (syscall(SYS_write, s->pipe[1], &byte, 1) < 0 || syscall(SYS_read, s->pipe[0], &byte, 1) < 0)
 			break; /* cannot be */
@@ -434,7 +434,7 @@ static int start_signals(struct device *d, int fd)
 		error = errno;
 	if (!error) {
 		copy_owner(fd, s->pipe[0]);
-		notifier_read(d->umn, NULL, 0, &d->drain); /* what has been before this sends no signal */
+		umn_read(d->umn, NULL, 0, &d->drain); /* what has been before this sends no signal */
 		error = pthread_create(&s->thread, NULL, send_signals, d);
 	}
 	if (error) {
@@ -479,7 +479,7 @@ static void mark_hidden(struct device *d)
 
 static void hide(struct device *d)
 {
-	d->hidden_count = notifier_fds(d->umn, d->hidden);
+	d->hidden_count = umn_device_fds(d->umn, d->hidden);
 	d->hidden[d->hidden_count++] = d->counter_fd;
 	mark_hidden(d);
 }
@@ -830,7 +830,7 @@ static int open_it(int flags)
 		return failed(ENOMEM);
 	d->client = d->server = d->counter_fd = -1;
 	pthread_mutex_init(&d->own, NULL);
-	error = -notifier_open_device(&d->umn, source(), flags & O_CLOEXEC, &fd, &d->counter_fd);
+	error = -umn_open_device(&d->umn, source(), flags & O_CLOEXEC, &fd, &d->counter_fd);
 	if (error) {
 		free(d);
 		if (error == EMFILE || error == ENFILE || error == ENOMEM)

@@ -54,6 +54,7 @@ struct ummunotify_region; /* a range of addresses that is watched */
  *	daemon	`ummunotify daemon` runs here, or the program runs under `ummunotify run`; the same probes.
  *	uffd	the kernel's userfaultfd, without privileges; for private anonymous memory only.
  */
+#define UMMUNOTIFY_SOURCE_ENVIRONMENT "UMMUNOTIFY_SOURCE"
 
 /* The sources that `wanted` names, best first: up to `room` of their names into `names`. NULL or "": what the environment variable
  * UMMUNOTIFY_SOURCE says, or all. Returns how many there are. -EINVAL: there is no such source. */
@@ -80,6 +81,9 @@ void ummunotify_close(struct ummunotify *umn);
  * (UMMUNOTIFY_CLOSED), those that wait too. May be called more than once. ummunotify_close then frees the memory. */
 void ummunotify_shutdown(struct ummunotify *umn);
 
+/* Is it open, and this process's? 0, -ESHUTDOWN, -EBADF. */
+int ummunotify_check(struct ummunotify *umn);
+
 /* What feeds it, and where the BPF program is attached: "daemon:kvm", "uffd". */
 const char *ummunotify_source(const struct ummunotify *umn);
 
@@ -98,6 +102,9 @@ int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
 /* The mapping has not changed since the region was watched or last renewed. Three loads from memory; with the source uffd a system
  * call as well, and rarely a wait of up to 10 ms. True may be relied on; false may be a false alarm. */
 bool ummunotify_valid(const struct ummunotify_region *region);
+
+/* The same without waiting: 1, 0, or -EAGAIN where ummunotify_valid would wait. */
+int ummunotify_valid_now(const struct ummunotify_region *region);
 
 /* The region is valid again, until the next change after this call: pin the memory anew after it, not before. An event that was not
  * read yet still will be. With the source uffd it can fail as ummunotify_watch does; then the region stays invalid. */
@@ -182,6 +189,13 @@ struct ummunotify_failure {
 
 /* Of this thread's last call that failed. Good until the thread's next call. */
 const struct ummunotify_failure *ummunotify_failure(void);
+
+/* What this thread's last ummunotify_open tried in vain, in that order. NULL: no more. */
+struct ummunotify_tried {
+	const char *source;
+	const char *why, *remedy;
+};
+const struct ummunotify_tried *ummunotify_tried(size_t i);
 
 /* The same in a line of text: "what: why; remedy". */
 const char *ummunotify_error(void);

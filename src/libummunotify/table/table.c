@@ -77,7 +77,8 @@ struct umn_table {
 	struct umn_header *header;
 	uint64_t seen; /* the generation up to which everything was reported; one less: and something was not */
 	struct umn_source *source;
-	bool abandoned;
+	bool closed;
+	uint32_t epoch;
 
 	pthread_mutex_t lock;
 	uint64_t max_regions, regions;
@@ -193,6 +194,7 @@ static int add_slots(struct umn_table *t)
 		regions[i].slot = cell_at(t, ref + i);
 		regions[i].header = t->header;
 		regions[i].source = t->source;
+		regions[i].epoch = t->epoch;
 		regions[i].next = t->free_regions;
 		t->free_regions = &regions[i];
 	}
@@ -732,10 +734,11 @@ static void tidy(struct umn_table *t)
 /* After a fork the child must not even look at the lock: a thread that does not exist there may hold it. */
 static bool lock(struct umn_table *t)
 {
-	if (__atomic_load_n(&t->abandoned, __ATOMIC_RELAXED))
+	/* In a child another thread may have held it, and never lets it go. */
+	if (!umn_process_is(t->epoch))
 		return false;
 	pthread_mutex_lock(&t->lock);
-	if (!t->abandoned)
+	if (!t->closed)
 		return true;
 	pthread_mutex_unlock(&t->lock);
 	return false;
@@ -748,10 +751,11 @@ static void unlock(struct umn_table *t)
 
 struct umn_table *umn_table_new(uint64_t max_regions)
 {
-	struct umn_table *t = calloc(1, sizeof *t);
+	struct umn_table *t = umn_process_start() ? NULL : calloc(1, sizeof *t);
 
 	if (!t)
 		return NULL;
+	t->epoch = umn_process_current();
 	pthread_mutex_init(&t->lock, NULL);
 	t->max_regions = max_regions;
 	t->queue.next = t->queue.previous = &t->queue;
@@ -1056,6 +1060,8 @@ size_t umn_table_drain(struct umn_table *t, struct umn_event *events, size_t roo
 
 bool umn_table_changed(const struct umn_table *t)
 {
+	if (!umn_process_is(t->epoch))
+		return true; /* the memory is the parent's: its caller goes and finds out */
 	/* In this order: a generation that was loaded earlier could equal what a drain after that leaves here for "not all". */
 	uint64_t seen = load(&t->seen);
 
@@ -1065,6 +1071,8 @@ bool umn_table_changed(const struct umn_table *t)
 
 uint64_t umn_table_generation(struct umn_table *t)
 {
+	if (!umn_process_is(t->epoch))
+		return 0;
 	if (t->source && !t->source->arrived(t->source) && lock(t)) {
 		__sync_fetch_and_add(&t->header->generation, 1);
 		unlock(t);
@@ -1106,6 +1114,11 @@ void umn_table_doubt(struct umn_table *t)
 	unlock(t);
 }
 
+uint64_t umn_table_regions(const struct umn_table *t)
+{
+	return __atomic_load_n(&t->regions, __ATOMIC_RELAXED);
+}
+
 void umn_table_stats(struct umn_table *t, struct umn_table_stats *stats)
 {
 	uint32_t i;
@@ -1123,12 +1136,13 @@ void umn_table_stats(struct umn_table *t, struct umn_table_stats *stats)
 	unlock(t);
 }
 
-void umn_table_abandon(struct umn_table *t)
+/* Gives up the shared memory: in its place come pages of zeros, in which nothing is valid. MAP_FIXED: another thread that is
+ * checking a region finds the old pages or the new ones, never a hole. */
+static void let_go(struct umn_table *t)
 {
 	uint32_t i;
 
-	__atomic_store_n(&t->abandoned, true, __ATOMIC_RELAXED);
-	/* MAP_FIXED: another thread that is checking a region finds the old pages or the new ones, never a hole. */
+	t->closed = true;
 	for (i = 0; i < t->segment_count; i++)
 		mmap(t->segments[i].memory, (size_t)t->segments[i].pages * UMN_PAGE, PROT_READ,
 		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
@@ -1160,7 +1174,7 @@ void umn_table_close(struct umn_table *t)
 		return;
 	if (t->source && t->header)
 		stop_source(t);
-	umn_table_abandon(t);
+	let_go(t);
 	unlock(t);
 }
 
@@ -1179,7 +1193,9 @@ void umn_table_delete(struct umn_table *t)
 			free(t->segments[s].chunks[c].node);
 		}
 		free(t->segments[s].chunks);
-		munmap(t->segments[s].memory, (size_t)t->segments[s].pages * UMN_PAGE);
+		/* In a child something else may be at the addresses. */
+		if (umn_process_is(t->epoch))
+			munmap(t->segments[s].memory, (size_t)t->segments[s].pages * UMN_PAGE);
 	}
 	free(t);
 }

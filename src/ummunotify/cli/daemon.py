@@ -18,8 +18,9 @@ from pathlib import Path
 
 import click
 
+from .._abi import SOCKET_PATH, Probe
 from ..bpf import libbpf
-from ..daemon import privileges, protocol
+from ..daemon import privileges
 from ..daemon.limits import SPARE, Limits
 from ..daemon.loading import load
 from ..daemon.server import SEGMENTS_AT_ONCE, Server, event
@@ -161,7 +162,7 @@ def _user(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 @click.group("daemon", invoke_without_command=True)
-@click.option("--socket", "path", default=protocol.SOCKET, show_default=True, help="Where to listen.")
+@click.option("--socket", "path", default=SOCKET_PATH, show_default=True, help="Where to listen.")
 @click.option("--mode", default="0666", show_default=True, callback=_mode, help="The socket's mode.")
 @click.option("--group", callback=_group, help="The socket's group.")
 @click.option("--user", callback=_user, help="The user to become. Left out, the user stays; privileges go.")
@@ -184,7 +185,7 @@ def _user(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--ready", default=16, show_default=True, type=click.IntRange(1, 4096), help="Tables to keep ready.")
 @click.option(
     "--probe",
-    type=click.Choice(protocol.PROBES),
+    type=click.Choice([probe.label for probe in Probe]),
     help="Where the program is attached. Left out, the first of these that works.",
 )
 @click.option("--kvm/--no-kvm", default=True, show_default=True, help="Give clients access to /dev/kvm.")

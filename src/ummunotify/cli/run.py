@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 
+from .._abi import SOCKET_ENVIRONMENT
+from .._core import SOURCE_ENVIRONMENT, connect_to_daemon
 from ..daemon import private
-from ..daemon.protocol import ENVIRONMENT as SOCKET_ENVIRONMENT
-from ..sources import ENVIRONMENT as SOURCE_ENVIRONMENT
-from ..sources import daemon
+from ..errors import SourceUnavailableError
 from ..sources.base import UnavailableError
 
 LIB = Path(__file__).parents[1] / "lib"
@@ -74,11 +74,11 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
         environment[SOURCE_ENVIRONMENT] = "daemon"
         environment[SOCKET_ENVIRONMENT] = private.start()
     if source == "daemon":
-        daemon.connect().close()
+        os.close(connect_to_daemon())
     if source is None and not environment.get(SOURCE_ENVIRONMENT):
         try:
-            daemon.connect().close()
-        except UnavailableError:
+            os.close(connect_to_daemon())
+        except SourceUnavailableError:
             # If neither works the program's open() says why.
             with contextlib.suppress(UnavailableError):
                 environment[SOCKET_ENVIRONMENT] = private.start()
@@ -120,7 +120,7 @@ def run(source: str | None, quiet: bool, libfabric: bool, program: str, argument
         environment["UMMUNOTIFY_QUIET"] = "1"
     try:
         _choose(source, environment)
-    except UnavailableError as error:
+    except (UnavailableError, SourceUnavailableError) as error:
         raise click.ClickException(f"{source} does not work here: {error}") from None
     try:
         os.execve(path, [program, *arguments], environment)

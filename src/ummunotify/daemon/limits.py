@@ -6,12 +6,12 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-from .protocol import Status
+from .._abi import PAGE, RING_BYTES, SEGMENT_PAGES, Status
 
-SEGMENT = 64 * 4096
+SEGMENT = SEGMENT_PAGES * PAGE
 """What a segment costs, in bytes."""
-TABLE = SEGMENT + 5 * 4096
-"""What a table costs that has one, with its wake-up."""
+TABLE = SEGMENT + RING_BYTES + 4 * PAGE
+"""What a table costs that has one, with its wake-up: a ring buffer has four pages beside its data."""
 SPARE = 16
 """Connections that are not clients: of each user, and of all users that use up everything else."""
 

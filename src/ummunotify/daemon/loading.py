@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 
-from ..notifier import open_candidate
-from ..sources import candidates
+from ..errors import SourceUnavailableError
+from ..notifier import open as open_notifier
 from ..sources.base import UnavailableError
-from ..sources.bpf import Maps, open_kvm
-from .protocol import PROBES
+from ..sources.bpf import PROBES, Maps, open_kvm
 from .server import STEPS_FOREIGN, STEPS_OWN
 
 
@@ -47,8 +46,10 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Maps, int]:
 def _attach(probe: str, tables: int) -> Maps:
     if probe == "zap":
         # It is at many functions, so many kinds of change are tried. The others clients try by themselves.
-        (candidate,) = candidates("bpf", "zap")
-        open_candidate(candidate).close()
+        try:
+            open_notifier("bpf:zap").close()
+        except SourceUnavailableError as error:
+            raise UnavailableError(error.reasons.get("bpf:zap", str(error)), "") from None
     maps = Maps(tables, STEPS_FOREIGN, STEPS_OWN, probe)
     try:
         maps.attach()

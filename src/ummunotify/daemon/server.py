@@ -24,12 +24,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from .._abi import (
+    PAGE,
+    PROTOCOL_VERSION,
+    REQUEST_SIZE,
+    STATUS_SUMMARY,
+    Gives,
+    Header,
+    Op,
+    Probe,
+    Record,
+    Reply,
+    Request,
+    Status,
+    Summary,
+)
 from ..bpf import libbpf
 from ..sources.base import UnavailableError
 from ..sources.bpf import SEGMENTS, Maps, create_ring, create_segment
-from . import protocol
 from .limits import SEGMENT, TABLE, Limits, Usage
-from .protocol import Gives, Op, Record, Reply, Request, Status, Summary
 
 STEPS_FOREIGN = 8192
 """The most that a change takes on behalf of tables that may be other users', some 20 ns each."""
@@ -48,10 +61,7 @@ _RETRY_SECONDS = 1.0
 _REQUESTS_PER_USER = 16
 """In a turn of the loop: whoever floods the daemon waits for himself."""
 
-_CREDENTIALS = struct.Struct("=iII")
-_HEADER = struct.Struct("=Q184xI60xI")
-"""Of struct umn_header in core/layout.h: generation, regions, overflow."""
-_PAGE = 4096
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred, unix(7)
 
 log = logging.getLogger("ummunotify.daemon")
 
@@ -250,11 +260,11 @@ class Server:
         if self._heard[client.uid] > _REQUESTS_PER_USER:
             return  # the next turn begins with what is left
         try:
-            data = client.connection.recv(protocol.REQUEST_SIZE + 1)
+            data = client.connection.recv(REQUEST_SIZE + 1)
             if not data:
                 self._drop(client)
                 return
-            if len(data) != protocol.REQUEST_SIZE:
+            if len(data) != REQUEST_SIZE:
                 raise Refusal("size")
             if client.busy or self._unread(client):
                 raise Refusal("impatience")
@@ -323,8 +333,8 @@ class Server:
             raise Refusal("request")
 
     def _hello(self, client: Client, request: Request) -> None:
-        if request.version != protocol.VERSION:
-            client.answer(Reply(Status.VERSION, value=protocol.VERSION).pack())
+        if request.version != PROTOCOL_VERSION:
+            client.answer(Reply(Status.VERSION, value=PROTOCOL_VERSION).pack())
             return
         status, limit = self._usage.enter(client.uid)
         if status != Status.OK:
@@ -349,10 +359,10 @@ class Server:
                 gives |= Gives.KVM
                 fds.append(self._kvm)
             if self.maps.probe != "kvm":
-                gives |= Gives.DOUBTS
+                gives |= Gives.PROBE_GAPS
                 fds.append(self.maps.fds["doubts"])
             fds += self.maps.links()
-            probe = protocol.PROBES.index(self.maps.probe)
+            probe = Probe[self.maps.probe.upper()]
             client.answer(Reply(Status.OK, len(fds), gives, probe, client.secret).pack(), fds)
         finally:
             os.close(ring)
@@ -381,7 +391,7 @@ class Server:
         self._growing.append((client, granted))
 
     def _status(self, client: Client, first: int) -> None:
-        if first == protocol.SUMMARY:
+        if first == STATUS_SUMMARY:
             client.answer(self.summary().pack())
             return
         for table in range(first, self.maps.used):
@@ -412,8 +422,8 @@ class Server:
 
     def _record(self, client: Client) -> Record:
         # The client writes this page too: nothing but numbers to be shown.
-        page = libbpf.map_lookup(client.segment_fd, bytes(4), _PAGE)
-        generation, overflows, regions = _HEADER.unpack_from(page)
+        page = libbpf.map_lookup(client.segment_fd, bytes(4), PAGE)
+        header = Header.unpack(page)
         try:
             with open(f"/proc/{client.pid}/comm", "rb") as file:
                 command = file.read().rstrip(b"\n")
@@ -423,10 +433,10 @@ class Server:
             client.table,
             client.pid,
             client.uid,
-            regions,
-            generation,
+            header.regions,
+            header.generation,
             TABLE + (client.segments - 1) * SEGMENT,
-            overflows,
+            header.overflows,
             command,
         )
 

@@ -7,41 +7,31 @@ what.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import mmap
-import os
 import re
-import struct
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .._core import test_page, unmap
+from .._abi import CallType, Extent, call_cookie
 from ..bpf import libbpf
-from .base import Exercise, UnavailableError
+from .base import UnavailableError
 
 PAGE = mmap.PAGESIZE
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
-# As watch.bpf.c numbers them.
-_OF_MM, _OF_HOLDER, _OF_MOVE = range(3)
-_TYPES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "struct mm_struct *": (_OF_MM, ()),
-    "struct vm_area_struct *": (_OF_HOLDER, ("vm_mm",)),
-    "struct mmu_gather *": (_OF_HOLDER, ("mm",)),
-    "struct mm_walk *": (_OF_HOLDER, ("mm",)),
-    "struct userfaultfd_ctx *": (_OF_HOLDER, ("mm",)),
-    "struct pagetable_move_control *": (_OF_MOVE, ("old", "old_addr", "old_end")),
+_TYPES: dict[str, tuple[CallType, tuple[str, ...]]] = {
+    "struct mm_struct *": (CallType.MM, ()),
+    "struct vm_area_struct *": (CallType.HOLDER, ("vm_mm",)),
+    "struct mmu_gather *": (CallType.HOLDER, ("mm",)),
+    "struct mm_walk *": (CallType.HOLDER, ("mm",)),
+    "struct userfaultfd_ctx *": (CallType.HOLDER, ("mm",)),
+    "struct pagetable_move_control *": (CallType.MOVE, ("old", "old_addr", "old_end")),
 }
 """What says whose address space it is, and the members that the program reads."""
-_END, _LENGTH, _PAGE, _PMD, _PUD, _FOLIO, _MOVED = range(7)
-_CALL = struct.Struct("=8B")  # struct call
-_MEMBERS = 3
 
 _ADDRESS = "long unsigned int"
-_LAST = {_END: _ADDRESS, _LENGTH: _ADDRESS, _FOLIO: "struct folio *"}
+_LAST = {Extent.END: _ADDRESS, Extent.LENGTH: _ADDRESS, Extent.FOLIO: "struct folio *"}
 
 
 class _Call(NamedTuple):
@@ -49,7 +39,7 @@ class _Call(NamedTuple):
 
     whose: str
     start: str = ""
-    extent: int = _PAGE
+    extent: Extent = Extent.PAGE
     last: str = ""
 
     def cookie(self, types: libbpf.KernelTypes, parameters: list[libbpf.Parameter]) -> int | None:
@@ -67,10 +57,10 @@ class _Call(NamedTuple):
         offsets = types.members(what.split()[1]) or {}
         if not set(members) <= set(offsets):
             return None
-        places = [offsets[member] // 8 for member in members] + [0] * (_MEMBERS - len(members))
+        places = [offsets[member] // 8 for member in members]
         if any(offsets[member] % 8 or offsets[member] // 8 > 0xFF for member in members):
             return None
-        return int.from_bytes(_CALL.pack(whose, kind, start, last, self.extent, *places), sys.byteorder)
+        return call_cookie(whose, kind, start, last, self.extent, places)
 
 
 class _Function(NamedTuple):
@@ -88,39 +78,39 @@ class _Need(NamedTuple):
     """A structure or a function: without it the kernel cannot do this at all."""
 
 
-_VMA_PAGE = _Call("vma", "address", _PAGE)
-_VMA_PMD = _Call("vma", "address", _PMD)
+_VMA_PAGE = _Call("vma", "address", Extent.PAGE)
+_VMA_PMD = _Call("vma", "address", Extent.PMD)
 
 _NEEDS = (
     _Need(
         "munmap, mmap over it, brk, shmdt",
-        ((_Function("unmap_vmas", (_Call("tlb", "start_addr", _END, "end_addr"),)),),),
+        ((_Function("unmap_vmas", (_Call("tlb", "start_addr", Extent.END, "end_addr"),)),),),
     ),
     _Need(
         "madvise DONTNEED, truncation",
         (
             # Since Linux 6.16 the next one calls it, too.
-            (_Function("zap_page_range_single_batched", (_Call("vma", "address", _LENGTH, "size"),)),),
+            (_Function("zap_page_range_single_batched", (_Call("vma", "address", Extent.LENGTH, "size"),)),),
             (
-                _Function("zap_page_range_single", (_Call("vma", "address", _LENGTH, "size"),)),
+                _Function("zap_page_range_single", (_Call("vma", "address", Extent.LENGTH, "size"),)),
                 # Until Linux 6.2, for drivers.
-                _Function("zap_page_range", (_Call("vma", "start", _LENGTH, "size"),), optional=True),
+                _Function("zap_page_range", (_Call("vma", "start", Extent.LENGTH, "size"),), optional=True),
             ),
         ),
     ),
     _Need(
         "truncation of hugetlb files",
-        ((_Function("unmap_hugepage_range", (_Call("vma", "start", _END, "end"),)),),),
+        ((_Function("unmap_hugepage_range", (_Call("vma", "start", Extent.END, "end"),)),),),
         only_with="hugetlbfs_sb_info",
     ),
-    _Need("madvise FREE", ((_Function("madvise_free_pte_range", (_Call("walk", "addr", _END, "end"),)),),)),
+    _Need("madvise FREE", ((_Function("madvise_free_pte_range", (_Call("walk", "addr", Extent.END, "end"),)),),)),
     _Need(
         "mremap",
         (
             (
                 _Function(
                     "move_page_tables",
-                    (_Call("pmc", extent=_MOVED), _Call("vma", "old_addr", _LENGTH, "len")),
+                    (_Call("pmc", extent=Extent.MOVED), _Call("vma", "old_addr", Extent.LENGTH, "len")),
                 ),
             ),
         ),
@@ -133,23 +123,26 @@ _NEEDS = (
                 _Function("pmdp_huge_clear_flush", (_VMA_PMD,)),
                 _Function("pmdp_collapse_flush", (_VMA_PMD,)),
                 # Only what is split half-way and given up; the others call the one before.
-                _Function("collapse_pte_mapped_thp", (_Call("mm", "addr", _PMD),), optional=True),
+                _Function("collapse_pte_mapped_thp", (_Call("mm", "addr", Extent.PMD),), optional=True),
                 # Not on all processors.
-                _Function("pudp_huge_clear_flush", (_Call("vma", "address", _PUD),), optional=True),
+                _Function("pudp_huge_clear_flush", (_Call("vma", "address", Extent.PUD),), optional=True),
             ),
         ),
         only_with="khugepaged_scan",
     ),
-    _Need("reclaim, hardware errors", ((_Function("try_to_unmap_one", (_Call("vma", "address", _FOLIO, "folio"),)),),)),
-    _Need("migration", ((_Function("try_to_migrate_one", (_Call("vma", "address", _FOLIO, "folio"),)),),)),
+    _Need(
+        "reclaim, hardware errors",
+        ((_Function("try_to_unmap_one", (_Call("vma", "address", Extent.FOLIO, "folio"),)),),),
+    ),
+    _Need("migration", ((_Function("try_to_migrate_one", (_Call("vma", "address", Extent.FOLIO, "folio"),)),),)),
     _Need(
         "migration to devices",
-        ((_Function("migrate_vma_collect_pmd", (_Call("walk", "start", _END, "end"),)),),),
+        ((_Function("migrate_vma_collect_pmd", (_Call("walk", "start", Extent.END, "end"),)),),),
         only_with="migrate_vma_setup",
     ),
     _Need(
         "userfaultfd's UFFDIO_MOVE",
-        ((_Function("move_pages", (_Call("ctx", "src_start", _LENGTH, "len"),)),),),
+        ((_Function("move_pages", (_Call("ctx", "src_start", Extent.LENGTH, "len"),)),),),
         only_with="uffdio_move",
     ),
 )
@@ -225,41 +218,3 @@ def attachments() -> dict[str, int]:
             "use another probe (mmu_notifier, kvm), and please report this with the kernel's version",
         )
     return chosen
-
-
-_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
-
-
-def exercises() -> Iterator[Exercise]:
-    """A change by each way that a page of our own can go.
-
-    A compiler may have put a function into its caller, if both are in one file, where nobody can attach to it. This is
-    how that would be noticed.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
-    fd = os.memfd_create("ummunotify", os.MFD_CLOEXEC)
-    try:
-        os.pwrite(fd, b"data", 0)
-        os.ftruncate(fd, PAGE)
-        for name, flags, act in (
-            ("a page was discarded", _ANONYMOUS, lambda memory: memory.madvise(mmap.MADV_DONTNEED)),
-            ("a page was freed lazily", _ANONYMOUS, lambda memory: memory.madvise(mmap.MADV_FREE)),
-            ("a page was copied on write", mmap.MAP_PRIVATE, lambda memory: memory.write(b"new")),
-            ("a file was truncated", mmap.MAP_SHARED, lambda memory: os.ftruncate(fd, 0)),
-        ):
-            with mmap.mmap(-1 if flags & mmap.MAP_ANONYMOUS else fd, PAGE, flags) as memory:
-                page = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-                if flags & mmap.MAP_ANONYMOUS:
-                    memory[0] = 1
-                else:
-                    memory[0]  # mapped, but not written
-                yield Exercise(name, page, functools.partial(act, memory))
-    finally:
-        os.close(fd)
-    old, new = test_page(), test_page()
-    try:
-        move = functools.partial(libc.mremap, old, PAGE, PAGE, _MREMAP_MAYMOVE | _MREMAP_FIXED, new)
-        yield Exercise("a page was moved", old, move)
-    finally:
-        unmap(new, PAGE)

@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
+/*
+ * What the BPF program and its loader share, beside the watch tables themselves (layout.h): the maps by which the loader says which
+ * tables are fed for which address space, and how the probe `zap` is told what it is attached to.
+ *
+ * Only the loader and the program write these maps; no client ever gets them.
+ */
+#ifndef UMN_MAPS_H
+#define UMN_MAPS_H
+
+#include "abi/layout.h"
+
+/* Tables of one address space that a change looks at. */
+#define UMN_TABLES_PER_MM_MAX 256
+
+/* A wake-up's ring buffer: one page, of which each wake-up takes 16 bytes. */
+#define UMN_RING_BYTES UMN_PAGE
+
+/* bpf_loop's own limit. */
+#define UMN_STEPS_MAX (1u << 23)
+
+/* In the map `tables`, by the table's number. */
+struct umn_fed_table {
+	uint64_t mm;	/* 0: its owner has not shown itself yet, or is gone */
+	uint32_t next;	/* the next table of the same address space, plus 1 */
+	uint32_t cells; /* in all its segments: no walk of a sound index takes more steps */
+};
+
+/* The one value in the map `control`. */
+struct umn_control {
+	uint32_t tables;	/* tables with this number and above have never been used */
+	uint32_t handshakes;	/* how many are open */
+	uint64_t mm;		/* if just one table is being fed: its address space, ... */
+	uint32_t sole_table;	/* ... and its number plus 1 */
+	uint32_t steps_foreign; /* the most that a change may take on behalf of a table that may be another user's */
+};
+
+/*
+ * How a function is called to which the probe `zap` is attached: the attachment's cookie. Arguments are numbered from 0, members in
+ * units of 8 bytes.
+ *
+ * Members are not left to CO-RE, as not every kernel has each of these structures: libbpf then searches the modules, which needs
+ * CAP_SYS_ADMIN.
+ */
+#define UMN_CALL_MEMBERS 3
+struct umn_call {
+	uint8_t whose;	/* the argument that says whose address space it is ... */
+	uint8_t type;	/* ... and what that is (UMN_OF_*) */
+	uint8_t start;	/* the argument with the first address */
+	uint8_t last;	/* the argument that says how far it goes ... */
+	uint8_t extent; /* ... and how (UMN_TO_*) */
+	uint8_t members[UMN_CALL_MEMBERS];
+};
+/* mm_struct; what has a pointer to one, members[0]; pagetable_move_control */
+enum { UMN_OF_MM, UMN_OF_HOLDER, UMN_OF_MOVE };
+enum { UMN_TO_END, UMN_TO_LENGTH, UMN_TO_PAGE, UMN_TO_PMD, UMN_TO_PUD, UMN_TO_FOLIO, UMN_TO_MOVED };
+
+UMN_STATIC_ASSERT(sizeof(struct umn_fed_table) == 16, "a table");
+UMN_STATIC_ASSERT(sizeof(struct umn_control) == 24, "control");
+UMN_STATIC_ASSERT(sizeof(struct umn_call) == 8, "a cookie has 64 bits");
+
+#endif
