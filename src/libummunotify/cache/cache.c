@@ -198,7 +198,7 @@ static int on_event(const struct ummunotify_event *event, void *context)
 		return 0;
 	pthread_mutex_lock(&caches_lock);
 	c = __atomic_load_n(&umn_rest(entry)->cache, __ATOMIC_ACQUIRE);
-	if (c && umn_process_is(__atomic_load_n(&umn_rest(entry)->epoch, __ATOMIC_ACQUIRE))) {
+	if (c && umn_entry_is_ours(entry)) {
 		pthread_mutex_lock(&c->lock);
 		if (umn_rest(entry)->region == event->region)
 			umn_entry_retire(c, entry);
@@ -733,7 +733,7 @@ bool ummunotify_registration_valid(const struct ummunotify_registration *registr
 {
 	const struct umn_entry *entry = (const struct umn_entry *)registration;
 
-	return umn_process_is(umn_rest(entry)->epoch) && umn_rest(entry)->region && ummunotify_valid(umn_rest(entry)->region);
+	return umn_entry_is_ours(entry) && umn_rest(entry)->region && ummunotify_valid(umn_rest(entry)->region);
 }
 
 int ummunotify_cache_collect(struct ummunotify_cache *c, void *argument)

@@ -72,7 +72,7 @@ struct umn_entry *umn_entry_hit_slowly(struct ummunotify_cache *c, uint64_t star
 bool umn_entry_release_slowly(struct ummunotify_cache *c, struct umn_entry *entry, bool counted)
 {
 	/* What was acquired before a fork is the parent's; there are zeros here. */
-	if (!umn_process_is(load(&umn_rest(entry)->epoch)))
+	if (!umn_entry_is_ours(entry))
 		return false;
 	if (!counted)
 		return left(c, entry);
@@ -302,7 +302,7 @@ static bool left(struct ummunotify_cache *c, struct umn_entry *entry)
 {
 	bool leaves;
 
-	if (!umn_process_is(load(&umn_rest(entry)->epoch)))
+	if (!umn_entry_is_ours(entry))
 		return false;
 	pthread_mutex_lock(&c->lock);
 	leaves = umn_rest(entry)->place == UMN_RETIRED && leave_if_unused(c, entry);

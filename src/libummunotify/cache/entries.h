@@ -172,6 +172,14 @@ static inline struct umn_rest *umn_rest(const struct umn_entry *entry)
 	return (struct umn_rest *)((uintptr_t)entry + offsetof(struct umn_slab, rests) - offsetof(struct umn_slab, entries));
 }
 
+/* Is it of this process? In a child that has not asked for its epoch yet, both epochs are 0. */
+static inline bool umn_entry_is_ours(const struct umn_entry *entry)
+{
+	uint32_t epoch = __atomic_load_n(&umn_rest(entry)->epoch, __ATOMIC_ACQUIRE);
+
+	return epoch && umn_process_is(epoch);
+}
+
 static inline umn_link *umn_next_link(umn_link link)
 {
 	return &umn_rest(umn_entry_of(link))->next_link[link & 1];
