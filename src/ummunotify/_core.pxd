@@ -95,4 +95,4 @@ cdef class Notifier:
 
     cdef int _check(self) except -1
     cdef int _unwatch(self, Region region) except -1
-    cdef list _read(self)
+    cdef list _read(self, bint one=*)

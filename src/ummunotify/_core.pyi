@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from io import FileIO
 from types import TracebackType
 from typing import Any, Protocol, Self, SupportsIndex, TypeVar, final
 
@@ -65,7 +66,8 @@ class Notifier:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
-    def _dup(self) -> AbstractContextManager[int]: ...
+    def _take_one(self) -> list[Invalidation]: ...
+    def _dup(self) -> FileIO: ...
     def _waiter(self, wake: Callable[[], object]) -> AbstractContextManager[None]: ...
 
 _Kind = TypeVar("_Kind", bound=Notifier)

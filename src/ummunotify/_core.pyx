@@ -20,6 +20,7 @@ import contextlib
 import os
 import sys
 import time
+from io import FileIO
 from threading import get_ident
 
 from .errors import (
@@ -68,6 +69,8 @@ cdef enum:
     FIRST_OWN_COOKIE_BIT = 63
     DL_CPU = 1
     DL_CUDA_HOST = 3
+
+new_tuple = tuple.__new__
 
 cdef str CHANGED = sys.intern("changed")
 cdef str VALID = sys.intern("valid")
@@ -482,9 +485,14 @@ cdef inline bint is_same(Region region, ummunotify_region *watched):
 
 
 cdef inline object invalidation(Region region, const ummunotify_event *event):
-    return Invalidation(region, region.cookie, event.start, event.end, event.exact, event.thread, event.syscall)
+    # Not by Invalidation's own __new__, which is Python code: a signal handler could raise in it, and the event would be lost.
+    return new_tuple(
+        Invalidation, (region, region.cookie, event.start, event.end, event.exact, event.thread, event.syscall)
+    )
 
 
+# Never cleared by the garbage collector: closing it calls its feeder. Cycles through its regions are cleared at the dictionary.
+@cython.no_gc_clear
 cdef class Notifier:
     """Tells which of the watched ranges of this process's memory were changed. Made by `ummunotify.open`.
 
@@ -544,24 +552,27 @@ cdef class Notifier:
             ummunotify_unwatch(self._umn, watched)  # it can only fail where everything is unwatched
         return 0
 
-    cdef list _read(self):
+    cdef list _read(self, bint one=False):
+        """What there is, or not more than one. Once an event was taken, nothing is raised that would lose it."""
         cdef ummunotify_event events[ROOM]
-        cdef ptrdiff_t n = ROOM, i
+        cdef ptrdiff_t room = 1 if one else ROOM
+        cdef ptrdiff_t n = room, i
         cdef list result = []
 
-        while n == ROOM:
+        while n == room and not (one and result):
             with nogil:
-                n = ummunotify_read(self._umn, events, ROOM)
+                n = ummunotify_read(self._umn, events, room)
             if n < 0:
-                raise_pending()
                 if result:
                     return result
+                raise_pending()
                 raise failure()
             for i in range(n):
                 region = self._regions.get(events[i].cookie)
                 if region is not None and is_same(<Region>region, events[i].region):
                     result.append(invalidation(<Region>region, &events[i]))
-        raise_pending()
+        if not result:
+            raise_pending()
         return result
 
     @property
@@ -633,19 +644,19 @@ cdef class Notifier:
             except (OverflowError, TypeError):
                 raise InvalidCookieError(cookie) from None
             cookie = number
-            if cookie in self._regions:
-                raise CookieInUseError(number)
         region = Region.__new__(Region, self)
         region.cookie = cookie
         region._start = start
         region._end = end
+        # Now, as making the region may have run the garbage collector, and finalisers that watch something.
+        if cookie in self._regions:
+            raise CookieInUseError(number)
         # Found before it is watched: an event that comes at once has its region.
         self._regions[cookie] = region
         with nogil:
             error = ummunotify_watch(self._umn, <void *>start, end - start, number, &watched)
         if not error:
             region._region = watched
-            raise_pending()
             return region
         self._regions.pop(cookie, None)
         raise_pending()
@@ -689,22 +700,25 @@ cdef class Notifier:
             milliseconds = <int>(min(WAIT_MAX if forever else left, WAIT_MAX) * 1000) + 1
             with nogil:
                 result = ummunotify_wait(self._umn, milliseconds)
-            PyErr_CheckSignals()
             if result < 0 and result != -EINTR:
                 raise failure()
+            PyErr_CheckSignals()
             events = self._read()
+            if events:
+                return events
             if not forever:
                 left = deadline - time.monotonic()
-            if events or (not forever and left <= 0):
-                return events
+                if left <= 0:
+                    return events
 
     def dispatch(self, callback):
         """Call `callback` with each Invalidation there is, one after the other; how many there were.
 
         Unlike `read`, `changed` stays True for every thread until the callbacks are done, and other threads that
         dispatch wait for them. So a thread that has dispatched, or has found `changed` False, uses nothing that was
-        invalidated before. What a callback raises is passed on; what was not delivered stays for the next call. A
-        callback, or a signal handler that interrupts it, may call everything here; a dispatch inside it returns 0 at once.
+        invalidated before. What a callback raises is passed on: it has not acted on its invalidation then, which is the
+        first one of the next call, and `changed` stays True. A callback, or a signal handler that interrupts it, may
+        call everything here; a dispatch inside it returns 0 at once.
 
         Raises ClosedError.
         """
@@ -756,25 +770,32 @@ cdef class Notifier:
 
         Those get ClosedError; regions stay around and are not valid.
         """
+        error = None
         if self._umn is NULL:
             return
         with nogil:
             ummunotify_shutdown(self._umn)
         self._regions = {}
-        while self._waiters:
-            self._waiters.pop()()
+        # They stay there until they have gone themselves: what is interrupted here is done by the next close().
+        for wake in list(self._waiters):
+            try:
+                wake()
+            except BaseException as caught:
+                error = caught  # an event loop that is closed, or a signal handler's; the others are to be woken too
         raise_pending()
+        if error is not None:
+            raise error
 
     # ---- for the subclass ----
 
-    @contextlib.contextmanager
+    def _take_one(self):
+        """A list of one invalidation, or of none."""
+        self._check()
+        return self._read(True)
+
     def _dup(self):
-        """A copy of the descriptor."""
-        fd = os.dup(self.fileno())
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        """A copy of the descriptor, as a file that closes it."""
+        return FileIO(os.dup(self.fileno()))
 
     @contextlib.contextmanager
     def _waiter(self, wake):

@@ -21,21 +21,22 @@ class Notifier(_core.Notifier):
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         # A descriptor of this iteration's own: an event loop knows each once, and several tasks may be iterating.
-        with self._dup() as fd, self._waiter(lambda: loop.call_soon_threadsafe(readable.set)):
+        with self._dup() as copy, self._waiter(lambda: loop.call_soon_threadsafe(readable.set)):
             while True:
                 try:
-                    events = self.read()
+                    # One by one: where the iteration ends, the others are left to the next reader.
+                    events = self._take_one()
                 except ClosedError:
                     return
                 for event in events:
                     yield event
                 if not events:
                     # In between the loop does not look at it, or it would spin while nothing reads.
-                    loop.add_reader(fd, readable.set)
+                    loop.add_reader(copy, readable.set)
                     try:
                         await readable.wait()
                     finally:
-                        loop.remove_reader(fd)
+                        loop.remove_reader(copy)
                     readable.clear()
 
 

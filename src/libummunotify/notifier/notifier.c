@@ -21,7 +21,8 @@
 #include "sources/platform.h"
 #include "table/table.h"
 
-#define PIECE 64 /* events drained at a time */
+#define PIECE 64   /* events drained at a time */
+#define SLICE 1000 /* milliseconds that are waited at a time */
 
 struct ummunotify {
 	uint32_t epoch; /* of the process that it belongs to */
@@ -37,16 +38,18 @@ struct ummunotify {
 	struct umn_connection *connection;
 	const struct umn_candidate *candidate;
 	uint64_t max_regions;
+	/* While this or `dispatching` is held, code of the program's may run, and come back here from a signal handler: both are of
+	 * the kind that fails (EDEADLK) where the thread has it already. */
 	pthread_mutex_t growing;
 
-	pthread_mutex_t lock; /* reading against unwatching: what is unwatched is not reported; and of the next two */
+	pthread_mutex_t lock; /* reading against unwatching: what is unwatched is not reported; and of the next four */
 	bool wakes;	      /* changes send wake-ups */
 	struct umn_wakeup wakeup;
+	struct ummunotify_event taken; /* by dispatch */
+	enum { NONE, CALLING, REFUSED } taken_is;
 
-	uint32_t delivering;	     /* callbacks that are not done, or are about to be called */
-	pthread_mutex_t dispatching; /* held while they run ... */
-	pthread_t dispatcher;	     /* ... by this thread, if is_dispatching */
-	bool is_dispatching;
+	uint32_t delivering;	     /* callbacks that are not done, are about to be called, or have refused `taken` */
+	pthread_mutex_t dispatching; /* held while they run */
 
 	struct ummunotify *next;
 };
@@ -179,7 +182,10 @@ static int grow(struct ummunotify *umn)
 	void *memory;
 	int error;
 
-	pthread_mutex_lock(&umn->growing);
+	/* The feeder may run Python code, and that a signal handler or a finaliser which watches something itself. */
+	if (pthread_mutex_lock(&umn->growing) == EDEADLK)
+		return umn_fail(UMMUNOTIFY_LIMIT, EDEADLK, "do this outside of signal handlers and finalisers",
+				"the code that this call has interrupted is making the table larger");
 	pages = umn_table_next_pages(umn->table);
 	if (!pages) {
 		error = umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "", "the table is as large as it can be");
@@ -207,6 +213,7 @@ static void free_notifier(struct ummunotify *umn)
 static struct ummunotify *try_source(const struct umn_candidate *candidate, const struct ummunotify_options *options, int epoll)
 {
 	struct ummunotify *umn = calloc(1, sizeof *umn);
+	pthread_mutexattr_t checked;
 
 	if (umn) {
 		umn->wakeup = (struct umn_wakeup)UMN_NO_WAKEUP;
@@ -221,8 +228,11 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 	umn->epoch = umn_process_current();
 	umn->candidate = candidate;
 	pthread_mutex_init(&umn->lock, NULL);
-	pthread_mutex_init(&umn->growing, NULL);
-	pthread_mutex_init(&umn->dispatching, NULL);
+	pthread_mutexattr_init(&checked);
+	pthread_mutexattr_settype(&checked, PTHREAD_MUTEX_ERRORCHECK);
+	pthread_mutex_init(&umn->growing, &checked);
+	pthread_mutex_init(&umn->dispatching, &checked);
+	pthread_mutexattr_destroy(&checked);
 	umn->connection = umn_connect(candidate, options->feeder, epoll >= 0);
 	if (!umn->connection) {
 		free_notifier(umn);
@@ -420,6 +430,14 @@ int ummunotify_watch(struct ummunotify *umn, const void *address, size_t length,
 	return error;
 }
 
+/* The lock is held. What is being called stays counted until the callback returns. */
+static void forget_taken(struct ummunotify *umn)
+{
+	if (umn->taken_is == REFUSED)
+		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
+	umn->taken_is = NONE;
+}
+
 int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
 {
 	int error = enter(umn);
@@ -428,6 +446,8 @@ int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
 		return error;
 	pthread_mutex_lock(&umn->lock);
 	umn_table_unwatch(umn->table, (struct umn_region *)region);
+	if (umn->taken_is != NONE && umn->taken.region == region)
+		forget_taken(umn);
 	pthread_mutex_unlock(&umn->lock);
 	leave(umn);
 	return 0;
@@ -522,23 +542,34 @@ static bool is_unseen(const struct ummunotify *umn)
 	return umn_generation(umn_table_header(umn->table)) != umn_table_seen(umn->table);
 }
 
-static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading)
+/* `dispatching`: there is room for one, and a callback will decide whether it is delivered. */
+static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading,
+			     bool dispatching)
 {
 	uint64_t counter = 0;
-	size_t n;
+	size_t n = 0;
 
 	/* Before it is seen to that all changes which it has counted are in the table. */
 	if (umn->connection->counter)
 		counter = __atomic_load_n(umn->connection->counter, __ATOMIC_ACQUIRE);
 	if (umn->connection->may_have_missed(umn->connection))
-		umn_table_doubt(umn->table);
+		umn_table_invalidate_all(umn->table);
 	pthread_mutex_lock(&umn->lock);
 	if (umn->wakes) {
 		/* In this order no wake-up is lost: what hits after arming sends one again. */
 		umn->connection->acknowledge(umn->connection);
 		umn_table_arm(umn->table);
 	}
-	n = drain(umn, events, room);
+	if (umn->taken_is == REFUSED && room) {
+		events[n++] = umn->taken;
+		forget_taken(umn);
+	}
+	if (n < room)
+		n += drain(umn, &events[n], room - n);
+	if (dispatching && n) {
+		umn->taken = *events;
+		umn->taken_is = CALLING;
+	}
 	reading->seen = umn->connection->counter ? counter : umn_table_seen(umn->table);
 	/* Else there was no room to see that the list is empty, or to say so. */
 	reading->unfinished |= n > 0;
@@ -557,7 +588,7 @@ ptrdiff_t umn_read(struct ummunotify *umn, struct ummunotify_event *events, size
 
 	if (result)
 		return result;
-	result = read_events(umn, events, room, reading);
+	result = read_events(umn, events, room, reading, false);
 	leave(umn);
 	return result;
 }
@@ -567,6 +598,21 @@ ptrdiff_t ummunotify_read(struct ummunotify *umn, struct ummunotify_event *event
 	struct umn_reading reading = {0};
 
 	return umn_read(umn, events, room, &reading);
+}
+
+/* After the callback. What it has refused counts as not delivered and is the first to come again, unless it was unwatched meanwhile. */
+static void settle_taken(struct ummunotify *umn, bool refused)
+{
+	pthread_mutex_lock(&umn->lock);
+	if (refused && umn->taken_is == CALLING) {
+		umn->taken_is = REFUSED;
+		if (umn->wakes && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+			umn_wakeup_set(&umn->wakeup, true);
+	} else {
+		umn->taken_is = NONE;
+		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
+	}
+	pthread_mutex_unlock(&umn->lock);
 }
 
 ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const struct ummunotify_event *event, void *context),
@@ -579,25 +625,25 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 
 	if (result)
 		return result;
-	/* Only the dispatcher itself can find itself there. */
-	if (__atomic_load_n(&umn->is_dispatching, __ATOMIC_ACQUIRE) && pthread_equal(umn->dispatcher, pthread_self())) {
+	if (pthread_mutex_lock(&umn->dispatching) == EDEADLK) {
 		leave(umn);
 		return 0;
 	}
-	pthread_mutex_lock(&umn->dispatching);
-	umn->dispatcher = pthread_self();
-	__atomic_store_n(&umn->is_dispatching, true, __ATOMIC_RELEASE);
 	/* One by one: what was not delivered, because a callback stops, stays in the table. */
 	do {
 		__atomic_add_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
-		n = read_events(umn, &event, 1, &reading);
+		n = read_events(umn, &event, 1, &reading, true);
 		if (n > 0) {
-			result++;
 			stopped = callback(&event, context);
+			/* The callback has forked, and this is the child: other threads of the parent may hold the locks for ever. */
+			if (!umn_process_is(umn->epoch))
+				return fail_forked();
+			result += !stopped;
+			settle_taken(umn, stopped);
+		} else {
+			__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
 		}
-		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
 	} while (n > 0 && !stopped && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST));
-	__atomic_store_n(&umn->is_dispatching, false, __ATOMIC_RELEASE);
 	pthread_mutex_unlock(&umn->dispatching);
 	leave(umn);
 	return stopped ? -ECANCELED : result;
@@ -613,7 +659,7 @@ static void begin_wakeups(struct ummunotify *umn)
 		umn->wakes = true;
 		umn_table_arm(umn->table);
 		/* What has been hit by now sent none. */
-		umn_wakeup_set(&umn->wakeup, umn->wakeup.is_set || is_unseen(umn));
+		umn_wakeup_set(&umn->wakeup, umn->wakeup.is_set || is_unseen(umn) || umn->taken_is == REFUSED);
 	}
 	pthread_mutex_unlock(&umn->lock);
 }
@@ -630,24 +676,34 @@ int ummunotify_fd(struct ummunotify *umn)
 	return result;
 }
 
+static int wait_slice(struct ummunotify *umn, int milliseconds)
+{
+	struct pollfd polled = {.fd = umn->wakeup.epoll, .events = POLLIN};
+	int result;
+
+	if (__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+		return fail_closed();
+	if (!umn_wakeup_intact(&umn->wakeup))
+		return -EBADF;
+	result = poll(&polled, 1, milliseconds);
+	if (result < 0)
+		return umn_fail_errno(UMMUNOTIFY_DESCRIPTOR, errno, "waiting was interrupted");
+	return __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST) ? fail_closed() : result;
+}
+
 int ummunotify_wait(struct ummunotify *umn, int milliseconds)
 {
-	struct pollfd polled = {.events = POLLIN};
 	int result = enter(umn);
 
 	if (result)
 		return result;
 	begin_wakeups(umn);
-	if (umn_wakeup_intact(&umn->wakeup)) {
-		polled.fd = umn->wakeup.epoll;
-		result = poll(&polled, 1, milliseconds);
-		if (result < 0)
-			result = umn_fail_errno(UMMUNOTIFY_DESCRIPTOR, errno, "waiting was interrupted");
-		else if (__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
-			result = fail_closed();
-	} else {
-		result = -EBADF;
-	}
+	/* In slices: where the program has closed the pipe, nothing wakes this thread when the notifier is closed. */
+	do {
+		result = wait_slice(umn, milliseconds < 0 || milliseconds > SLICE ? SLICE : milliseconds);
+		if (milliseconds >= 0)
+			milliseconds -= milliseconds > SLICE ? SLICE : milliseconds;
+	} while (!result && milliseconds);
 	leave(umn);
 	return result;
 }
@@ -659,19 +715,22 @@ bool umn_must_renew(const struct ummunotify *umn)
 	return umn->connection->source != NULL;
 }
 
-int umn_device_fds(struct ummunotify *umn, int *fds)
+size_t umn_device_fds(struct ummunotify *umn, int *fds)
 {
 	const struct umn_wakeup *w = &umn->wakeup;
+	size_t count = 0;
 
-	memcpy(fds, (int[]){w->source, w->out.fd, w->in.fd}, 3 * sizeof *fds);
-	return 3;
+	fds[count++] = w->source;
+	fds[count++] = w->out.fd;
+	fds[count++] = w->in.fd;
+	if (umn->connection->wake_fd >= 0)
+		fds[count++] = umn->connection->wake_fd;
+	return count;
 }
 
-void umn_device_wakeups(struct ummunotify *umn, int *wake, int pipe[2])
+int umn_device_wake(struct ummunotify *umn)
 {
-	*wake = umn->wakeup.source;
-	pipe[0] = umn->wakeup.out.fd;
-	pipe[1] = umn->wakeup.in.fd;
+	return umn->wakeup.source;
 }
 
 void umn_device_next_wakeup(struct ummunotify *umn)

@@ -25,13 +25,13 @@ ptrdiff_t umn_read(struct ummunotify *umn, struct ummunotify_event *events, size
 /* Once it has been reported, a region must be renewed for its changes to be reported again. */
 bool umn_must_renew(const struct ummunotify *umn);
 
-/* Descriptors of a device that the program should not close by mistake; how many, at most UMN_DEVICE_FDS. */
+/* Descriptors of a device that the program must not close by mistake; how many, at most UMN_DEVICE_FDS. */
 #define UMN_DEVICE_FDS 4
-int umn_device_fds(struct ummunotify *umn, int *fds);
+size_t umn_device_fds(struct ummunotify *umn, int *fds);
 
-/* For a thread that passes on each wake-up of a device: it waits for `wake`, then clears it, after which the next change wakes it
- * again. The device's descriptor stays readable, for which the thread needs the pipe. */
-void umn_device_wakeups(struct ummunotify *umn, int *wake, int pipe[2]);
+/* For a thread that passes on each wake-up of a device: it waits until this descriptor is readable, then clears it, after which
+ * the next change makes it readable again. The device's own descriptor stays readable. The thread needs umn_device_fds. */
+int umn_device_wake(struct ummunotify *umn);
 void umn_device_next_wakeup(struct ummunotify *umn);
 
 #endif

@@ -4,7 +4,7 @@
  * messages (abi/protocol.h): by the daemon through its socket, or by the process's own feeder through a function call.
  *
  * Once the table is bound, neither is on any path but growing. Nothing depends on a descriptor that the program could close: the
- * links and the virtual machine are kept (keeper.h), tables and the wake-up are mapped. All of that stays out of children
+ * links, a copy of the socket and the virtual machine are kept (keeper.h), tables and the wake-up are mapped. All of that stays out of children
  * (MADV_DONTFORK), so a child neither sees nor holds anything of it.
  */
 #define _GNU_SOURCE
@@ -49,8 +49,7 @@ struct kernel_connection {
 	int counter_fd;			 /* of segment 0's map, until it is handed out; -1: not wanted */
 	void *segments[UMN_FDS_MAX];	 /* mapped already, the last one first */
 	uint32_t segment_count;
-	struct umn_keeper *links;
-	bool in_machine;
+	struct umn_keeper *kept;
 	bool released;
 	uint64_t secret;
 };
@@ -62,11 +61,13 @@ static const char *const names[2][UMN_PROBES] = {
 
 /* ---- The virtual machine ---- */
 
-/* One for the process, which subscribes it to the kernel's MMU notifications: made for the first connection that needs it,
- * released with the last. */
+/*
+ * One for the process, which subscribes it to the kernel's MMU notifications: made for the first connection that needs it, kept
+ * until the process ends. An io_uring lets go of its files some time after its ring was unmapped. If a second machine were
+ * made meanwhile, the kernel would report each change once for each: no change would have a hint, and counters would count twice.
+ */
 static struct {
 	pthread_mutex_t lock;
-	uint32_t users;
 	struct umn_keeper *kept;
 } machine = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
@@ -74,7 +75,6 @@ static void machine_in_child(void)
 {
 	umn_keeper_forget(machine.kept);
 	machine.kept = NULL;
-	machine.users = 0;
 	pthread_mutex_init(&machine.lock, NULL);
 }
 
@@ -109,26 +109,15 @@ static int make_machine(int kvm)
 	return machine.kept ? 0 : -ENODEV;
 }
 
-static int enter_machine(int kvm)
+static int need_machine(int kvm)
 {
 	int error = 0;
 
 	pthread_mutex_lock(&machine.lock);
-	if (!machine.users)
+	if (!machine.kept)
 		error = make_machine(kvm);
-	machine.users += !error;
 	pthread_mutex_unlock(&machine.lock);
 	return error;
-}
-
-static void leave_machine(void)
-{
-	pthread_mutex_lock(&machine.lock);
-	if (!--machine.users) {
-		umn_keeper_release(machine.kept);
-		machine.kept = NULL;
-	}
-	pthread_mutex_unlock(&machine.lock);
 }
 
 /* ---- Asking ---- */
@@ -376,19 +365,18 @@ static void release(struct umn_connection *connection)
 	umn_ring_unmap(&c->ring);
 	umn_close(&c->ring_fd);
 	umn_close(&c->counter_fd);
-	/* No farewell: the daemon notices that the last copy of the socket is closed. */
+	/* So that the daemon notices at once: the kept copy is closed some time later, and children may have others. */
+	if (umn_descriptor_intact(&c->socket))
+		shutdown(c->socket.fd, SHUT_RDWR);
 	umn_descriptor_close(&c->socket);
 	if (c->fed)
 		c->feeder->disconnect(c->fed);
 	c->fed = NULL;
 	umn_probe_gap_abandon(&c->probe_gap);
-	umn_keeper_release(c->links);
-	c->links = NULL;
+	umn_keeper_release(c->kept);
+	c->kept = NULL;
 	while (c->segment_count)
 		munmap(c->segments[--c->segment_count], SEGMENT_BYTES);
-	if (c->in_machine)
-		leave_machine();
-	c->in_machine = false;
 	c->released = true;
 }
 
@@ -406,8 +394,21 @@ static void free_connection(struct umn_connection *connection)
 	if (c->released)
 		umn_probe_gap_close(&c->probe_gap);
 	else
-		umn_keeper_forget(c->links);
+		umn_keeper_forget(c->kept);
 	free(c);
+}
+
+/* The links, and the socket: the daemon ends the feeding when the last copy of that is closed. */
+static int keep(struct kernel_connection *c, const int *links, uint32_t count)
+{
+	int kept[UMN_FDS_MAX + 1];
+
+	memcpy(kept, links, count * sizeof *links);
+	if (c->socket.fd >= 0)
+		kept[count++] = c->socket.fd;
+	if (count)
+		c->kept = umn_keeper_new(kept, count);
+	return !count || c->kept ? 0 : -ENODEV;
 }
 
 /* Takes over what came with the answer to HELLO. The descriptors are closed, whatever comes of it. */
@@ -432,16 +433,11 @@ static int take(struct kernel_connection *c, const struct umn_reply *reply, int 
 		else
 			c->connection.source = &c->probe_gap.source;
 	}
-	/* zap is at functions that every process passes. For mmu_notifier a machine that is closed at once would do; but it costs
-	 * little, and a later kernel may tell more while there is one. */
-	if (!error && reply->probe != UMN_PROBE_ZAP) {
-		error = enter_machine(kvm);
-		c->in_machine = !error;
-	}
-	if (!error && links) {
-		c->links = umn_keeper_new(&fds[next], links);
-		error = c->links ? 0 : -ENODEV;
-	}
+	/* zap is at functions that every process passes. */
+	if (!error && reply->probe != UMN_PROBE_ZAP)
+		error = need_machine(kvm);
+	if (!error)
+		error = keep(c, &fds[next], links);
 	umn_close(&kvm);
 	while (links)
 		close(fds[next + --links]);
@@ -492,7 +488,8 @@ static struct kernel_connection *new_connection(bool counter)
 		umn_fail_errno(UMMUNOTIFY_NO_MEMORY, ENOMEM, "no memory");
 		return NULL;
 	}
-	c->connection = (struct umn_connection){.add_segment = add_segment,
+	c->connection = (struct umn_connection){.wake_fd = -1,
+						.add_segment = add_segment,
 						.bind = bind_table,
 						.add_wakeup = add_wakeup,
 						.acknowledge = acknowledge,

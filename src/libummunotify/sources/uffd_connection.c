@@ -188,6 +188,7 @@ static int add_wakeup(struct umn_connection *connection, int epoll)
 
 	if (fd < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
 		return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, fd < 0 ? -fd : errno, "the wake-up cannot be waited for");
+	connection->wake_fd = fd;
 	return 0;
 }
 
@@ -258,6 +259,7 @@ struct umn_connection *umn_connect_uffd(void)
 		return NULL;
 	}
 	c->connection = (struct umn_connection){.name = "uffd",
+						.wake_fd = -1,
 						.source = umn_uffd_source(c->uffd),
 						.add_segment = add_segment,
 						.bind = bind_table,

@@ -53,7 +53,7 @@ struct umn_region {
 	uint32_t overflow; /* header->overflow when it was watched or renewed */
 	uint32_t ref;
 	uint32_t leaf;
-	uint8_t place; /* enum place in table.c */
+	uint8_t place; /* enum place in internal.h */
 	bool queued;
 	bool leftover; /* for queue_all */
 	uint8_t granule; /* the source's */
@@ -148,8 +148,8 @@ void umn_table_restart(struct umn_table *table);
 /* The next change that hits a region sends one wake-up (through whatever the feeder uses). Arm, then drain. */
 void umn_table_arm(struct umn_table *table);
 
-/* Something may have been missed: what a feeder does that gives up. Every region is invalid, and is reported. */
-void umn_table_doubt(struct umn_table *table);
+/* A change may have been missed: every region is invalid, and is reported. (A feeder that gives up does the same.) */
+void umn_table_invalidate_all(struct umn_table *table);
 
 /* How many regions are watched. No lock. */
 uint64_t umn_table_regions(const struct umn_table *table);
@@ -170,9 +170,6 @@ void umn_table_close(struct umn_table *table);
 
 /* Unmaps and frees everything, regions too; in a child it only frees. */
 void umn_table_delete(struct umn_table *table);
-
-/* For tests: is the index sound? NULL, or what is wrong. */
-const char *umn_table_check(struct umn_table *table);
 
 #ifdef __cplusplus
 }
