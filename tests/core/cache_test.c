@@ -214,6 +214,7 @@ static void use(uint32_t b, bool nested)
 		let_go(buffer, false);
 }
 
+#ifndef UMN_TSAN /* which cannot follow forks of programs with threads */
 /* Nothing of the parent's is given out in a child, however it was made, and nothing is deregistered. */
 static void fork_once(void)
 {
@@ -256,6 +257,7 @@ static void fork_once(void)
 	ummunotify_cache_release(cache, held);
 	__sync_fetch_and_add(&fork_count, 1);
 }
+#endif
 
 static void *run(void *seed)
 {
@@ -312,7 +314,7 @@ static void test_threads(double seconds, uint64_t seed, bool merge)
 		wrong = check_cache(cache);
 		if (wrong)
 			fail("check_cache: %s", wrong);
-#ifndef UMN_TSAN /* which can't follow a clone that it has not made */
+#ifndef UMN_TSAN
 		if (one_in(50) && hold(&buffers[0], false)) {
 			fork_once();
 			let_go(&buffers[0], false);
@@ -569,6 +571,7 @@ static void test_the_last_try_stays_until_the_next_is_made(void)
 	finish();
 }
 
+#ifndef UMN_TSAN
 static int fork_while_registering(void *context, uint64_t address, size_t length, void *argument, void **handle)
 {
 	(void)context;
@@ -605,6 +608,7 @@ static void test_a_fork_by_the_registrar(void)
 	check(stats_now().registrations == 1);
 	finish();
 }
+#endif
 
 static void test_closed_with_a_registration_in_use(void)
 {

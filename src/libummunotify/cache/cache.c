@@ -540,7 +540,7 @@ static int register_range(struct miss *m, struct umn_entry **entry)
 		pthread_mutex_unlock(&c->lock);
 	}
 	release_previous(m);
-	umn_fail(UMMUNOTIFY_REGISTRAR, EAGAIN, "do not unmap or move memory while it is being used",
+	umn_fail(UMMUNOTIFY_REGISTRAR, EBUSY, "do not unmap or move memory while it is being used",
 		 "their mapping changed during each of %d tries", TRIES);
 	return cannot_register(m);
 }
@@ -686,7 +686,9 @@ static NOINLINE struct ummunotify_registration *find_slowly(struct ummunotify_ca
 {
 	const uint64_t start = (uintptr_t)address;
 
-	return length ? (struct ummunotify_registration *)umn_entry_hit_slowly(c, start, start + length, counted) : NULL;
+	if (!counted && (!length || start + length < start))
+		return NULL;
+	return (struct ummunotify_registration *)umn_entry_hit_slowly(c, start, start + length, counted);
 }
 
 struct ummunotify_registration *ummunotify_cache_find(struct ummunotify_cache *c, const void *address, size_t length)
@@ -739,7 +741,7 @@ bool ummunotify_registration_valid(const struct ummunotify_registration *registr
 int ummunotify_cache_collect(struct ummunotify_cache *c, void *argument)
 {
 	uint32_t epoch = enter(c);
-	int error = 0;
+	int error = 0, later;
 
 	if (use_notifier(c)) {
 		error = drop_stale(c, epoch);
@@ -748,7 +750,8 @@ int ummunotify_cache_collect(struct ummunotify_cache *c, void *argument)
 		leave_notifier(c);
 		pthread_mutex_unlock(&c->lock);
 	}
-	return error ? error : deregister_leaving(c, epoch, argument, false);
+	later = deregister_leaving(c, epoch, argument, error != 0);
+	return error ? error : later;
 }
 
 int ummunotify_cache_flush(struct ummunotify_cache *c, void *argument)

@@ -24,10 +24,10 @@ static bool left(struct ummunotify_cache *c, struct umn_entry *entry);
 
 static struct umn_entry *search(struct ummunotify_cache *c, uint64_t start, uint64_t end)
 {
-	uint32_t order = umn_order(end - start), i;
-	uint64_t orders = load(&c->orders) >> order << order;
+	uint64_t orders = load(&c->orders) & umn_orders_for(end - start);
 	const struct umn_index *index = load(&c->index);
 	struct umn_entry *entry;
+	uint32_t order, i;
 	umn_link link;
 
 	for (; orders; orders &= orders - 1) {
@@ -550,12 +550,12 @@ void umn_entry_publish(struct ummunotify_cache *c, struct umn_entry *entry)
 
 struct umn_entry *umn_entry_find(struct ummunotify_cache *c, uint64_t start, uint64_t end)
 {
-	uint32_t order = umn_order(end - start);
+	uint64_t orders = c->orders & umn_orders_for(end - start);
 	umn_link link, next;
 	struct umn_entry *entry;
-	uint64_t orders;
+	uint32_t order;
 
-	for (orders = c->orders >> order << order; orders; orders &= orders - 1) {
+	for (; orders; orders &= orders - 1) {
 		order = (uint32_t)__builtin_ctzll(orders);
 		for (link = *umn_bucket(c->all, start >> order, order); link; link = next) {
 			next = next_link(link);

@@ -154,6 +154,12 @@ static inline uint32_t umn_order(uint64_t length)
 	return 64 - (uint32_t)__builtin_clzll((length - 1) | 1);
 }
 
+/* Those that may hold so many bytes. None for more than half of all addresses. */
+static inline uint64_t umn_orders_for(uint64_t length)
+{
+	return ~UINT64_C(0) << (umn_order(length) - 1) << 1;
+}
+
 /* Memory is divided into blocks of 1 << order bytes, for each order anew; an entry is in the buckets of the one or two blocks of
  * its own order that it touches. So whatever part of it is asked for, the block of the first byte leads to it. */
 static inline const umn_link *umn_bucket(const struct umn_index *index, uint64_t block, uint32_t order)
@@ -230,16 +236,17 @@ bool umn_entry_release_slowly(struct ummunotify_cache *c, struct umn_entry *entr
  * `counted`. */
 UMN_ALWAYS_INLINE struct umn_entry *umn_entry_hit(struct ummunotify_cache *c, uint64_t start, uint64_t end, struct umn_entry **counted)
 {
-	uint32_t order = umn_order(end - start);
 	/* Acquire, here and with the link: what these pointers lead to was initialised before they were published. In a
 	 * child there are no orders, and the index is not looked at. */
-	uint64_t orders = __atomic_load_n(&c->orders, __ATOMIC_ACQUIRE) >> order << order;
+	uint64_t orders = __atomic_load_n(&c->orders, __ATOMIC_ACQUIRE) & umn_orders_for(end - start);
 	struct umn_entry *entry;
+	uint32_t order;
 	int32_t *count;
 	umn_link link;
 
 	*counted = NULL;
-	if (!umn_likely(orders))
+	/* Empty, or it wraps round. */
+	if (!umn_likely(orders && start < end))
 		return NULL;
 	order = (uint32_t)__builtin_ctzll(orders);
 	link = __atomic_load_n(umn_bucket(__atomic_load_n(&c->index, __ATOMIC_ACQUIRE), start >> order, order), __ATOMIC_ACQUIRE);
