@@ -15,7 +15,7 @@ import pytest
 from support import is_ours, probes, require
 
 import ummunotify
-from ummunotify import Notifier, sources
+from ummunotify import Notifier, _core
 from ummunotify.selftest.changes import Memory, private
 
 pytest_plugins = ("daemons", "random_changes")
@@ -92,7 +92,7 @@ def keeper(request: pytest.FixtureRequest) -> Iterator[Notifier]:
 def the_keepers_source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test opens that has a keeper has the keeper's source and probe."""
     if "keeper" in request.fixturenames:
-        monkeypatch.setenv(sources.ENVIRONMENT, request.getfixturevalue("keeper").source)
+        monkeypatch.setenv(_core.SOURCE_ENVIRONMENT, request.getfixturevalue("keeper").source)
 
 
 @pytest.fixture

@@ -27,12 +27,12 @@ from support import map_memory, require, unmap_memory
 
 import ummunotify
 from ummunotify import _abi
-from ummunotify._abi import Op, Request, Summary
-from ummunotify.bpf import libbpf
+from ummunotify._abi import SEGMENTS, Op, Request, Summary
+from ummunotify._bpf import read_map
 from ummunotify.daemon.limits import TABLE
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
-from ummunotify.sources.bpf import SEGMENTS, BpfFeed
+from ummunotify.sources.bpf import BpfFeed
 
 PAGE = mmap.PAGESIZE
 NOBODY = 65534
@@ -137,10 +137,10 @@ def inner_maps(number: int, tables: int = 64) -> Iterator[int]:
     try:
         for table in range(tables):
             with contextlib.suppress(OSError):
-                segments = libbpf.map_lookup(fd, struct.pack("=I", table * SEGMENTS), 4)
+                segments = read_map(fd, struct.pack("=I", table * SEGMENTS), 4)
                 yield int(struct.unpack("=I", segments)[0])
             with contextlib.suppress(OSError):
-                rings = libbpf.map_lookup(fd, struct.pack("=I", table), 4)
+                rings = read_map(fd, struct.pack("=I", table), 4)
                 yield int(struct.unpack("=I", rings)[0])
     finally:
         os.close(fd)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from ummunotify import sources
+from ummunotify import _core
 from ummunotify.bpf import libbpf
 
 # NumPy's threads would come with the import and go with a fork, and tests count threads.
@@ -32,8 +32,8 @@ def require(feature: str, reason: str, *, always: bool = True) -> NoReturn:
 
 def probes() -> list[str]:
     """The BPF source with each probe that there may be here, or what UMMUNOTIFY_SOURCE insists on."""
-    named = sources.ENVIRONMENT in os.environ
-    found = [each.name for each in sources.candidates(None if named else "bpf") if each.name.startswith("bpf:")]
+    named = _core.SOURCE_ENVIRONMENT in os.environ
+    found = [each for each in _core.source_names(None if named else "bpf") if each.startswith("bpf:")]
     # Most tests use them: what is missing for good should not show as a test that was skipped, a thousand times.
     return [each for each in found if each == "bpf:kvm" or libbpf.kprobes_available()] or ["bpf:kvm"]
 

@@ -43,15 +43,14 @@ from support import map_memory, unmap_memory
 
 import ummunotify
 from ummunotify import _abi
-from ummunotify._abi import Op, Reply, Request, Status
-from ummunotify.bpf import libbpf
+from ummunotify._abi import Op, Probe, Reply, Request, Status
+from ummunotify.bpf import feeder, libbpf
 from ummunotify.cli.daemon import closed_folder
 from ummunotify.daemon import server
 from ummunotify.daemon.limits import TABLE, Limits, Usage
 from ummunotify.daemon.server import STEPS_FOREIGN, STEPS_OWN
 from ummunotify.sources import daemon as source
 from ummunotify.sources.base import UnavailableError
-from ummunotify.sources.bpf import BpfFeed, Maps
 
 # ---- what it is for ----
 
@@ -713,7 +712,7 @@ def test_the_kernel_has_no_memory_for_a_while(monkeypatch: pytest.MonkeyPatch) -
     """It is asked again; and that it never has any does not keep the daemon from ending."""
     monkeypatch.setattr(server, "_RETRY_SECONDS", 0.01)
 
-    class Poor(Maps):
+    class Poor:
         failures = 2
 
         def __init__(self) -> None:
@@ -727,15 +726,15 @@ def test_the_kernel_has_no_memory_for_a_while(monkeypatch: pytest.MonkeyPatch) -
         def put_rings(self, items: list[tuple[int, int]]) -> None:
             self.put.append(items)
 
-    maps = Poor()
-    mason = server._Mason(maps)
-    mason.begin([(1, 2, 3)], [(4, 5)])
-    assert select.select([mason.fd], [], [], PATIENCE)[0]
-    mason.end()
-    assert maps.put == [[(1, 2, 3)]] * 3 + [[(4, 5)]]
-    maps.failures = 1 << 30
-    mason.begin([(1, 2, 3)], [])
-    mason.close()
+    tables = Poor()
+    updater = server._MapUpdater(tables)
+    updater.begin([(1, 2, 3)], [(4, 5)])
+    assert select.select([updater.fd], [], [], PATIENCE)[0]
+    updater.end()
+    assert tables.put == [[(1, 2, 3)]] * 3 + [[(4, 5)]]
+    tables.failures = 1 << 30
+    updater.begin([(1, 2, 3)], [])
+    updater.close()
 
 
 def test_usage_counts_back_to_nothing() -> None:
@@ -896,11 +895,10 @@ def test_doubt_reaches_everybody(daemon: Daemon) -> None:
     """What the daemon does if the kernel has skipped a run of the program."""
     with ummunotify.open(source="bpf") as umn:
         regions = [umn.watch((address, PAGE)) for address in (1 << 20, 1 << 40)]
-        feed = umn._feed
-        assert isinstance(feed, BpfFeed)
-        feed._maps.doubt()
+        program = feeder._program(Probe.KVM)
+        program.invalidate_all()
         assert not any(region.valid for region in regions)
-        assert libbpf.program_info(feed._maps.fds["program"]).recursion_misses == 0
+        assert libbpf.program_info(program.code.number()).recursion_misses == 0
 
 
 def test_install(tmp_path: Path) -> None:

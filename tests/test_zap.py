@@ -17,11 +17,11 @@ import ummunotify
 from ummunotify import Notifier, SourceUnavailableError, sources
 from ummunotify._abi import CallType, Extent
 from ummunotify._core import test_page as make_page
-from ummunotify.bpf import libbpf
+from ummunotify.bpf import libbpf, zap
 from ummunotify.bpf.libbpf import KernelTypes
-from ummunotify.sources import zap
+from ummunotify.bpf.zap import _Call, _Function, _Need
 from ummunotify.sources.base import Exercise, UnavailableError
-from ummunotify.sources.zap import _Call, _Function, _Need
+from ummunotify.sources.bpf import zap_exercises
 
 FLUSH = _Function("ptep_clear_flush", (_Call("vma", "address", Extent.PAGE),))
 
@@ -142,7 +142,7 @@ def test_a_function_that_the_compiler_took_apart(monkeypatch: pytest.MonkeyPatch
 def test_the_exercises_change_what_they_say() -> None:
     before = set(os.listdir("/proc/self/fd"))
     names = []
-    for exercise in zap.exercises():
+    for exercise in zap_exercises():
         names.append(exercise.name)
         assert exercise.page % 4096 == 0
         assert mapped(exercise.page)
@@ -157,7 +157,7 @@ def test_all_of_them_have_to_be_seen(keeper: Notifier, monkeypatch: pytest.Monke
     seen = []
 
     def exercises() -> Iterator[Exercise]:
-        for exercise in zap.exercises():
+        for exercise in zap_exercises():
             seen.append(exercise.name)
             yield exercise
         page = make_page()

@@ -33,6 +33,7 @@ from ._core cimport (
     ummunotify_options,
 )
 
+from .bpf import feeder as python_feeder
 from .errors import (
     ClosedError,
     DeregistrationError,
@@ -40,7 +41,6 @@ from .errors import (
     RegistrationError,
     RegistrationLimitError,
 )
-from .sources.feeder import Feeder
 from .types import CacheStats
 
 cdef extern from "Python.h":
@@ -50,7 +50,7 @@ cdef tuple LIMITS = (EAGAIN, EDQUOT, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC)
 cdef uint64_t NO_LIMIT = <uint64_t>-1
 
 # How the notifier that caches share is opened.
-cdef _Feeder feeder = _Feeder(Feeder())
+cdef _Feeder feeder = _Feeder(python_feeder)
 cdef ummunotify_options shared
 memset(&shared, 0, sizeof(shared))
 shared.size = sizeof(shared)

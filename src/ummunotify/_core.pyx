@@ -32,8 +32,10 @@ from .errors import (
     InvalidCookieError,
     InvalidRangeError,
     SourceUnavailableError,
+    TooManyNotifiersError,
     TooManyRegionsError,
     UmmunotifyError,
+    UnavailableError,
     UnknownRegionError,
     UnknownSourceError,
     UnsupportedMemoryError,
@@ -51,6 +53,7 @@ cdef extern from "ummunotify_feeder.h" nogil:
         pass
     int ummunotify_failed(const char *why, const char *remedy)
     int ummunotify_daemon_socket()
+    int ummunotify_open_kvm()
 
 cdef extern from *:
     """
@@ -304,7 +307,7 @@ def source_names(wanted=None):
 def open_notifier(type kind, source, max_regions, feeder):
     """A notifier of this class, fed by the first source that `source` names and that works.
 
-    Raises SourceUnavailableError, UnknownSourceError, MemoryError, ValueError.
+    Raises SourceUnavailableError, TooManyNotifiersError, UnknownSourceError, MemoryError, ValueError.
     """
     cdef Notifier notifier
     cdef ummunotify_options options
@@ -338,6 +341,8 @@ def open_notifier(type kind, source, max_regions, feeder):
         why, remedy = tried.why.decode(errors="replace"), tried.remedy.decode(errors="replace")
         reasons[tried.source.decode()] = f"{why}; {remedy}" if remedy else why
         i += 1
+    if ummunotify_get_failure().code == UMMUNOTIFY_LIMIT:
+        raise TooManyNotifiersError(message)
     raise SourceUnavailableError(message, reasons)
 
 
@@ -349,6 +354,16 @@ def connect_to_daemon():
     if fd < 0:
         message = ummunotify_error().decode(errors="replace")
         raise SourceUnavailableError(message, {"daemon": message})
+    return fd
+
+
+def open_kvm():
+    """A descriptor of /dev/kvm; UnavailableError."""
+    cdef int fd = ummunotify_open_kvm()
+    if fd < 0:
+        raise UnavailableError(
+            ummunotify_get_failure().why.decode(errors="replace"), ummunotify_get_failure().remedy.decode()
+        )
     return fd
 
 

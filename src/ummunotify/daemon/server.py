@@ -1,8 +1,8 @@
 """The daemon's event loop: one thread, and nothing that a client does or does not do can block it.
 
-Only what waits for running BPF programs takes long (`Maps.put_segments`: 8 to 16 ms however much is put in). So tables
-are made in advance; whatever is to be put in or taken out is collected and done together, one such batch at a time,
-and a thread that does nothing else waits for it.
+Only what waits for running BPF programs takes long (`Tables.put_segments`: 8 to 16 ms however much is put in). So
+tables are made in advance; whatever is to be put in or taken out is collected and done together, one such batch at a
+time, and a thread that does nothing else waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .._abi import (
     PAGE,
@@ -39,9 +39,9 @@ from .._abi import (
     Status,
     Summary,
 )
+from .._bpf import create_ring, create_segment, next_segments, read_map
 from ..bpf import libbpf
-from ..sources.base import UnavailableError
-from ..sources.bpf import SEGMENTS, Maps, create_ring, create_segment
+from ..bpf.program import Program
 from .limits import SEGMENT, TABLE, Limits, Usage
 
 STEPS_FOREIGN = 8192
@@ -99,12 +99,13 @@ class Client:
 class Server:
     """Serves one listening socket with one loaded program."""
 
-    def __init__(self, listener: socket.socket, maps: Maps, kvm: int, limits: Limits, ready: int) -> None:
-        """`maps` is attached and has room for `limits.clients` + `ready` tables; `kvm` is -1 if it is not given away.
+    def __init__(self, listener: socket.socket, program: Program, kvm: int, limits: Limits, ready: int) -> None:
+        """`program` is attached and has room for `limits.clients` + `ready` tables; `kvm` is -1 if clients get none.
 
         OSError.
         """
-        self.maps = maps
+        self.program = program
+        self.tables = program.tables
         self.counters: Counter[str] = Counter()
         self._listener = listener
         self._kvm = kvm
@@ -120,7 +121,7 @@ class Server:
         self._blank = create_segment(), create_ring()  # what takes the place of what is taken out
         self._started = time.monotonic()
         self._checked = self._started
-        self._skipped = libbpf.program_info(maps.fds["program"]).recursion_misses
+        self._skipped = libbpf.program_info(program.code.number()).recursion_misses
         self._warned: dict[int, float] = {}
         self._heard: Counter[int] = Counter()  # requests of each user in this turn
         self._deaf_until: float | None = None
@@ -128,8 +129,8 @@ class Server:
         self._stop = False
         self._batch: _Batch | None = None
         listener.setblocking(False)
-        self._mason = _Mason(maps)
-        self.watch(self._mason.fd, self._built)
+        self._updater = _MapUpdater(program.tables)
+        self.watch(self._updater.fd, self._built)
         self._build()
 
     # ---- the loop ----
@@ -203,18 +204,18 @@ class Server:
         if self._deaf_until is not None and self._deaf_until <= now:
             self._deaf_until = None
             self.watch(self._listener, self._accept)
-        if self.maps.probe != "kvm":
+        if self.program.probe != Probe.KVM:
             return  # the kernel may skip others, and whoever is concerned knows at once: see `doubt` in watch.bpf.c
-        skipped = libbpf.program_info(self.maps.fds["program"]).recursion_misses
+        skipped = libbpf.program_info(self.program.code.number()).recursion_misses
         if skipped != self._skipped:
             # Cannot be, as a raw tracepoint's programs do not nest; if it can, then nobody must be in the dark.
             event(logging.ERROR, "skipped", runs=skipped - self._skipped)
             self._skipped = skipped
-            self.maps.doubt()
+            self.program.invalidate_all()
 
     def close(self) -> None:
         """Close what it has; clients that have settled are fed on."""
-        self._mason.close()
+        self._updater.close()
         for client in list(self._clients.values()):
             client.connection.close()
             if client.segment_fd >= 0:
@@ -310,8 +311,8 @@ class Server:
             self._growing.remove(growing)
             self._usage.shrink(client.uid, growing[1])
         if client.secret is not None:
-            self.maps.cancel(client.secret)
-        self.maps.unlink(client.table)
+            self.tables.cancel(client.secret)
+        self.tables.unlink(client.table)
         del self._by_table[client.table]
         os.close(client.segment_fd)
         self._released.append((client.table, client.segments, client.uid))
@@ -352,18 +353,17 @@ class Server:
         client.segments = 1
         self._by_table[client.table] = client
         try:
-            client.secret = self.maps.expect(client.table)
+            client.secret = self.tables.expect(client.table)
             gives = Gives(0)
             fds = [ring, client.segment_fd]
             if self._kvm >= 0:
                 gives |= Gives.KVM
                 fds.append(self._kvm)
-            if self.maps.probe != "kvm":
+            if self.program.probe_gaps is not None:
                 gives |= Gives.PROBE_GAPS
-                fds.append(self.maps.fds["doubts"])
-            fds += self.maps.links()
-            probe = Probe[self.maps.probe.upper()]
-            client.answer(Reply(Status.OK, len(fds), gives, probe, client.secret).pack(), fds)
+                fds.append(self.program.probe_gaps.number())
+            fds += [link.number() for link in self.program.links]
+            client.answer(Reply(Status.OK, len(fds), gives, self.program.probe, client.secret).pack(), fds)
         finally:
             os.close(ring)
         self.counters["came"] += 1
@@ -374,14 +374,16 @@ class Server:
         secret, client.secret = client.secret, None
         status = Status.UNSEEN
         try:
-            if self.maps.settle(client.table, secret):
+            if self.tables.bind(client.table, secret):
                 status, client.deadline = Status.OK, None
-        except UnavailableError:
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
             status = Status.PROCESS_CLIENTS
         client.answer(Reply(status).pack())
 
     def _grow(self, client: Client) -> None:
-        wanted = min(max(1, client.segments // 8), SEGMENTS_AT_ONCE, SEGMENTS - client.segments)
+        wanted = next_segments(client.segments, SEGMENTS_AT_ONCE)
         granted, status, limit = self._usage.grow(client.uid, wanted)
         if status != Status.OK:
             self._warn(client, f"limit:{status.name}")
@@ -394,7 +396,7 @@ class Server:
         if first == STATUS_SUMMARY:
             client.answer(self.summary().pack())
             return
-        for table in range(first, self.maps.used):
+        for table in range(first, self.tables.used):
             other = self._by_table.get(table)
             # Of others' clients only root learns.
             if other is not None and client.uid in (0, os.geteuid(), other.uid):
@@ -403,7 +405,7 @@ class Server:
         client.answer(Reply(Status.END).pack())
 
     def summary(self) -> Summary:
-        program = libbpf.program_info(self.maps.fds["program"])
+        program = libbpf.program_info(self.program.code.number())
         return Summary(
             os.getpid(),
             len(self._by_table),
@@ -422,7 +424,7 @@ class Server:
 
     def _record(self, client: Client) -> Record:
         # The client writes this page too: nothing but numbers to be shown.
-        page = libbpf.map_lookup(client.segment_fd, bytes(4), PAGE)
+        page = read_map(client.segment_fd, bytes(4), PAGE)
         header = Header.unpack(page)
         try:
             with open(f"/proc/{client.pid}/comm", "rb") as file:
@@ -454,14 +456,14 @@ class Server:
         growing, self._released, self._growing = self._growing, [], []
         failure = 0
         try:
-            while self.maps.free and len(batch.made) < self._target + len(self._waiting) - len(self._ready):
+            while self.tables.free and len(batch.made) < self._target + len(self._waiting) - len(self._ready):
                 segment, ring = _create_table()
-                table = self.maps.take()
-                self.maps.allow(table, 1)
+                table = self.tables.take()
+                self.tables.allow(table, 1)
                 batch.made.append((table, segment, ring))
             for client, count in growing:
                 fds = _create_segments(count)
-                self.maps.allow(client.table, count)
+                self.tables.allow(client.table, count)
                 batch.grown.append((client, client.segments, fds))
                 client.segments += count
         except OSError as error:
@@ -477,16 +479,16 @@ class Server:
                 self._usage.leave(client.uid, 1)
                 self._answer(client, Reply(Status.FAILED, value=failure))
         self._batch = batch
-        self._mason.begin(batch.segments(self._blank[0]), batch.rings(self._blank[1]))
+        self._updater.begin(batch.segments(self._blank[0]), batch.rings(self._blank[1]))
 
     def _built(self) -> None:
         """It is done."""
-        self._mason.end()
+        self._updater.end()
         assert self._batch is not None
         batch, self._batch = self._batch, None
         self._ready += batch.made
         for table, count, uid in batch.released:
-            self.maps.free.append(table)
+            self.tables.give_back(table)
             if uid is not None:
                 self._usage.leave(uid, count)
         for client, _, fds in batch.grown:
@@ -527,18 +529,25 @@ class _Batch(NamedTuple):
         return [(table, blank) for table, _, _ in self.released] + [(table, ring) for table, _, ring in self.made]
 
 
-class _Mason:
+class PutsMaps(Protocol):
+    """What waits for the kernel: see Tables."""
+
+    def put_segments(self, items: list[tuple[int, int, int]], /) -> None: ...
+    def put_rings(self, items: list[tuple[int, int]], /) -> None: ...
+
+
+class _MapUpdater:
     """A thread that waits for the kernel, so that the loop does not."""
 
-    def __init__(self, maps: Maps) -> None:
+    def __init__(self, tables: PutsMaps) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """Readable when what was begun is done."""
-        self._maps = maps
+        self._tables = tables
         self._orders: queue.SimpleQueue[tuple[list[tuple[int, int, int]], list[tuple[int, int]]] | None]
         self._orders = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="mason")
+        self._thread = threading.Thread(target=self._work, name="map updater")
         self._thread.start()
 
     def begin(self, segments: list[tuple[int, int, int]], rings: list[tuple[int, int]]) -> None:
@@ -570,9 +579,9 @@ class _Mason:
         """False: the kernel had no memory for it; what was put in already may be put in again."""
         try:
             if segments:
-                self._maps.put_segments(segments)
+                self._tables.put_segments(segments)
             if rings:
-                self._maps.put_rings(rings)
+                self._tables.put_rings(rings)
         except OSError as error:
             if error.errno not in (errno.ENOMEM, errno.EAGAIN):
                 raise

@@ -11,6 +11,7 @@ It knows nothing of notifiers: whoever can tell which pages were invalidated can
 
 from __future__ import annotations
 
+import _ctypes
 import contextlib
 import ctypes
 import errno
@@ -27,8 +28,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
-
-from .. import _core
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
@@ -535,7 +534,7 @@ def small_block(m: Memory) -> None:
 def library(m: Memory) -> None:
     """A part of a shared library that was just loaded."""
     with tempfile.NamedTemporaryFile(dir="/var/tmp", suffix=".so") as copy:
-        copy.write(Path(_core.__file__).read_bytes())
+        copy.write(Path(_ctypes.__file__).read_bytes())
         copy.flush()
         handle = ctypes.CDLL(copy.name)._handle
         m.until(lambda: dlclose(handle))
