@@ -6,6 +6,7 @@ import array
 import asyncio
 import copy
 import ctypes
+import errno
 import gc
 import itertools
 import mmap
@@ -42,8 +43,10 @@ from ummunotify import (
     SourceUnavailableError,
     TooManyRegionsError,
     UnknownRegionError,
+    sources,
 )
 from ummunotify.bpf import libbpf
+from ummunotify.notifier import survey
 from ummunotify.selftest.changes import ANONYMOUS, MAP_NORESERVE, PAGE, PROT_NONE, READ_WRITE, Memory, call, madvise
 
 LONG = 60.0
@@ -991,6 +994,21 @@ def test_events_outlive_their_regions(umn: Notifier, memory: Memory) -> None:
     del region
     gc.collect()
     assert event.region.address == event.start == memory.address
+
+
+def test_an_unexpected_error_of_one_source(keeper: Notifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that source's reason, and the next is tried."""
+
+    def fail(_program: int) -> int:
+        raise OSError(errno.EINVAL, "what a kernel of the future says")
+
+    monkeypatch.setattr("ummunotify.sources.bpf.skipped_runs", fail)
+    monkeypatch.delenv("UMMUNOTIFY_SOURCE")
+    with pytest.raises(SourceUnavailableError, match="what a kernel of the future says"):
+        ummunotify.open(source="bpf")
+    reasons = {finding.source: finding.reason for finding in survey()}
+    assert "what a kernel of the future says" in reasons["bpf:kvm"]
+    assert len(reasons) == len(sources.every())
 
 
 def test_garbage_collected_while_another_opens(keeper: Notifier, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -403,7 +403,10 @@ def open(source: str | None = None, *, probe: str | None = None, max_regions: in
 def open_candidate(candidate: sources.Candidate, max_regions: int | None = None) -> Notifier:
     """With this source and no other. Raises UnavailableError."""
     with _making.held():
-        feed = candidate.open()
+        try:
+            feed = candidate.open()
+        except OSError as error:  # no source expects it; others may work all the same
+            raise UnavailableError(str(error), "") from error
         try:
             return Notifier(feed, max_regions=max_regions)
         except BaseException as error:
