@@ -15,8 +15,8 @@ cdef extern from "table/table.h" nogil:
     struct umn_header:
         pass
     struct umn_source:
-        bint (*arrived)(umn_source *source) nogil
-        bint (*settle)(umn_source *source, unsigned int milliseconds) nogil
+        bint (*delivered)(umn_source *source) nogil
+        bint (*wait_delivered)(umn_source *source, unsigned int milliseconds) nogil
     struct umn_region:
         umn_source *source
         uint64_t start, end

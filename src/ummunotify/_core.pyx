@@ -205,7 +205,7 @@ cdef class Region:
         """umn_source.confirm, but that other threads can run while this one waits."""
         cdef umn_region *region = self._region
         cdef bint valid
-        if region.source.arrived(region.source):
+        if region.source.delivered(region.source):
             return umn_region_untouched(region)
         with nogil:
             valid = umn_region_valid(region)

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, binding=False, autotestdict=False
-"""The native part of the source `uffd`. See core/uffd.c for what it rests on."""
+"""The native part of the source `uffd`. See libummunotify/sources/uffd.c for what it rests on."""
 
 cimport cython
 from libc.errno cimport errno
@@ -12,14 +12,17 @@ import os
 cdef extern from "sources/uffd.h" nogil:
     enum umn_uffd_step:
         pass
-    int UMN_UFFD_OPEN, UMN_UFFD_FEATURES, UMN_UFFD_MAPS, UMN_UFFD_PROOF, UMN_UFFD_TABLES, UMN_UFFD_MEMORY
-    int UMN_UFFD_UNMAPPED, UMN_UFFD_KIND, UMN_UFFD_OTHER, UMN_UFFD_OWN, UMN_UFFD_MAPPINGS
+    int UMN_UFFD_OPEN, UMN_UFFD_IOCTL, UMN_UFFD_FEATURES, UMN_UFFD_PROOF, UMN_UFFD_TABLES, UMN_UFFD_MEMORY
+    int UMN_UFFD_THREAD, UMN_UFFD_READER
+    int UMN_UFFD_UNMAPPED, UMN_UFFD_KIND, UMN_UFFD_OTHER, UMN_UFFD_OWN, UMN_UFFD_MAPPINGS, UMN_UFFD_NO_PROC
+    int UMN_UFFD_CLOSED, UMN_UFFD_START
     struct umn_uffd:
         pass
     struct umn_uffd_failure:
         umn_uffd_step step
         int error, device_error
     umn_uffd *umn_uffd_new(umn_uffd_failure *failure)
+    void umn_uffd_start_failure(umn_uffd_failure *failure)
     umn_source *umn_uffd_source(umn_uffd *uffd)
     void *umn_uffd_add_segment(umn_uffd *uffd, uint32_t pages)
     int umn_uffd_wake_fd(umn_uffd *uffd)
@@ -28,17 +31,22 @@ cdef extern from "sources/uffd.h" nogil:
     void umn_uffd_delete(umn_uffd *uffd)
 
 OPEN = UMN_UFFD_OPEN
+IOCTL = UMN_UFFD_IOCTL
 FEATURES = UMN_UFFD_FEATURES
-MAPS = UMN_UFFD_MAPS
 PROOF = UMN_UFFD_PROOF
 TABLES = UMN_UFFD_TABLES
 MEMORY = UMN_UFFD_MEMORY
+THREAD = UMN_UFFD_THREAD
+READER = UMN_UFFD_READER
 
 UNMAPPED = UMN_UFFD_UNMAPPED
 KIND = UMN_UFFD_KIND
 OTHER = UMN_UFFD_OTHER
 OWN = UMN_UFFD_OWN
 MAPPINGS = UMN_UFFD_MAPPINGS
+NO_PROC = UMN_UFFD_NO_PROC
+CLOSED = UMN_UFFD_CLOSED
+START = UMN_UFFD_START
 
 
 class Failure(Exception):
@@ -49,6 +57,13 @@ class Failure(Exception):
         self.step = step
         self.error = error
         self.device_error = device_error
+
+
+def start_failure():
+    """Why watching last failed with START: a Failure."""
+    cdef umn_uffd_failure failure
+    umn_uffd_start_failure(&failure)
+    return Failure(failure.step, failure.error, failure.device_error)
 
 
 @cython.final
@@ -96,10 +111,8 @@ cdef class Uffd:
         """Wait until every change that has been made by now was fed. False: that took too long."""
         cdef umn_source *source = umn_uffd_source(self._uffd)
         cdef bint settled
-        if source.arrived(source):
-            return True
         with nogil:
-            settled = source.settle(source, milliseconds)
+            settled = source.wait_delivered(source, milliseconds)
         return settled
 
     def close(self):

@@ -146,7 +146,7 @@ static void drain(struct worker *w, bool all)
 
 static void settle(void)
 {
-	if (options.source && !options.source->settle(options.source, 100000))
+	if (options.source && !options.source->wait_delivered(options.source, 100000))
 		changes_fail("the source does not settle");
 }
 

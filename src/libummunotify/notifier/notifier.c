@@ -355,6 +355,13 @@ static int explain(int error)
 	case UMN_UFFD_MAPPINGS:
 		return fail(error, "the kernel has no memory for it, or the process too many mappings; raise the sysctl "
 				   "vm.max_map_count");
+	case UMN_UFFD_NO_PROC:
+		return fail(error, "it is huge pages, and without /proc it cannot be told of which kind; mount /proc");
+	case UMN_UFFD_CLOSED:
+		return fail(error, "the program has closed or replaced a descriptor of the source uffd: it sees no more changes, and all is "
+				   "invalid; close it, and open another after descriptors were closed");
+	case UMN_UFFD_START:
+		return feed_explain_uffd_start();
 	}
 	return fail(error, "%s", strerror(error));
 }
@@ -539,13 +546,13 @@ void notifier_next_wakeup(struct ummunotify *umn)
 	bool was_more;
 
 	if (source)
-		source->settle(source, UMN_SETTLE_MILLISECONDS);
+		source->wait_delivered(source, UMN_DELIVERY_MILLISECONDS);
 	pthread_mutex_lock(&umn->lock);
 	was_more = umn->is_more;
 	/* It is readable all the time: whoever made the change may be looking. */
 	set_more(umn, true);
 	umn->feed->acknowledge(umn->feed);
 	umn_table_arm(umn->table);
-	set_more(umn, was_more || is_unseen(umn) || (source && !source->arrived(source)));
+	set_more(umn, was_more || is_unseen(umn) || (source && !source->delivered(source)));
 	pthread_mutex_unlock(&umn->lock);
 }

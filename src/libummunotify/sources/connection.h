@@ -33,6 +33,9 @@ struct feed {
 struct feed *feed_open_daemon(bool counter);
 struct feed *feed_open_uffd(bool counter); /* make_counter makes it, if it is wanted */
 
+/* Says why watching failed with UMN_UFFD_START. Returns the negative errno. */
+int feed_explain_uffd_start(void);
+
 /* Says why, for ummunotify_error. Returns -error. */
 __attribute__((format(printf, 2, 3))) int fail(int error, const char *format, ...);
 

@@ -9,29 +9,29 @@
 #include <time.h>
 
 /* The acquire: what the feeder did to the tables before it took the doubt back is seen after. */
-static bool arrived(struct umn_source *source)
+static bool delivered(struct umn_source *source)
 {
 	return !__atomic_load_n(&((struct umn_doubt *)source)->shared->cpus, __ATOMIC_ACQUIRE);
 }
 
-static bool settle(struct umn_source *source, unsigned int milliseconds)
+static bool wait_delivered(struct umn_source *source, unsigned int milliseconds)
 {
 	const struct timespec step = {.tv_nsec = 100000};
 
-	for (unsigned int i = 0; i < 10 * milliseconds && !arrived(source); i++)
+	for (unsigned int i = 0; i < 10 * milliseconds && !delivered(source); i++)
 		nanosleep(&step, NULL);
-	return arrived(source);
+	return delivered(source);
 }
 
-static int watch(struct umn_source *source, uint64_t start, uint64_t end, uint8_t *granule)
+static int watch(struct umn_source *source, uint64_t start, uint64_t end)
 {
-	(void)source, (void)start, (void)end, (void)granule;
+	(void)source, (void)start, (void)end;
 	return 0;
 }
 
-static void unwatch(struct umn_source *source, uint64_t start, uint64_t end, uint8_t granule, bool invalid)
+static void unwatch(struct umn_source *source, uint64_t start, uint64_t end)
 {
-	(void)source, (void)start, (void)end, (void)granule, (void)invalid;
+	(void)source, (void)start, (void)end;
 }
 
 static void stop(struct umn_source *source)
@@ -46,7 +46,7 @@ int umn_doubt_open(struct umn_doubt *doubt, int fd)
 	if (shared == MAP_FAILED)
 		return -errno;
 	*doubt = (struct umn_doubt){
-		.source = {.watch = watch, .unwatch = unwatch, .arrived = arrived, .settle = settle, .stop = stop},
+		.source = {.watch = watch, .unwatch = unwatch, .delivered = delivered, .wait_delivered = wait_delivered, .stop = stop},
 		.shared = shared,
 	};
 	return 0;
@@ -64,7 +64,7 @@ int umn_doubt_show_secret(struct umn_doubt *doubt, uint64_t secret)
 		 */
 		uint32_t times = __atomic_load_n(&doubt->shared->times, __ATOMIC_SEQ_CST);
 
-		certain = settle(&doubt->source, 10);
+		certain = wait_delivered(&doubt->source, 10);
 		error = umn_show_secret(secret);
 		certain = certain && __atomic_load_n(&doubt->shared->times, __ATOMIC_SEQ_CST) == times;
 	}

@@ -13,7 +13,7 @@
 
 #include "sources/connection.h"
 
-#define SETTLE_MILLISECONDS 100 /* then everything may be invalid */
+#define WAIT_MILLISECONDS 100 /* then everything may be invalid */
 
 struct uffd_feed {
 	struct feed feed;
@@ -27,11 +27,11 @@ static void explain(const struct umn_uffd_failure *failure)
 		fail(ENODEV, "the system call userfaultfd is refused (%s), and so is /dev/userfaultfd (errno %d)", strerror(failure->error),
 		     failure->device_error);
 		return;
+	case UMN_UFFD_IOCTL:
+		fail(ENODEV, "the ioctl of a userfaultfd is refused (%s); allow ioctl in the seccomp filter", strerror(failure->error));
+		return;
 	case UMN_UFFD_FEATURES:
 		fail(ENODEV, "this kernel's userfaultfd cannot watch memory without protecting it; use Linux 5.18 or later");
-		return;
-	case UMN_UFFD_MAPS:
-		fail(ENODEV, "/proc/self/maps cannot be read (%s); mount /proc", strerror(failure->error));
 		return;
 	case UMN_UFFD_PROOF:
 		fail(ENODEV, "the kernel's userfaultfd did not tell of an unmapped page as it should");
@@ -40,8 +40,30 @@ static void explain(const struct umn_uffd_failure *failure)
 		fail(ENODEV, "this process has as many notifiers as it can have; close some");
 		return;
 	case UMN_UFFD_MEMORY:
-		fail(ENOMEM, "%s", strerror(ENOMEM));
+		fail(ENOMEM, "there is no memory for the source uffd (%s); raise RLIMIT_AS, or after mlockall(MCL_FUTURE) RLIMIT_MEMLOCK",
+		     strerror(failure->error));
+		return;
+	case UMN_UFFD_THREAD:
+		fail(ENODEV,
+		     "the thread that reads the events cannot be started (%s); raise RLIMIT_NPROC and the cgroup's pids.max, or let the "
+		     "seccomp filter refuse clone3 with ENOSYS",
+		     strerror(failure->error));
+		return;
+	case UMN_UFFD_READER:
+		fail(ENODEV,
+		     "the thread that reads the events did not get its copy of the userfaultfd (%s); allow pidfd_open and pidfd_getfd in "
+		     "the seccomp filter, or refuse close_range too",
+		     strerror(failure->error));
 	}
+}
+
+int feed_explain_uffd_start(void)
+{
+	struct umn_uffd_failure failure;
+
+	umn_uffd_start_failure(&failure);
+	explain(&failure);
+	return -UMN_UFFD_START;
 }
 
 static int make_counter(struct feed *feed)
@@ -102,7 +124,7 @@ static void acknowledge(struct feed *feed)
 
 static bool doubtful(struct feed *feed)
 {
-	return !feed->source->settle(feed->source, SETTLE_MILLISECONDS);
+	return !feed->source->wait_delivered(feed->source, WAIT_MILLISECONDS);
 }
 
 static void release(struct feed *feed)
@@ -125,7 +147,7 @@ static void free_feed(struct feed *feed)
 struct feed *feed_open_uffd(bool counter)
 {
 	struct uffd_feed *f = calloc(1, sizeof *f);
-	struct umn_uffd_failure failure = {.step = UMN_UFFD_MEMORY};
+	struct umn_uffd_failure failure = {.step = UMN_UFFD_MEMORY, .error = ENOMEM};
 
 	if (!f || !(f->uffd = umn_uffd_new(&failure))) {
 		explain(&failure);

@@ -6,6 +6,7 @@ For where BPF is out of reach: it needs no privileges and no daemon. What it can
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from .. import _uffd
@@ -26,13 +27,31 @@ def _why(failure: _uffd.Failure) -> UnavailableError:
                 "allow userfaultfd in the container's seccomp profile, or give this user access to /dev/userfaultfd; "
                 "the kernel needs CONFIG_USERFAULTFD",
             )
+        case _uffd.IOCTL:
+            return UnavailableError(
+                f"the ioctl of a userfaultfd is refused ({said})", "allow ioctl in the process's seccomp filter"
+            )
         case _uffd.FEATURES:
             return UnavailableError(
                 "this kernel's userfaultfd cannot watch memory without protecting it, or not reliably",
                 "use Linux 5.18 or later, on an architecture with write-protecting userfaultfd (x86-64, arm64)",
             )
-        case _uffd.MAPS:
-            return UnavailableError(f"/proc/self/maps cannot be read ({said})", "mount /proc")
+        case _uffd.MEMORY:
+            return UnavailableError(
+                f"there is no memory for it ({said})",
+                "raise RLIMIT_AS, or after mlockall(MCL_FUTURE) RLIMIT_MEMLOCK: it needs some 2 MiB",
+            )
+        case _uffd.THREAD:
+            return UnavailableError(
+                f"the thread that reads the events cannot be started ({said})",
+                "raise RLIMIT_NPROC (ulimit -u) and the cgroup's pids.max; a seccomp filter that refuses clone3 must do so "
+                "with ENOSYS",
+            )
+        case _uffd.READER:
+            return UnavailableError(
+                f"the thread that reads the events did not get its copy of the userfaultfd ({said})",
+                "allow pidfd_open and pidfd_getfd in the process's seccomp filter, or refuse close_range too",
+            )
         case _uffd.PROOF:
             return UnavailableError(
                 "the kernel's userfaultfd did not tell of an unmapped page as it should",
@@ -61,12 +80,15 @@ class Mapping(NamedTuple):
 def _mappings(start: int, end: int) -> list[Mapping]:
     """Those that overlap [start, end), in order."""
     found = []
-    with open("/proc/self/maps", errors="surrogateescape") as maps:
-        for line in maps:
-            addresses, permissions, _, _, inode, *name = line.rstrip("\n").split(maxsplit=5)
-            first, last = (int(address, 16) for address in addresses.split("-"))
-            if first < end and last > start:
-                found.append(Mapping(first, last, permissions, int(inode), "".join(name)))
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        addresses, permissions, _, _, inode, *name = line.split(maxsplit=5)
+        first, last = (int(address, 16) for address in addresses.split("-"))
+        if first < end and last > start:
+            found.append(Mapping(first, last, permissions, int(inode), "".join(name)))
     return found
 
 
@@ -94,7 +116,7 @@ def _kind(mapping: Mapping) -> str | None:
 
 
 def refusal(number: int, start: int, end: int) -> UmmunotifyError:
-    """Why [start, end) cannot be watched, from what core/uffd.h's functions fail with."""
+    """Why [start, end) cannot be watched, from what libummunotify/sources/uffd.h's functions fail with."""
     mappings = _mappings(start, end)
     length = end - start
 
@@ -124,9 +146,20 @@ def refusal(number: int, start: int, end: int) -> UmmunotifyError:
         case _uffd.MAPPINGS:
             return TooManyRegionsError(
                 "the kernel has no memory for another region, or the process too many mappings "
-                "(each range that is watched by itself takes two more; raise the sysctl vm.max_map_count)"
+                "(raise the sysctl vm.max_map_count)"
             )
-    return SourceUnavailableError({"uffd": f"watching cannot begin: {os.strerror(number)}"})
+        case _uffd.NO_PROC:
+            return unsupported(None, "it is huge pages, and without /proc it cannot be told of which kind; mount /proc")
+        case _uffd.CLOSED:
+            return SourceUnavailableError(
+                {
+                    "uffd": "the program has closed or replaced a descriptor of ummunotify's, so this notifier sees no more "
+                    "changes, and all its regions are invalid; close it, and open another after descriptors were closed"
+                }
+            )
+        case _uffd.START:
+            return SourceUnavailableError({"uffd": f"watching cannot begin: {_why(_uffd.start_failure())}"})
+    return SourceUnavailableError({"uffd": f"watching failed: {os.strerror(number)}"})
 
 
 class UffdFeed:
