@@ -27,6 +27,11 @@ CHECKS = (
     "uffd-heap",
     "uffd-heap-tsan",
     "uffd-changes-tsan",
+    "uffd-closed",
+    "uffd-closed-tsan",
+    "uffd-clone",
+    "uffd-mappings",
+    "uffd-limits",
 )
 
 

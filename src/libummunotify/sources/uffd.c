@@ -130,6 +130,7 @@
 #define EVENTS 16u		     /* read at a time */
 #define MOVED 16u		     /* mappings that were moved since the last watch or unwatch */
 #define TRIES 100
+#define END_TRIES 20000 /* of 50 us at least: 1 s */
 
 #define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
@@ -765,19 +766,25 @@ static bool unregister_all(const struct reader *r, struct text *maps)
 	return found;
 }
 
-/* Nothing is registered when this returns, also of what grew or moved meanwhile: what it found nothing in, is searched without a change
- * under way since the last event was read. Without /proc this leaves what grew or moved to the closing of the userfaultfd. */
+/* Nothing is registered when this returns, nor what grew or moved meanwhile: the last search found nothing, read no event, and
+ * no change is under way after it. Without /proc this leaves what grew or moved to the closing of the userfaultfd. */
 static void end_registrations(struct reader *r)
 {
+	const struct timespec interval = {.tv_nsec = 50000};
 	struct text maps;
 	bool again = true;
 
 	if (!open_text(&maps))
 		return;
-	for (int i = 0; i < TRIES && again; i++) {
+	/* A thread whose event was read has to run before its change is over. So this takes microseconds, or milliseconds if all is busy. */
+	for (uint32_t tries = 0; again && tries < END_TRIES; tries++) {
 		again = unregister_all(r, &maps);
 		again |= take_events(r) > 0;
 		again |= barrier(r->uffd.fd) != PASSED;
+		if (again && tries < 100)
+			sched_yield();
+		else if (again)
+			nanosleep(&interval, NULL);
 	}
 	close(maps.fd);
 }
