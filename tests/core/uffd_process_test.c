@@ -397,48 +397,58 @@ static void clone_outlives(void)
 	end_child(child);
 }
 
-/* Threads that move registered mappings about while the last region is unwatched. */
-static void *move_about(void *stop)
+/* Threads that move and grow registered mappings while the last region is unwatched. None fails, as each has rooms of its own: what is moved to
+ * where another mapping has just been registered may be split. */
+static struct {
+	uint8_t *memory[2];
+	bool stop;
+} moves;
+
+static void *move_about(void *number)
 {
-	uint8_t *memory = map(16 * PAGE), *to;
+	uint8_t **memory = &moves.memory[(uintptr_t)number], *rooms[] = {*memory, map_alone(16 * PAGE)}, *to;
 	size_t length = 16 * PAGE, next;
 
-	for (uint32_t i = 0; !__atomic_load_n((bool *)stop, __ATOMIC_ACQUIRE); i++) {
-		next = (8 + i % 16) * PAGE;
-		to = mremap(memory, length, next, MREMAP_MAYMOVE);
+	munmap(rooms[1], 16 * PAGE);
+	for (uint32_t i = 0; !__atomic_load_n(&moves.stop, __ATOMIC_ACQUIRE); i++, length = next) {
+		next = (8 + i % 40) * PAGE;
+		if (i % 3)
+			to = mremap(*memory, length, next, 0);
+		else
+			to = mremap(*memory, length, next, MREMAP_MAYMOVE | MREMAP_FIXED, rooms[*memory == rooms[0]]);
 		check(to != MAP_FAILED);
-		memory = to;
-		length = next;
-		if (i % 7 == 0) {
-			to = mremap(memory, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, map(length));
-			check(to != MAP_FAILED);
-			memory = to;
-		}
+		__atomic_store_n(memory, to, __ATOMIC_RELEASE);
 	}
-	munmap(memory, length);
+	munmap(*memory, length);
 	return NULL;
 }
 
 static void clone_outlives_moves(void)
 {
-	struct notifier n = opened();
-	uint8_t *memory = map(64 * PAGE);
-	struct umn_region *region;
+	struct umn_region *regions[2];
 	pthread_t threads[2];
-	bool stop = false;
+	struct notifier n = opened();
+	uint32_t watched = 0;
 	pid_t child;
 
-	for (int i = 0; i < 2; i++)
-		pthread_create(&threads[i], NULL, move_about, &stop);
-	for (int i = 0; i < 30; i++) {
-		check(!try_watch(&n, memory + i * PAGE, PAGE, &region)); /* and what the threads have, if it is the same mapping */
+	for (uintptr_t i = 0; i < 2; i++) {
+		moves.memory[i] = map_alone(16 * PAGE);
+		pthread_create(&threads[i], NULL, move_about, (void *)i);
+	}
+	while (watched < 50) {
+		for (int i = 0; i < 2; i++)
+			if (try_watch(&n, __atomic_load_n(&moves.memory[i], __ATOMIC_ACQUIRE), PAGE, &regions[i]))
+				regions[i] = NULL;
 		child = clone_sleeper();
-		sched_yield();
-		umn_table_unwatch(n.table, region);
+		for (int i = 0; i < 2; i++)
+			if (regions[i]) {
+				watched++;
+				umn_table_unwatch(n.table, regions[i]);
+			}
 		check(!count_registered());
 		end_child(child);
 	}
-	__atomic_store_n(&stop, true, __ATOMIC_RELEASE);
+	__atomic_store_n(&moves.stop, true, __ATOMIC_RELEASE);
 	for (int i = 0; i < 2; i++)
 		pthread_join(threads[i], NULL);
 	close_notifier(&n);

@@ -559,6 +559,21 @@ static int mapping_at(uint64_t address, struct mapping *mapping)
 	return error;
 }
 
+/* Up to where the mapping may grow in place. What is to be (un)registered ends there, as the mapping may grow before that is done: to
+ * end inside it would split it. Holes are skipped. */
+static uint64_t end_of_room(const struct mapping *mapping)
+{
+	uint64_t end = mapping->end;
+	struct mapping next;
+
+	while (!mapping_at(end, &next)) {
+		if (next.start >= end)
+			return next.start;
+		end = next.end; /* it has grown already */
+	}
+	return end;
+}
+
 /* ---- The reader ---- */
 
 struct reader {
@@ -740,28 +755,36 @@ static int take_events(struct reader *r)
 	return (int)count;
 }
 
-/* Unregisters each mapping that is registered with ours, but for those that had no part between `low` and `high`. Those that have grown since
- * begin below `high`, or where another one ends that is registered: only events make holes. Returns whether there was one, or there
- * is an event to be read first. */
-static bool unregister_all(const struct reader *r, struct text *maps)
+/* Unregisters each mapping that is registered with ours, from `low` to `high`. What has grown beyond that follows without a gap, as only events
+ * make gaps. While a change is under way it cannot be told what is registered. There may always be one, of threads that change registered
+ * memory all the time. With `force` a mapping is unregistered then too. Returns whether there was one, or there is an event to be read first. */
+static bool unregister_all(const struct reader *r, struct text *maps, bool force)
 {
 	uint64_t low = uffd_state.low, high = uffd_state.high;
 	bool was_registered = false, found = false;
+	struct mapping mapping, next;
 	enum coverage coverage;
-	struct mapping mapping;
+	uint64_t end = 0;
+	int error;
 
 	widen(&low, &high, r->low, r->high);
 	lseek(maps->fd, 0, SEEK_SET);
 	maps->at = maps->filled = 0;
-	for (uint64_t at = low; !next_mapping(maps, at, &mapping); at = mapping.end) {
-		if (mapping.start >= high && (mapping.start > at || !was_registered))
+	error = next_mapping(maps, low, &next);
+	while (!error) {
+		mapping = next;
+		error = next_mapping(maps, mapping.end, &next);
+		if (!error && next.start < mapping.end)
+			continue; /* it has grown already */
+		if (mapping.start >= high && (mapping.start > end || !was_registered))
 			break;
-		coverage = is_private_anonymous(&mapping) ? coverage_of(r->uffd.fd, mapping.start, mapping.end) : NOT_REGISTERED;
-		if (coverage == CHANGING)
+		end = mapping.end;
+		coverage = coverage_of(r->uffd.fd, mapping.start, end);
+		if (coverage == CHANGING && !force)
 			return true;
 		was_registered = coverage != NOT_REGISTERED;
-		if (was_registered)
-			found |= unregister_ours(r->uffd.fd, mapping.start, mapping.end);
+		if (was_registered) /* with the room that it may grow into: see end_of_room */
+			found |= unregister_ours(r->uffd.fd, mapping.start, error ? end : next.start);
 	}
 	return found;
 }
@@ -778,7 +801,7 @@ static void end_registrations(struct reader *r)
 		return;
 	/* A thread whose event was read has to run before its change is over. So this takes microseconds, or milliseconds if all is busy. */
 	for (uint32_t tries = 0; again && tries < END_TRIES; tries++) {
-		again = unregister_all(r, &maps);
+		again = unregister_all(r, &maps, tries >= TRIES);
 		again |= take_events(r) > 0;
 		again |= barrier(r->uffd.fd) != PASSED;
 		if (again && tries < 100)
@@ -1021,7 +1044,7 @@ static void release(uint64_t start, uint64_t end)
 			return;
 		if (!is_any_watched(mapping.start, mapping.end) &&
 		    wait_coverage_of(mapping.start, mapping.end) != NOT_REGISTERED)
-			unregister_ours(fd, mapping.start, mapping.end);
+			unregister_ours(fd, mapping.start, end_of_room(&mapping));
 	}
 }
 
@@ -1068,6 +1091,7 @@ static int register_mapping(uint64_t *at, uint64_t end)
 	int fd = uffd_state.uffd.fd, error;
 	struct mapping mapping = {*at, end, false, false, false};
 	bool huge, has_proc;
+	uint64_t room;
 
 	/* Most regions lie in a mapping that is registered already; with ours, or this fails. */
 	if (wait_coverage_of(*at, end) == ANONYMOUS) {
@@ -1085,8 +1109,9 @@ static int register_mapping(uint64_t *at, uint64_t end)
 		return UMN_UFFD_UNMAPPED;
 	if (!is_private_anonymous(&mapping))
 		return UMN_UFFD_KIND;
-	widen(&uffd_state.low, &uffd_state.high, mapping.start, mapping.end);
-	error = register_range(fd, mapping.start, mapping.end, &huge);
+	room = has_proc ? end_of_room(&mapping) : end;
+	widen(&uffd_state.low, &uffd_state.high, mapping.start, room);
+	error = register_range(fd, mapping.start, room, &huge);
 	if (error)
 		return error == EINVAL ? EAGAIN : error;
 	if (mapping.end < end)
