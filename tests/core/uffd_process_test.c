@@ -207,7 +207,9 @@ static void closed_all(void)
 	closefrom(3);
 	/* The reader reads on, so what is changed before the source was asked anything is seen as ever. */
 	munmap(closed.memory, PAGE);
-	check(!umn_region_untouched(closed.first) && umn_region_untouched(closed.second));
+	while (umn_region_untouched(closed.first))
+		sched_yield();
+	check(umn_region_untouched(closed.second));
 	end_closed();
 }
 
@@ -709,6 +711,26 @@ static void no_threads(void)
 	check_fails(UMN_UFFD_THREAD, EAGAIN);
 }
 
+static void dropped_privileges(void)
+{
+	struct notifier n = opened();
+	uint8_t *memory = map_alone(16 * PAGE), *moved;
+	struct umn_region *region;
+	pid_t child;
+
+	become_nobody();
+	check_sees(&n);
+	region = watch(&n, memory + 3 * PAGE, PAGE);
+	moved = mremap(memory, 16 * PAGE, 200 * PAGE, MREMAP_MAYMOVE);
+	check(moved != MAP_FAILED && moved != memory && !umn_region_valid(region));
+	check(umn_uffd_wake_fd(n.uffd) >= 0);
+	child = clone_sleeper();
+	umn_table_unwatch(n.table, region);
+	munmap(moved, 200 * PAGE);
+	close_notifier(&n);
+	end_child(child);
+}
+
 static void refuse(int number, int error)
 {
 	struct sock_filter filter[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
@@ -835,6 +857,7 @@ static const struct {
 	{"limits", "RLIMIT_AS", no_address_space},
 	{"limits", "RLIMIT_MEMLOCK", no_locked_memory},
 	{"limits", "RLIMIT_NPROC", no_threads},
+	{"limits", "setuid", dropped_privileges},
 	{"limits", "clone3", no_clone3},
 	{"limits", "ioctl", no_ioctl},
 	{"limits", "userfaultfd", no_userfaultfd},

@@ -533,19 +533,28 @@ static int next_mapping(struct text *text, uint64_t address, struct mapping *map
 	return search_mapping(text, address, mapping);
 }
 
-/* For owners. The file is kept open, as opening it takes longer than asking. It is the one of this thread, whose inode no
- * program is likely to open. 0, UMN_UFFD_UNMAPPED, UMN_UFFD_NO_PROC or an errno. */
-static int mapping_at(uint64_t address, struct mapping *mapping)
+/* The file is kept open, as opening it takes longer than asking. It is the one of this thread, whose inode no program is likely to open. */
+static bool open_maps(void)
 {
-	struct text text;
-	int error, fd;
+	int fd;
 
-	if (!uffd_state.no_query && !is_ours(&uffd_state.maps)) {
+	if (uffd_state.no_query)
+		return false;
+	if (!is_ours(&uffd_state.maps)) {
 		uffd_state.maps.fd = -1;
 		if ((fd = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC)) >= 0)
 			describe(&uffd_state.maps, fd);
 	}
-	if (!uffd_state.no_query && uffd_state.maps.fd >= 0) {
+	return uffd_state.maps.fd >= 0;
+}
+
+/* For owners. 0, UMN_UFFD_UNMAPPED, UMN_UFFD_NO_PROC or an errno. */
+static int mapping_at(uint64_t address, struct mapping *mapping)
+{
+	struct text text;
+	int error;
+
+	if (open_maps()) {
 		error = query_mapping(uffd_state.maps.fd, address, mapping);
 		if (!error || error == UMN_UFFD_UNMAPPED)
 			return error;
@@ -578,7 +587,7 @@ static uint64_t end_of_room(const struct mapping *mapping)
 
 struct reader {
 	bool has_own_table;
-	struct descriptor uffd;
+	struct descriptor uffd, maps;
 	struct descriptor wake[UMN_UFFD_TABLES_MAX]; /* copies of the tables', by their place in uffd_state.tables */
 	uint64_t low, high;			     /* all that events were about lies between */
 };
@@ -794,10 +803,10 @@ static bool unregister_all(const struct reader *r, struct text *maps, bool force
 static void end_registrations(struct reader *r)
 {
 	const struct timespec interval = {.tv_nsec = 50000};
-	struct text maps;
+	struct text maps = {.fd = r->maps.fd};
 	bool again = true;
 
-	if (!open_text(&maps))
+	if (maps.fd < 0 && !open_text(&maps))
 		return;
 	/* A thread whose event was read has to run before its change is over. So this takes microseconds, or milliseconds if all is busy. */
 	for (uint32_t tries = 0; again && tries < END_TRIES; tries++) {
@@ -815,7 +824,7 @@ static void end_registrations(struct reader *r)
 /* The reader's part of `start`. 0 or an errno. */
 static int set_up_reader(struct reader *r)
 {
-	*r = (struct reader){.uffd = uffd_state.uffd, .low = UINT64_MAX};
+	*r = (struct reader){.uffd = uffd_state.uffd, .maps = {.fd = -1}, .low = UINT64_MAX};
 	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++)
 		r->wake[i].fd = -1;
 	/* It empties the table without closing anything. */
@@ -825,6 +834,7 @@ static int set_up_reader(struct reader *r)
 		return 0;
 	if (!borrow_ours(&uffd_state.uffd, &r->uffd))
 		return EBADF;
+	borrow_ours(&uffd_state.maps, &r->maps);
 	borrow_wakes(r);
 	return 0;
 }
@@ -1538,6 +1548,7 @@ struct umn_uffd *umn_uffd_new(struct umn_uffd_failure *failure)
 		*failure = (struct umn_uffd_failure){.step = UMN_UFFD_TABLES};
 	} else if (try_out(failure)) {
 		uffd_state.table_count++;
+		open_maps();
 		pthread_mutex_unlock(&uffd_state.lock);
 		return u;
 	}
