@@ -26,23 +26,21 @@ struct umn_region;
 /* What the owner has to know of a source that must be told what is watched, and whose news of a change may come only after its
  * address was given to another mapping. A source that the kernel tells in time has none of this. */
 struct umn_source {
-	/* Sees to it that every change of [start, end) from here on is fed. `granule` is for the source's own use. 0, or an errno
-	 * that says why it cannot; then nothing has changed. */
-	int (*watch)(struct umn_source *source, uint64_t start, uint64_t end, uint8_t *granule);
-	/* invalid: the region has been, so there may be other memory by now. */
-	void (*unwatch)(struct umn_source *source, uint64_t start, uint64_t end, uint8_t granule, bool invalid);
-	/* Has every change been fed that anybody can have known of before this call? Does not wait; one system call. */
-	bool (*arrived)(struct umn_source *source);
+	/* From its return on every change of [start, end) is fed. 0, or an errno that says why it cannot be; then nothing has changed. */
+	int (*watch)(struct umn_source *source, uint64_t start, uint64_t end);
+	void (*unwatch)(struct umn_source *source, uint64_t start, uint64_t end);
+	/* Has every change been fed that any thread can have known of before this call? Does not wait; one system call. */
+	bool (*delivered)(struct umn_source *source);
 	/* The same, but waits for it, for up to this long. */
-	bool (*settle)(struct umn_source *source, unsigned int milliseconds);
-	/* Sends a wake-up. NULL: the source does, each time that all has arrived again, if it finds the table armed. */
+	bool (*wait_delivered)(struct umn_source *source, unsigned int milliseconds);
+	/* Sends a wake-up. NULL: the source does, each time that all is delivered again, if it finds the table armed. */
 	void (*wake)(struct umn_source *source);
 	void (*stop)(struct umn_source *source); /* once it has returned, the table is fed no more */
 	/* umn_table_set_source sets the rest. */
 	bool (*confirm)(const struct umn_region *region); /* an untouched region is valid */
 	struct umn_table *table;
 };
-#define UMN_SETTLE_MILLISECONDS 10u
+#define UMN_DELIVERY_MILLISECONDS 10u /* umn_source.confirm waits no longer */
 
 /* A watched region, in the owner's own memory. Valid from umn_table_watch until umn_table_unwatch. */
 struct umn_region {
@@ -56,7 +54,6 @@ struct umn_region {
 	uint8_t place; /* enum place in internal.h */
 	bool queued;
 	bool leftover; /* for queue_all */
-	uint8_t granule; /* the source's */
 	uint64_t start, end; /* bytes, as the caller gave them */
 	uint64_t cookie;     /* the caller's */
 	void *user;	     /* the caller's */
@@ -133,7 +130,7 @@ int umn_table_renew(struct umn_table *table, struct umn_region *region);
 size_t umn_table_drain(struct umn_table *table, struct umn_event *events, size_t room);
 
 /* Has something been invalidated since the last drain that emptied the list? No lock, no system call; but see umn_region_valid,
- * and drain only after the source has settled. */
+ * and drain only after umn_source.wait_delivered. */
 bool umn_table_changed(const struct umn_table *table);
 
 /* umn_generation; with a source that delivers late, counted up here if a change may be under way. */
