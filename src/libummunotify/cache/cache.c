@@ -266,12 +266,14 @@ static int deregister_leaving(struct ummunotify_cache *c, uint32_t epoch, void *
 			umn_entry_free(c, entry);
 			continue;
 		}
+		last = error;
+		if (error > 0) {
+			umn_entry_put_back(c, entry);
+			break;
+		}
 		umn_entry_keep(c, entry);
 		c->stats.failed_deregistrations++;
 		failed++;
-		last = error;
-		if (error > 0)
-			break;
 	}
 	drop_notifier(c);
 	pthread_mutex_unlock(&c->lock);
