@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import gc
 import mmap
+import os
+import platform
+import signal
+import subprocess
+import sys
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -657,6 +665,54 @@ def test_a_registration_that_is_dropped_is_released(
     assert registrar.live == {}
 
 
+# ---- One notifier for many ----
+
+
+def test_many_caches_share_one_notifier(registrar: Recorder, memory: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with contextlib.ExitStack() as stack:
+        caches = [stack.enter_context(RegistrationCache(registrar)) for _ in range(100)]
+        after_first = len(os.listdir("/proc/self/fd"))
+        handles = [use(cache, memory) for cache in caches]
+        assert [use(cache, memory) for cache in caches] == handles
+        assert len(os.listdir("/proc/self/fd")) == after_first
+        remap(memory)
+        for cache in caches:
+            assert use(cache, memory) not in handles
+            assert (cache.stats.misses, cache.stats.stale, cache.stats.uncached) == (2, 1, 0)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert registrar.live == {}
+
+
+def test_each_cache_deregisters_its_own(registrar: Recorder, memory: int) -> None:
+    """Whichever cache reads the event."""
+    other = Recorder()
+    with RegistrationCache(registrar) as first, RegistrationCache(other) as second:
+        use(first, memory)
+        use(second, memory)
+        remap(memory)
+        first.collect()
+        assert (registrar.live, len(other.live)) == ({}, 1)
+        second.collect()
+        assert other.live == {}
+
+
+def test_a_cache_that_the_interpreters_end_finds_open() -> None:
+    code = """
+import mmap, ummunotify
+class Registrar:
+    def register(self, address, length):
+        return address
+    def deregister(self, handle):
+        raise OSError("too late")
+cache = ummunotify.RegistrationCache(Registrar())
+memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE)
+cache.acquire(memory).release()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # ---- No source ----
 
 
@@ -825,6 +881,43 @@ def test_the_childs_cache_is_empty_and_works(cache: RegistrationCache[int], regi
     in_child(child)
     assert registrar.live.keys() == {idle, held.handle}
     assert use(cache, memory) == idle
+    held.release()
+
+
+def clone(function: Callable[[], object]) -> None:
+    """As in_child, but no handler of a fork runs, neither C's nor Python's."""
+    pid = ctypes.CDLL(None).syscall(56, signal.SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of the system call")
+def test_a_child_that_no_handler_knows_of(cache: RegistrationCache[int], registrar: Recorder, memory: int) -> None:
+    idle = use(cache, memory)
+    held = cache.acquire((memory + PAGE, PAGE))
+
+    def child() -> None:
+        before = set(registrar.live)
+        assert not held.valid
+        with pytest.raises(ForkedError):
+            _ = held.handle
+        held.release()
+        assert cache.stats == ummunotify.CacheStats(*[0] * 13)
+        assert use(cache, memory) not in before
+        cache.close()
+        assert registrar.live.keys() == before
+
+    clone(child)
+    assert use(cache, memory) == idle
+    assert held.valid
     held.release()
 
 

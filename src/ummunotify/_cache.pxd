@@ -52,14 +52,14 @@ cdef struct registrar_calls:
 cdef class RegistrationCache:
     cdef ummunotify_cache *_cache  # NULL: never opened
     cdef registrar_calls _calls  # borrowed from the next two
-    cdef object _register, _deregister
+    cdef object _registrar, _register, _deregister
     cdef object _notifier  # that was given, or None
     cdef bint _closed
     cdef bint _warned  # that memory is registered for each use
     cdef object __weakref__
 
-    cdef Registration _miss(self, uint64_t start, uint64_t end)
-    cdef int _warn(self, list state) except -1
+    cdef Registration _miss(self, uint64_t start, uint64_t stop)
+    cdef int _warn(self, list errors) except -1
     cdef int _left(self, int error, list state) except -1
     cdef int _check(self) except -1
     cdef int _collect(self) except -1

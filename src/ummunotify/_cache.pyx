@@ -44,6 +44,7 @@ from .errors import (
 from .types import CacheStats
 
 cdef extern from "Python.h":
+    PyObject *PyEval_GetFrame()
     int PyErr_ResourceWarning(PyObject *source, Py_ssize_t stack_level, const char *format, ...) except -1
 
 cdef tuple LIMITS = (EAGAIN, EDQUOT, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC)
@@ -63,15 +64,51 @@ cdef enum:
     FAILED  # the last exception because of which `register` failed
     ERRORS  # a list: because of which `deregister` did
     RAISED  # what ends the call
+    NESTED  # this call must not come to the registrar
+
+cdef list running = []
+"""Of the calls that may be in a registrar's method: the frame that has called, and the registrar."""
 
 
-cdef inline list new_state():
-    return [None, [], None]
+cdef list begin(object registrar):
+    """The argument of a call. To be followed by `end`.
+
+    A registrar's method may hold a lock of the registrar when a signal handler interrupts it. Were the registrar called by
+    the handler, that lock would never be released. So the frames below this one are looked at, not the thread: a green
+    thread that the registrar has switched to may call it.
+    """
+    frame = <object>PyEval_GetFrame() if PyEval_GetFrame() is not NULL else None
+    nested = False
+    if running:
+        mine = [caller for caller, other in running if other is registrar]
+        below = frame
+        while below is not None and mine and not nested:
+            nested = any([below is caller for caller in mine])
+            below = below.f_back
+    running.append((frame, registrar))
+    return [None, [], None, nested]
+
+
+cdef int end(object registrar) except -1:
+    """The last of this frame's calls is over."""
+    cdef Py_ssize_t i
+    frame = <object>PyEval_GetFrame() if PyEval_GetFrame() is not NULL else None
+    for i in range(len(running) - 1, -1, -1):
+        if running[i][0] is frame and running[i][1] is registrar:
+            del running[i]
+            break
+    return raise_pending()
 
 
 cdef int register_memory(void *context, uint64_t address, size_t length, void *argument, void **handle) noexcept with gil:
     cdef list state = <list>argument
     try:
+        if state[NESTED]:
+            state[RAISED] = RegistrationError(
+                f"cannot register {length} bytes at {address:#x}: this call comes from within a method of the same registrar, or "
+                "from a signal handler that has interrupted one"
+            )
+            return 1
         result = (<object>(<registrar_calls *>context).register)(address, length)
         Py_INCREF(result)
         handle[0] = <void *>result
@@ -94,6 +131,8 @@ cdef int deregister(void *context, void *handle, void *argument) noexcept with g
     cdef registrar_calls *calls = <registrar_calls *>context
     if calls.ended:
         return 0
+    if argument is not NULL and (<list>argument)[NESTED]:
+        return 1  # later
     try:
         (<object>calls.deregister)(<object>handle)
     except Exception as error:
@@ -245,9 +284,9 @@ cdef class RegistrationCache:
     Threads: any thread may call any method. Hits take no lock. The registrar's methods are called without any lock
     held, by several threads at once; two threads that want the same memory register it once.
 
-    Signals: a handler may use the cache, and may raise out of any method. An `acquire` that interrupts the registrar
-    never waits for another call: it registers once more what is just being registered, or raises RegistrationError if
-    the registrar cannot do that (`overlap`).
+    Signals: a handler may use the cache, and may raise out of any method. Where it has interrupted a method of the same
+    registrar, the registrar is not called: what is registered already is found, any other `acquire` raises
+    RegistrationError, and what is to be deregistered is left to the next call.
 
     Fork: however it was made, the cache is empty in the child, and never deregisters what belongs to the parent. It
     works there if the registrar does, unless `notifier` was given, which does not.
@@ -269,6 +308,7 @@ cdef class RegistrationCache:
         granularity = getattr(registrar, "granularity", 1)
         if granularity < 1 or granularity & (granularity - 1):
             raise ValueError(f"the registrar's granularity must be a power of two, not {granularity}")
+        self._registrar = registrar
         self._register = registrar.register
         self._deregister = registrar.deregister
         self._calls.register = <void *>self._register
@@ -297,7 +337,7 @@ cdef class RegistrationCache:
         raise_pending()
         if error:
             raise failure()
-        self._warn(new_state())
+        self._warn([])
 
     def __reduce__(self):
         raise TypeError("a registration cache cannot be pickled: it belongs to this process")
@@ -344,25 +384,25 @@ cdef class RegistrationCache:
         limit and there is nothing left to deregister; InvalidRangeError, InvalidBufferError, TypeError; ClosedError.
         What else the registrar raises is passed on.
         """
-        cdef uint64_t start, end
+        cdef uint64_t start, stop
         cdef ummunotify_registration *found
         cdef Registration registration
 
-        range_of(what, &start, &end)
+        range_of(what, &start, &stop)
         if self._cache is NULL:
             self._check()
-        found = ummunotify_cache_find(self._cache, <void *>start, end - start)
+        found = ummunotify_cache_find(self._cache, <void *>start, stop - start)
         if found is NULL:
-            return self._miss(start, end)
+            return self._miss(start, stop)
         registration = Registration.__new__(Registration)
         registration._cache = self
         registration._registration = found
         registration._start = start
-        registration._end = end
+        registration._end = stop
         return registration
 
-    cdef Registration _miss(self, uint64_t start, uint64_t end):
-        cdef list state = new_state()
+    cdef Registration _miss(self, uint64_t start, uint64_t stop):
+        cdef list state
         cdef ummunotify_registration *found = NULL
         cdef int error
         # Made first: once it is registered there is nothing that could fail.
@@ -370,27 +410,28 @@ cdef class RegistrationCache:
 
         registration._cache = self
         registration._start = start
-        registration._end = end
+        registration._end = stop
+        state = begin(self._registrar)
         with nogil:
-            error = ummunotify_cache_acquire(self._cache, <void *>start, end - start, <void *>state, &found)
+            error = ummunotify_cache_acquire(self._cache, <void *>start, stop - start, <void *>state, &found)
         registration._registration = found
         try:
-            raise_pending()
+            end(self._registrar)
             if error > 0:
                 raise state[RAISED]
             if error:
-                raise refusal(error, state, start, end - start)
-            self._warn(state)
+                raise refusal(error, state, start, stop - start)
+            self._warn(state[ERRORS])
         except BaseException:
             registration._release()
             raise
         return registration
 
-    cdef int _warn(self, list state) except -1:
+    cdef int _warn(self, list errors) except -1:
         """Tell the caller, at his line, of what is not his error."""
         cdef const char *reason
-        if state[ERRORS]:
-            warnings.warn(str(DeregistrationError(state[ERRORS])), RuntimeWarning, stacklevel=1)
+        if errors:
+            warnings.warn(str(DeregistrationError(errors)), RuntimeWarning, stacklevel=1)
         if not self._warned:
             reason = ummunotify_cache_uncached(self._cache)
             if reason is not NULL:
@@ -403,19 +444,20 @@ cdef class RegistrationCache:
 
     cdef int _left(self, int error, list state) except -1:
         """After a call that deregisters."""
-        raise_pending()
+        end(self._registrar)
         if state[RAISED] is not None:
             raise state[RAISED]
         if state[ERRORS]:
             raise DeregistrationError(state[ERRORS]) from state[ERRORS][0]
-        if error:
+        if error < 0:
             raise failure()
         return 0
 
     cdef int _collect(self) except -1:
         """Deregister what `release` has left over."""
-        cdef list state = new_state()
+        cdef list state
         cdef int error
+        state = begin(self._registrar)
         with nogil:
             error = ummunotify_cache_collect(self._cache, <void *>state)
         # Whatever else is wrong, the release has not failed.
@@ -429,9 +471,10 @@ cdef class RegistrationCache:
 
         Raises DeregistrationError if that fails.
         """
-        cdef list state = new_state()
+        cdef list state
         cdef int error
         self._check()
+        state = begin(self._registrar)
         with nogil:
             error = ummunotify_cache_collect(self._cache, <void *>state)
         self._left(error, state)
@@ -441,9 +484,10 @@ cdef class RegistrationCache:
 
         Raises DeregistrationError if something cannot be; all else is deregistered then.
         """
-        cdef list state = new_state()
+        cdef list state
         cdef int error
         self._check()
+        state = begin(self._registrar)
         with nogil:
             error = ummunotify_cache_flush(self._cache, <void *>state)
         self._left(error, state)
@@ -453,13 +497,14 @@ cdef class RegistrationCache:
 
         It is deregistered now, or when its last user releases it. Raises DeregistrationError if that fails.
         """
-        cdef uint64_t start, end
-        cdef list state = new_state()
+        cdef uint64_t start, stop
+        cdef list state
         cdef int error
-        range_of(what, &start, &end)
+        range_of(what, &start, &stop)
         self._check()
+        state = begin(self._registrar)
         with nogil:
-            error = ummunotify_cache_invalidate(self._cache, <void *>start, end - start, <void *>state)
+            error = ummunotify_cache_invalidate(self._cache, <void *>start, stop - start, <void *>state)
         self._left(error, state)
 
     def close(self):
@@ -468,11 +513,12 @@ cdef class RegistrationCache:
         Close the registrar after this. Raises DeregistrationError if something cannot be deregistered; to close once
         more tries again.
         """
-        cdef list state = new_state()
+        cdef list state
         cdef int error
         self._closed = True
         if self._cache is NULL:
             return
+        state = begin(self._registrar)
         with nogil:
             error = ummunotify_cache_shutdown(self._cache, <void *>state)
         self._left(error, state)

@@ -19,9 +19,9 @@
 #define TRIES 16
 #define WAIT_NS 10000000
 
-/* This thread is in a function of a registrar, or in a signal handler that has interrupted one. A call from there that waited for
- * another thread could wait for itself, or for one that waits for it. */
-static __thread uint32_t inside __attribute__((tls_model("initial-exec")));
+/* How many calls this thread is in that may call the registrar, or a feeder of the notifier. A call within such a call, also by a
+ * signal handler or a green thread, that waited for another thread could wait for itself, or for one that waits for it. */
+static __thread uint32_t depth __attribute__((tls_model("initial-exec")));
 
 /* Held while a cache is found by one of its entries, while one ends, and while one is made this process's. Comes before the caches' own
  * locks. */
@@ -101,20 +101,37 @@ static bool relock(struct ummunotify_cache *c, uint32_t epoch)
 
 /* ---- The notifier ---- */
 
-static int take_shared(struct ummunotify_cache *c)
+/* One user more, of the one that there is, or else of this. */
+static struct ummunotify *share(struct ummunotify *opened)
 {
-	struct ummunotify_options defaults = {.size = sizeof defaults};
-	int error = 0;
+	struct ummunotify *umn;
 
 	pthread_mutex_lock(&shared.lock);
 	if (!shared.umn)
-		error = ummunotify_open_with(&shared.umn, c->shared ? c->shared : &defaults);
-	if (!error)
-		shared.users++;
-	else
-		shared.umn = NULL;
+		shared.umn = opened;
+	umn = shared.umn;
+	shared.users += umn != NULL;
 	pthread_mutex_unlock(&shared.lock);
-	return error;
+	return umn;
+}
+
+static int take_shared(const struct ummunotify_cache *c, struct ummunotify **umn)
+{
+	const struct ummunotify_options defaults = {.size = sizeof defaults};
+	struct ummunotify *opened;
+	int error;
+
+	*umn = share(NULL);
+	if (*umn)
+		return 0;
+	/* Without the lock, as this may call a feeder. */
+	error = ummunotify_open_with(&opened, c->shared ? c->shared : &defaults);
+	if (error)
+		return error;
+	*umn = share(opened);
+	if (*umn != opened) /* another thread was faster */
+		ummunotify_close(opened);
+	return 0;
 }
 
 static void give_shared_back(void)
@@ -133,12 +150,13 @@ static void give_shared_back(void)
 /* Without the lock. Where no source works there is no notifier, and that is no error. */
 static int open_notifier(struct ummunotify_cache *c, uint32_t epoch)
 {
+	struct ummunotify *umn = NULL;
 	bool extra;
 	int error;
 
 	if (!__atomic_load_n(&c->must_open, __ATOMIC_ACQUIRE))
 		return 0;
-	error = take_shared(c);
+	error = take_shared(c, &umn);
 	if (error && error != -ENODEV)
 		return error;
 	if (!relock(c, epoch))
@@ -148,7 +166,7 @@ static int open_notifier(struct ummunotify_cache *c, uint32_t epoch)
 		if (error)
 			c->uncached = strdup(ummunotify_error());
 		else
-			c->umn = shared.umn;
+			c->umn = umn;
 		__atomic_store_n(&c->must_open, false, __ATOMIC_RELEASE);
 	}
 	pthread_mutex_unlock(&c->lock);
@@ -237,9 +255,9 @@ static int deregister_leaving(struct ummunotify_cache *c, uint32_t epoch, void *
 		return forked();
 	while ((entry = umn_entry_take(c))) {
 		pthread_mutex_unlock(&c->lock);
-		inside++;
+		depth++;
 		error = c->registrar.deregister(c->registrar.context, entry->shown.handle, argument);
-		inside--;
+		depth--;
 		if (!error && umn_rest(entry)->region && umn_process_is(epoch))
 			ummunotify_unwatch(c->umn, umn_rest(entry)->region);
 		if (!relock(c, epoch))
@@ -248,12 +266,14 @@ static int deregister_leaving(struct ummunotify_cache *c, uint32_t epoch, void *
 			umn_entry_free(c, entry);
 			continue;
 		}
+		last = error;
+		if (error > 0) {
+			umn_entry_put_back(c, entry);
+			break;
+		}
 		umn_entry_keep(c, entry);
 		c->stats.failed_deregistrations++;
 		failed++;
-		last = error;
-		if (error > 0)
-			break;
 	}
 	drop_notifier(c);
 	pthread_mutex_unlock(&c->lock);
@@ -273,6 +293,7 @@ struct miss {
 	uint32_t epoch;
 	void *argument;
 	struct umn_call *call;
+	bool nested; /* it must not wait */
 	/* The last try's, whose memory changed meanwhile; still in use by this thread. */
 	struct umn_entry *previous;
 };
@@ -329,9 +350,7 @@ static int wait_for_change(struct miss *m)
 	if (error != ETIMEDOUT)
 		return 0;
 	pthread_mutex_unlock(&c->lock);
-	inside++;
 	error = c->registrar.interrupted(c->registrar.context, m->argument);
-	inside--;
 	if (error)
 		return error;
 	return relock(c, m->epoch) ? 0 : forked();
@@ -345,6 +364,12 @@ static bool is_being_registered(const struct ummunotify_cache *c, const struct u
 					    : c->umn && call->start <= start && end <= call->end)
 			return true;
 	return false;
+}
+
+/* Closed meanwhile. With a notifier of the caller's, what was begun is finished. */
+static bool is_closed(const struct ummunotify_cache *c)
+{
+	return !c->given && __atomic_load_n(&c->closed, __ATOMIC_ACQUIRE);
 }
 
 /* Ends the use of the last try's registration. Without the lock. */
@@ -365,7 +390,7 @@ static bool give_way(struct miss *m, size_t count, int *error)
 	m->c->stats.evictions += evicted;
 	if (evicted || m->c->leaving)
 		return true;
-	if (!m->c->leaving_count || inside)
+	if (!m->c->leaving_count || m->nested)
 		return false;
 	*error = wait_for_change(m);
 	return !*error;
@@ -444,9 +469,7 @@ static int pin(struct miss *m, struct umn_entry *entry, bool *limit)
 		}
 	}
 	if (!error) {
-		inside++;
 		error = c->registrar.register_memory(c->registrar.context, start, end - start, m->argument, &handle);
-		inside--;
 		if (!umn_process_is(m->epoch)) {
 			free(refusal);
 			return forked();
@@ -522,16 +545,22 @@ static int register_range(struct miss *m, struct umn_entry **entry)
 	int error;
 
 	for (int i = 0; i < TRIES; i++) {
-		if (__atomic_load_n(&c->closed, __ATOMIC_ACQUIRE) && !c->given)
+		if (is_closed(c)) {
+			release_previous(m);
 			return closed();
+		}
 		error = register_once(m, entry);
 		release_previous(m);
 		if (error)
 			return error;
-		/* After it was published: an event that came earlier did not find it, one that comes later does. */
-		if (!umn_rest(*entry)->region || umn_entry_valid(*entry))
-			return 0;
 		m->previous = *entry;
+		if (is_closed(c))
+			continue;
+		/* After it was published: an event that came earlier did not find it, one that comes later does. */
+		if (!umn_rest(*entry)->region || umn_entry_valid(*entry)) {
+			m->previous = NULL;
+			return 0;
+		}
 		if (c->registrar.no_overlap)
 			release_previous(m);
 		if (!relock(c, m->epoch))
@@ -579,9 +608,9 @@ static int begin(struct miss *m, uint64_t start, uint64_t end, struct umn_entry 
 		*entry = umn_entry_find(c, start, end);
 		if (*entry)
 			return 0;
-		if (!is_being_registered(c, m->call, start, end) || (inside && !c->registrar.no_overlap))
+		if (!is_being_registered(c, m->call, start, end) || (m->nested && !c->registrar.no_overlap))
 			break;
-		if (inside) {
+		if (m->nested) {
 			pthread_mutex_unlock(&c->lock);
 			umn_fail(UMMUNOTIFY_REGISTRAR, EDEADLK, "do not use the same memory there",
 				 "a part of it is just being registered, and this call comes from within a registrar or a signal "
@@ -616,7 +645,8 @@ static void end(struct miss *m)
 
 static int miss(struct ummunotify_cache *c, uint64_t start, uint64_t end_, void *argument, struct umn_entry **entry)
 {
-	struct miss m = {.c = c, .epoch = enter(c), .argument = argument, .call = malloc(sizeof *m.call)};
+	struct miss m = {
+		.c = c, .epoch = enter(c), .argument = argument, .nested = depth > 1, .call = malloc(sizeof *m.call)};
 	uint64_t low, high;
 	int error, later;
 
@@ -708,8 +738,11 @@ static NOINLINE int acquire_slowly(struct ummunotify_cache *c, const void *addre
 	int error = counted ? 0 : check_range(address, length);
 	struct umn_entry *entry = error ? NULL : umn_entry_hit_slowly(c, start, start + length, counted);
 
-	if (!entry && !error)
+	if (!entry && !error) {
+		depth++;
 		error = miss(c, start, start + length, argument, &entry);
+		depth--;
+	}
 	*registration = error ? NULL : (struct ummunotify_registration *)entry;
 	return error;
 }

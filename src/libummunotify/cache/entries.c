@@ -361,6 +361,12 @@ struct umn_entry *umn_entry_take(struct ummunotify_cache *c)
 	return entry;
 }
 
+void umn_entry_put_back(struct ummunotify_cache *c, struct umn_entry *entry)
+{
+	c->leaving_count--;
+	push_leaving(c, entry);
+}
+
 void umn_entry_keep(struct ummunotify_cache *c, struct umn_entry *entry)
 {
 	c->leaving_count--;

@@ -327,8 +327,9 @@ size_t umn_entries_merge(struct ummunotify_cache *c, uint64_t *start, uint64_t *
 /* Is any byte of it registered or about to be, by whatever entry? */
 bool umn_entries_overlap(struct ummunotify_cache *c, uint64_t start, uint64_t end);
 
-/* The next entry to be deregistered, NULL: none. Then it is to be freed, or kept if that failed. */
+/* The next entry to be deregistered, NULL: none. Then it is to be freed, put back, or kept if that failed. */
 struct umn_entry *umn_entry_take(struct ummunotify_cache *c);
+void umn_entry_put_back(struct ummunotify_cache *c, struct umn_entry *entry);
 void umn_entry_keep(struct ummunotify_cache *c, struct umn_entry *entry);
 void umn_entries_retry(struct ummunotify_cache *c); /* what was kept leaves once more */
 

@@ -69,8 +69,8 @@ struct ummunotify_registrar {
 	 * deregisters what is not in use and tries again. A positive number ends the call that returns it. */
 	int (*register_memory)(void *context, uint64_t address, size_t length, void *argument, void **handle);
 
-	/* 0; or -errno: the memory counts as still registered, until a flush succeeds. A positive number does the same, and ends
-	 * the call that returns it. */
+	/* 0; or -errno: the memory counts as still registered, until a flush succeeds. A positive number ends the call that returns
+	 * it; the next one that deregisters tries again. */
 	int (*deregister)(void *context, void *handle, void *argument);
 
 	/* NULL, or called every 10 ms while a call waits for another thread's. A positive number ends the call that returns it. */
