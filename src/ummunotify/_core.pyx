@@ -285,9 +285,6 @@ cdef extern from *:
 cdef class _Feeder:
     """A Python feeder as the library calls it. It lives as long as the notifiers that it feeds."""
 
-    cdef ummunotify_feeder _feeder
-    cdef object _python
-
     def __cinit__(self, python):
         self._python = python
         self._feeder = umn_make_feeder(<void *>feeder_connect, <void *>feeder_exchange, <void *>feeder_may_have_missed,
