@@ -351,7 +351,7 @@ def steps_of(act: Callable[[], object]) -> int:
 @pytest.mark.parametrize("source", SOURCES)
 def test_opening_at_every_step(source: str, arena: Memory) -> None:
     try:
-        ummunotify.open(source).close()
+        keeper = ummunotify.open(source)  # or each step would wait for the program to be loaded
     except ummunotify.SourceUnavailableError as error:
         require(source.partition(":")[0], str(error))
     before = len(os.listdir("/proc/self/fd"))
@@ -370,6 +370,7 @@ def test_opening_at_every_step(source: str, arena: Memory) -> None:
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
     act()
+    keeper.close()
 
 
 class Index:
