@@ -55,6 +55,13 @@ def tracker() -> None:
     resource_tracker.ensure_running()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def machine() -> None:
+    """What the library makes when it is first needed, and keeps, is there from the beginning."""
+    with contextlib.suppress(ummunotify.SourceUnavailableError):
+        ummunotify.open("bpf").close()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
     """Each test gives back what it took."""

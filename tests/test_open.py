@@ -63,7 +63,7 @@ def test_many_notifiers(keeper: Notifier, memory: Memory) -> None:
         # With bpf a limit is an error of its own: another source would be weaker.
         with pytest.raises(TooManyNotifiersError, match="as many as it can have") as caught:
             open_all()
-        assert caught.value.limit == len(opened) + 1
+        assert f" {len(opened) + 1} notifiers" in str(caught.value)
         assert keeper.source in str(caught.value)
         assert len(opened) >= 10
         regions = [watch(umn, memory, 0) for umn in opened]

@@ -219,9 +219,9 @@ cdef int raise_pending() except -1:
 # ---- The feeder of the source bpf ----
 
 cdef int note(error, int number) noexcept:
-    """Whatever it is, it is why this source does not work; the next may."""
+    """It is why this source does not work; the next may. Other than UnavailableError it is a signal handler's, and passed on."""
     try:
-        if not isinstance(error, Exception):
+        if not isinstance(error, (UnavailableError, OSError)) or getattr(error, "errno", 0) is None:
             raised[get_ident()] = error
         reason = getattr(error, "reason", None)
         if reason is None:

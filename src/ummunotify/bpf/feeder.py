@@ -86,7 +86,15 @@ class _Loading:
             self._done = True
 
     def _load(self) -> Program:
-        program = attached(self._probe, TABLES)
+        """What goes wrong here is why the source does not work, also if it is a defect: the next source is tried."""
+        try:
+            program = attached(self._probe, TABLES)
+        except UnavailableError:
+            raise
+        except OSError as error:
+            raise why(error) from error
+        except Exception as error:
+            raise UnavailableError(f"{type(error).__name__}: {error}", "please report this") from error
         _programs[self._key] = weakref.ref(program)
         return program
 
@@ -114,13 +122,12 @@ def _program(probe: Probe) -> Program:
 def connect(probe: int) -> FeederConnection:
     """Become a notifier's partner, with this probe (enum umn_probe).
 
-    Raises UnavailableError, also for what is a defect here: the next source is tried then.
+    Raises UnavailableError. Anything else is a signal handler's exception, which is not a reason to take another source.
     """
+    program = _program(Probe(probe))
     try:
-        return Connection(_program(Probe(probe)))
-    except UnavailableError:
-        raise
+        return Connection(program)
     except OSError as error:
+        if error.errno is None:  # a signal handler's TimeoutError
+            raise
         raise why(error) from error
-    except Exception as error:
-        raise UnavailableError(f"{type(error).__name__}: {error}", "please report this") from error
