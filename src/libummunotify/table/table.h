@@ -70,11 +70,16 @@ struct umn_region {
  * the answer. The last load says that no feeder had to give up (invalidate.h). These two need no order of their
  * own: a change that has happened before this call in any way that the caller can know of, its own return from munmap or
  * another thread's message, was published before that, and coherence does the rest. */
+static inline bool umn_slot_untouched(const struct umn_slot *slot, const struct umn_header *header, uint32_t overflow)
+{
+	return (__atomic_load_n(&slot->state, __ATOMIC_ACQUIRE) & (UMN_LIVE | UMN_INVALID)) == UMN_LIVE &&
+	       __atomic_load_n(&header->overflow, __ATOMIC_ACQUIRE) == overflow;
+}
+
 static inline bool umn_region_untouched(const struct umn_region *region)
 {
 	return umn_process_is(region->epoch) &&
-	       (__atomic_load_n(&region->slot->state, __ATOMIC_ACQUIRE) & (UMN_LIVE | UMN_INVALID)) == UMN_LIVE &&
-	       __atomic_load_n(&region->header->overflow, __ATOMIC_ACQUIRE) == __atomic_load_n(&region->overflow, __ATOMIC_RELAXED);
+	       umn_slot_untouched(region->slot, region->header, __atomic_load_n(&region->overflow, __ATOMIC_RELAXED));
 }
 
 /* Nothing has changed [start, end) since the region was watched or last renewed. With most sources this is the same. For one whose
