@@ -233,13 +233,15 @@ static void forget_done(struct monitor *m)
 	}
 }
 
-static void wake_thread(struct monitor *m)
+/* False: the program has closed the pipe. Both ends count: writing to one without the other would send the program a SIGPIPE. */
+static bool wake_thread(struct monitor *m)
 {
 	const char byte = 0;
 
-	/* Fails if the thread has been woken very often and has not yet looked; or the program has closed the pipe. */
-	if (umn_descriptor_intact(&m->wake_in) && write(m->wake_in.fd, &byte, 1) < 0)
-		return;
+	if (!umn_descriptor_intact(&m->wake_out) || !umn_descriptor_intact(&m->wake_in))
+		return false;
+	/* If it is full, the thread has been woken often, and has not yet looked. */
+	return write(m->wake_in.fd, &byte, 1) == 1 || errno == EAGAIN;
 }
 
 /* Has the thread expel the one that was not in use for longest: of the older ones, the first that `valid` was not asked about since it
@@ -487,9 +489,8 @@ static bool end_thread(struct monitor *m)
 	pthread_mutex_lock(&m->lock);
 	m->quit = true;
 	pthread_mutex_unlock(&m->lock);
-	if (!umn_descriptor_intact(&m->wake_in))
+	if (!wake_thread(m))
 		return false;
-	wake_thread(m);
 	pthread_join(m->thread, NULL);
 	umn_descriptor_close(&m->wake_out);
 	umn_descriptor_close(&m->wake_in);

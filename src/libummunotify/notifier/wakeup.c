@@ -66,7 +66,8 @@ void umn_wakeup_set(struct umn_wakeup *w, bool is_set)
 {
 	char byte = 0;
 
-	if (w->is_set == is_set || w->epoll < 0 || !umn_descriptor_intact(is_set ? &w->in : &w->out))
+	/* Both ends: to write to a pipe whose other end the program has closed would send it a SIGPIPE. */
+	if (w->is_set == is_set || w->epoll < 0 || !umn_descriptor_intact(&w->in) || !umn_descriptor_intact(&w->out))
 		return;
 	/* Neither can fail: the pipe holds one byte at most, and nothing else uses it. */
 	if ((is_set ? write(w->in.fd, &byte, 1) : read(w->out.fd, &byte, 1)) == 1)
