@@ -67,11 +67,16 @@ struct umn_region {
  * the answer. The last load says that no feeder had to give up (invalidate.h). The two need no order between them: if the caller
  * can know of a change (its own munmap returned, or a message of another thread says so), the feeder's stores happened before
  * this call, and a load of the same location then finds them or later ones, on Arm too. */
+static inline bool umn_slot_untouched(const struct umn_slot *slot, const struct umn_header *header, uint32_t overflow)
+{
+	return (__atomic_load_n(&slot->state, __ATOMIC_ACQUIRE) & (UMN_LIVE | UMN_INVALID)) == UMN_LIVE &&
+	       __atomic_load_n(&header->overflow, __ATOMIC_ACQUIRE) == overflow;
+}
+
 static inline bool umn_region_untouched(const struct umn_region *region)
 {
 	return umn_process_is(region->epoch) &&
-	       (__atomic_load_n(&region->slot->state, __ATOMIC_ACQUIRE) & (UMN_LIVE | UMN_INVALID)) == UMN_LIVE &&
-	       __atomic_load_n(&region->header->overflow, __ATOMIC_ACQUIRE) == __atomic_load_n(&region->overflow, __ATOMIC_RELAXED);
+	       umn_slot_untouched(region->slot, region->header, __atomic_load_n(&region->overflow, __ATOMIC_RELAXED));
 }
 
 /* No change of [start, end) since the region was watched or last renewed. With most sources this is umn_region_untouched. With
