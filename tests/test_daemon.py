@@ -46,7 +46,7 @@ from ummunotify import _abi
 from ummunotify._abi import Op, Probe, Reply, Request, Status
 from ummunotify.bpf import feeder, libbpf
 from ummunotify.cli.daemon import closed_folder
-from ummunotify.daemon import server
+from ummunotify.daemon import batches
 from ummunotify.daemon.limits import TABLE, Limits, Usage
 from ummunotify.daemon.server import STEPS_FOREIGN, STEPS_OWN
 from ummunotify.sources import daemon as source
@@ -710,7 +710,7 @@ def test_limits_on_memory(daemon: Daemon) -> None:
 
 def test_the_kernel_has_no_memory_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked again; and that it never has any does not keep the daemon from ending."""
-    monkeypatch.setattr(server, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(batches, "_RETRY_SECONDS", 0.01)
 
     class Poor:
         failures = 2
@@ -727,7 +727,7 @@ def test_the_kernel_has_no_memory_for_a_while(monkeypatch: pytest.MonkeyPatch) -
             self.put.append(items)
 
     tables = Poor()
-    updater = server._MapUpdater(tables)
+    updater = batches.MapUpdater(tables)
     updater.begin([(1, 2, 3)], [(4, 5)])
     assert select.select([updater.fd], [], [], PATIENCE)[0]
     updater.end()
