@@ -139,18 +139,25 @@ uint64_t bench_check(uint32_t rounds, struct timing *timing)
 /* How many BPF programs are attached to the tracepoint, on the whole machine; -1: it cannot be told. */
 int bench_probes(void)
 {
-	union bpf_attr next = {0}, open, query;
+	union bpf_attr next, open, query; /* cleared by memset: an initialiser may leave the rest of a union as it is */
 	struct bpf_link_info info;
 	char name[32];
 	int fd, count = 0;
 
+	memset(&next, 0, sizeof next);
 	for (; !syscall(SYS_bpf, BPF_LINK_GET_NEXT_ID, &next, sizeof next); next.start_id = next.next_id) {
-		open = (union bpf_attr){.link_id = next.next_id};
+		memset(&open, 0, sizeof open);
+		open.link_id = next.next_id;
 		fd = (int)syscall(SYS_bpf, BPF_LINK_GET_FD_BY_ID, &open, sizeof open);
 		if (fd < 0)
 			continue; /* just closed */
-		info = (struct bpf_link_info){.raw_tracepoint = {.tp_name = (uint64_t)name, .tp_name_len = sizeof name}};
-		query = (union bpf_attr){.info = {.bpf_fd = (uint32_t)fd, .info_len = sizeof info, .info = (uint64_t)&info}};
+		memset(&info, 0, sizeof info);
+		info.raw_tracepoint.tp_name = (uint64_t)name;
+		info.raw_tracepoint.tp_name_len = sizeof name;
+		memset(&query, 0, sizeof query);
+		query.info.bpf_fd = (uint32_t)fd;
+		query.info.info_len = sizeof info;
+		query.info.info = (uint64_t)&info;
 		if (!syscall(SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &query, sizeof query) &&
 		    info.type == BPF_LINK_TYPE_RAW_TRACEPOINT && !strcmp(name, "kvm_unmap_hva_range"))
 			count++;

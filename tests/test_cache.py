@@ -219,6 +219,44 @@ def test_changes_without_end(cache: RegistrationCache[int], registrar: Recorder,
     assert cache.stats.registrations == 0
 
 
+class Cutter(Recorder):
+    """To register changes the mapping, unless that memory is registered already."""
+
+    cuts = True
+
+    def register(self, address: int, length: int) -> int:
+        if self.cuts and (address, length) not in self.live.values():
+            remap(address)
+        return super().register(address, length)
+
+
+def test_what_registering_itself_changes(memory: int) -> None:
+    registrar = Cutter()
+    with RegistrationCache(registrar) as cache:
+        with cache.acquire((memory, PAGE)) as registration:
+            assert registration.valid
+            assert registrar.live.keys() == {registration.handle}
+        assert (cache.stats.retries, cache.stats.in_use, cache.stats.registrations) == (1, 0, 1)
+        assert cache._check_table() is None
+    assert registrar.live == {}
+
+
+@pytest.mark.parametrize("limit", ["max_registrations", "max_bytes", "overlap"])
+def test_what_registering_itself_changes_with_no_room_for_both(memory: int, limit: str) -> None:
+    registrar = Cutter(overlap=limit != "overlap")
+    with RegistrationCache(
+        registrar,
+        max_registrations=1 if limit == "max_registrations" else None,
+        max_bytes=2 * PAGE - 1 if limit == "max_bytes" else None,
+    ) as cache:
+        with pytest.raises(RegistrationError, match="changed during each of 16 tries"):
+            cache.acquire((memory, PAGE))
+        assert cache.stats.registrations == 0
+        registrar.cuts = False
+        assert use(cache, memory) in registrar.live
+    assert registrar.live == {}
+
+
 def test_events_of_other_regions_do_no_harm(registrar: Recorder, keeper: Notifier, memory: int) -> None:
     with RegistrationCache(registrar, notifier=keeper) as cache, keeper.watch((memory + PAGE, PAGE)):
         old = use(cache, memory)

@@ -111,7 +111,9 @@ def build(name: str, source: Path) -> Any:
 def test_the_core_under_thread_sanitizer(tmp_path: Path) -> None:
     program = tmp_path / "cache_test"
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=thread"]
-    run("gcc", *flags, f"-I{SOURCES}", HERE / "core/cache_test.c", SOURCES / "table/table.c", "-o", program)
+    table = [SOURCES / f"{name}.c" for name in ("table/table", "table/index", "table/grace", "table/pending", "process/process")]
+    tests = [HERE / "core/cache_test.c", HERE / "core/table_check.c"]
+    run("gcc", *flags, f"-I{SOURCES}", f"-I{HERE / 'core'}", *tests, *table, "-o", program)
     assert "hits" in run(program, SECONDS)
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from ummunotify import Notifier
 from ummunotify.cli import main
-from ummunotify.selftest import _UFFD_BLIND, Outcome, run_case
+from ummunotify.selftest import _UFFD_BLIND, Outcome, Watched, run_case
 from ummunotify.selftest.changes import ANONYMOUS, CASES, CHANGES, NO_CHANGES, Case, Memory, call, private, void
 
 
@@ -69,6 +69,17 @@ def test_a_miss_is_a_miss(keeper: Notifier) -> None:
     idle = Case("nothing", private, lambda m: None, ((0, 8),))
     assert run_case(idle, keeper).outcome is Outcome.MISSED
     assert keeper.regions == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may know where pages are")
+def test_a_page_that_has_moved_is_a_miss(keeper: Notifier) -> None:
+    """Whatever was expected."""
+    with Memory() as memory:
+        private(memory)
+        with Watched(keeper, memory) as watched:
+            assert watched.moved == set()
+            case("munmap of a part").run(memory)
+            assert watched.moved == {2, 3} == watched.invalid
 
 
 def test_needless(keeper: Notifier) -> None:

@@ -7,13 +7,13 @@ with ummunotify.open() as umn:
         ...  # the addresses no longer hold what was registered
 """
 
-from ._cache import Registration
 from ._core import Region
-from .cache import CacheStats, RegistrationCache
+from ._core import version as __version__
 from .errors import (
     ClosedError,
     CookieInUseError,
     DeregistrationError,
+    DescriptorClosedError,
     ForkedError,
     InvalidBufferError,
     InvalidCookieError,
@@ -31,24 +31,23 @@ from .errors import (
     UnsupportedMemoryError,
 )
 from .notifier import Notifier, open
-from .types import Invalidation
+from .types import Invalidation, NotifierStats
 
 __all__ = [
-    "CacheStats",
     "ClosedError",
     "CookieInUseError",
     "DeregistrationError",
+    "DescriptorClosedError",
     "ForkedError",
     "InvalidBufferError",
     "InvalidCookieError",
     "InvalidRangeError",
     "Invalidation",
     "Notifier",
+    "NotifierStats",
     "Region",
     "RegistrarError",
     "RegistrarUnavailableError",
-    "Registration",
-    "RegistrationCache",
     "RegistrationError",
     "RegistrationLimitError",
     "SourceUnavailableError",
@@ -58,6 +57,7 @@ __all__ = [
     "UnknownRegionError",
     "UnknownSourceError",
     "UnsupportedMemoryError",
+    "__version__",
     "get_include",
     "open",
 ]
@@ -65,4 +65,4 @@ __all__ = [
 
 def get_include() -> str:
     """The directory for a C compiler's -I: for `#include "cache/cache.h"`, and Cython's `cimport ummunotify`."""
-    return __path__[0]
+    return __path__[0] + "/include"

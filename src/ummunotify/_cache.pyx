@@ -152,9 +152,9 @@ cdef class CacheTable:
     def _pin(self, uintptr_t reserved, uint64_t start, uint64_t end):
         """Watch and register what was reserved, for a use of [start, end).
 
-        If it cannot be watched, the registration is for this use only. None is returned if the memory changed while it
-        was registered; then it is to be deregistered like whatever else nobody uses. If this raises, nothing is
-        reserved any more.
+        Returns the registration, and whether the memory changed while it was registered; then nobody else is given it.
+        If the memory cannot be watched, the registration is for this use only. If this raises, nothing is reserved any
+        more.
         """
         cdef umn_entry *entry = <umn_entry *>reserved
         cdef const umn_region *watched = &umn_no_region
@@ -178,12 +178,15 @@ cdef class CacheTable:
         Py_INCREF(handle)
         Py_INCREF(region)
         umn_cache_publish(self._cache, entry, watched, <void *>handle, <void *>region, region is not None)
-        # After it was published: whoever acquires it now finds a change by himself, and an event finds the entry.
-        if region is not None and not umn_region_valid(watched):
-            umn_cache_release(self._cache, entry)
-            return None
         registration._entry = entry
-        return registration
+        # After it was published: whoever acquires it now finds a change by himself, and an event finds the entry.
+        return registration, region is not None and not umn_region_valid(watched)
+
+    def _give_up(self, Registration registration):
+        """End the use of what is not to be used; the caller deregisters."""
+        cdef umn_entry *entry = registration._entry
+        registration._entry = NULL
+        umn_cache_release(self._cache, entry)
 
     def _deregister_leaving(self):
         """Deregister what nobody uses and nobody is to use any more. How many, and the errors of those that failed."""

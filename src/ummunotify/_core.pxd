@@ -1,81 +1,98 @@
 # cython: language_level=3
-"""For other Cython modules: `from ummunotify._core cimport Region, WatchTable`."""
+"""For other Cython modules: `from ummunotify._core cimport Notifier, Region`."""
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
-cdef extern from "table/table.h" nogil:
-    """
-    /* What a Region that is no longer watched looks at: never valid. */
-    static const struct umn_slot umn_no_slot;
-    static const struct umn_header umn_no_header;
-    static struct umn_region umn_no_region = {.slot = &umn_no_slot, .header = &umn_no_header};
-    """
-    struct umn_table:
+cdef extern from "ummunotify.h" nogil:
+    struct ummunotify:
         pass
-    struct umn_header:
+    struct ummunotify_region:
         pass
-    struct umn_source:
-        bint (*arrived)(umn_source *source) nogil
-        bint (*settle)(umn_source *source, unsigned int milliseconds) nogil
-    struct umn_region:
-        umn_source *source
-        uint64_t start, end
-        void *user
-    struct umn_event:
-        umn_region *region
+    struct ummunotify_feeder:
+        pass
+    struct ummunotify_options:
+        size_t size
+        const char *source
+        uint64_t max_regions
+        const ummunotify_feeder *feeder
+    struct ummunotify_event:
+        ummunotify_region *region
+        uint64_t cookie
         uint64_t start, end
         bint exact
         uint32_t thread
         int32_t syscall
-    struct umn_table_stats:
+    struct ummunotify_stats:
         uint64_t regions, bytes, free_bytes
         uint32_t segments, levels, overflows
-    umn_region umn_no_region
-    umn_table *umn_table_new(uint64_t max_regions)
-    void umn_table_set_source(umn_table *table, umn_source *source)
-    uint32_t umn_table_next_pages(umn_table *table)
-    int umn_table_add_segment(umn_table *table, void *memory, uint32_t pages)
-    const umn_header *umn_table_header(const umn_table *table)
-    int umn_table_watch(umn_table *table, uint64_t start, uint64_t end, uint64_t cookie, void *user, umn_region **region)
-    void umn_table_unwatch(umn_table *table, umn_region *region)
-    int umn_table_renew(umn_table *table, umn_region *region)
-    size_t umn_table_drain(umn_table *table, umn_event *events, size_t room)
-    bint umn_table_changed(const umn_table *table)
-    void umn_table_arm(umn_table *table)
-    void umn_table_doubt(umn_table *table)
-    void umn_table_get_stats "umn_table_stats"(umn_table *table, umn_table_stats *stats)
-    void umn_table_close(umn_table *table)
-    void umn_table_abandon(umn_table *table)
-    void umn_table_delete(umn_table *table)
-    const char *umn_table_check(umn_table *table)
-    uint64_t umn_table_generation(umn_table *table)
-    bint umn_region_untouched(const umn_region *region)
-    bint umn_region_valid(const umn_region *region)
-    uint64_t umn_generation(const umn_header *header)
+    enum ummunotify_code:
+        UMMUNOTIFY_OK
+        UMMUNOTIFY_ARGUMENT
+        UMMUNOTIFY_RANGE
+        UMMUNOTIFY_UNSUPPORTED
+        UMMUNOTIFY_LIMIT
+        UMMUNOTIFY_NO_MEMORY
+        UMMUNOTIFY_UNKNOWN_SOURCE
+        UMMUNOTIFY_UNAVAILABLE
+        UMMUNOTIFY_CLOSED
+        UMMUNOTIFY_FORKED
+        UMMUNOTIFY_DESCRIPTOR
+        UMMUNOTIFY_REGISTRAR
+    struct ummunotify_failure:
+        ummunotify_code code
+        int error
+        const char *what
+        const char *why
+        const char *remedy
+        const char *mapping
+    struct ummunotify_tried:
+        const char *source
+        const char *why
+        const char *remedy
+    int ummunotify_sources(const char *wanted, const char **names, size_t room)
+    int ummunotify_open_with(ummunotify **umn, const ummunotify_options *options)
+    void ummunotify_close(ummunotify *umn)
+    void ummunotify_shutdown(ummunotify *umn)
+    const char *ummunotify_source(const ummunotify *umn)
+    int ummunotify_watch(ummunotify *umn, const void *address, size_t length, uint64_t cookie, ummunotify_region **region)
+    int ummunotify_unwatch(ummunotify *umn, ummunotify_region *region)
+    bint ummunotify_valid(const ummunotify_region *region)
+    int ummunotify_valid_now(const ummunotify_region *region)
+    int ummunotify_renew(ummunotify *umn, ummunotify_region *region)
+    bint ummunotify_changed(const ummunotify *umn)
+    uint64_t ummunotify_generation(ummunotify *umn)
+    int ummunotify_check(ummunotify *umn)
+    ptrdiff_t ummunotify_read(ummunotify *umn, ummunotify_event *events, size_t room)
+    ptrdiff_t ummunotify_dispatch(ummunotify *umn, int (*callback)(const ummunotify_event *event, void *context) noexcept,
+                                  void *context)
+    int ummunotify_wait(ummunotify *umn, int milliseconds)
+    int ummunotify_fd(ummunotify *umn)
+    int ummunotify_get_stats "ummunotify_stats"(ummunotify *umn, ummunotify_stats *stats)
+    const ummunotify_failure *ummunotify_get_failure "ummunotify_failure"()
+    const ummunotify_tried *ummunotify_get_tried "ummunotify_tried"(size_t i)
+    const char *ummunotify_error()
+    const char *ummunotify_version()
 
 
 cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1
+cdef object failure(uint64_t start=*, uint64_t length=*)
 
 
 cdef class Region:
-    cdef WatchTable _table
-    cdef umn_region *_region
+    cdef Notifier _notifier
+    cdef ummunotify_region *_region  # NULL: not watched any more, or not yet
     cdef readonly object cookie
     cdef uint64_t _start, _end
 
-    cdef bint _settled(self) except -1
 
-
-cdef class WatchTable:
-    cdef umn_table *_table
-    cdef umn_source *_source
-    cdef const umn_header *_header
-    cdef bint _closed
-    cdef bint _forked
-    cdef dict _regions
+cdef class Notifier:
+    cdef ummunotify *_umn  # NULL: never opened
+    cdef dict _regions  # by cookie
     cdef uint64_t _next_cookie
-    cdef uint64_t _max_regions
+    cdef object _feeder  # keeps what _umn calls
+    cdef list _waiters  # to be woken by close()
     cdef object __weakref__
 
-    cdef int _check_open(self) except -1
+    cdef int _check(self) except -1
     cdef int _unwatch(self, Region region) except -1
+    cdef list _read(self, bint one=*)

@@ -1,74 +1,88 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, binding=False, autotestdict=False
-"""The native part: a watch table and its regions. See core/table.h for what it rests on."""
+"""Notifiers and regions: the binding of libummunotify (ummunotify.h).
+
+What changes state is one call of the library. Python runs signal handlers between bytecodes only, never inside these
+functions, so an exception that a handler raises leaves nothing half done. The library's locks are never held while
+Python code runs, but for what `dispatch` calls back.
+"""
 
 cimport cython
-from cpython.buffer cimport (
-    PyBUF_ANY_CONTIGUOUS,
-    PyBuffer_Release,
-    PyObject_GetBuffer,
-    Py_buffer,
-)
+from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer, Py_buffer
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyObject_GenericGetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EBADF, EDQUOT, ENOSPC, errno
+from libc.errno cimport EINTR
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
+import contextlib
 import os
 import sys
+import time
+from io import FileIO
+from threading import get_ident
 
 from .errors import (
     ClosedError,
     CookieInUseError,
+    DescriptorClosedError,
     ForkedError,
     InvalidBufferError,
     InvalidCookieError,
     InvalidRangeError,
+    SourceUnavailableError,
+    TooManyNotifiersError,
     TooManyRegionsError,
+    UmmunotifyError,
+    UnavailableError,
     UnknownRegionError,
+    UnknownSourceError,
+    UnsupportedMemoryError,
 )
-from .types import Invalidation
+from .types import Invalidation, NotifierStats
 
 cdef extern from "Python.h":
     # Not int(): an address is not 1.5.
     object operator_index "PyNumber_Index"(object o)
 
-cdef extern from "sys/mman.h" nogil:
-    void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
-    int munmap(void *addr, size_t length)
-    void *MAP_FAILED
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS
-
-cdef extern from "sources/platform.h" nogil:
-    uint64_t umn_user_limit()
-    int umn_show_secret(uint64_t secret)
-    void *umn_test_page()
-    int64_t umn_skipped_runs(int program_fd)
-    struct umn_ring:
+cdef extern from "ummunotify_feeder.h" nogil:
+    struct umn_request:
         pass
-    int umn_ring_map(umn_ring *ring, int fd)
-    void umn_ring_clear(umn_ring *ring)
-    void umn_ring_unmap(umn_ring *ring)
-
-cdef extern from "sources/probe_gap.h" nogil:
-    struct umn_doubt:
+    struct umn_reply:
         pass
-    int umn_doubt_open(umn_doubt *doubt, int fd)
-    int umn_doubt_show_secret(umn_doubt *doubt, uint64_t secret)
-    void umn_doubt_abandon(umn_doubt *doubt)
-    void umn_doubt_close(umn_doubt *doubt)
+    int ummunotify_failed(const char *why, const char *remedy)
+    int ummunotify_daemon_socket()
+    int ummunotify_open_kvm()
+
+cdef extern from *:
+    """
+    #include "ummunotify_feeder.h"
+    #include "abi/protocol.h"
+    """
+    size_t REQUEST_SIZE "sizeof(struct umn_request)"
+    size_t REPLY_SIZE "sizeof(struct umn_reply)"
+    int UMN_FDS_MAX
+
+cdef extern from "ummunotify.h":
+    const char *UMMUNOTIFY_SOURCE_ENVIRONMENT
 
 cdef enum:
-    PAGE = 4096
     ROOM = 128
     FIRST_OWN_COOKIE_BIT = 63
     DL_CPU = 1
     DL_CUDA_HOST = 3
 
+new_tuple = tuple.__new__
+
 cdef str CHANGED = sys.intern("changed")
 cdef str VALID = sys.intern("valid")
-cdef uint64_t user_limit = umn_user_limit()
+
+WAIT_MAX = 86400.0
+"""Seconds; the library takes a number of milliseconds in 32 bits."""
+
+version = ummunotify_version().decode()
+SOURCE_ENVIRONMENT = UMMUNOTIFY_SOURCE_ENVIRONMENT.decode()
 
 
 cdef struct dl_tensor:
@@ -135,8 +149,9 @@ cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
             address = operator_index((<tuple>what)[0])
             length = operator_index((<tuple>what)[1])
         except OverflowError:
+            address, length = operator_index(what[0]), operator_index(what[1])
             raise InvalidRangeError(
-                operator_index(what[0]), operator_index(what[1]), "not an address and a length in 64 bits"
+                f"cannot watch {length} bytes at {address:#x}: not an address and a length in 64 bits", address, length
             ) from None
     else:
         try:
@@ -154,18 +169,222 @@ cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
             raise TypeError(f"expected a buffer or a pair (address, length), not {type(what).__name__}") from None
         except Exception as error:
             raise InvalidBufferError(f"cannot watch this {type(what).__name__}: {error}") from error
-    if not length:
-        raise InvalidRangeError(address, length, "it is empty")
-    if address + length < address:
-        raise InvalidRangeError(address, length, "it wraps round the end of the address space")
-    if address + length > user_limit or not address:
-        raise InvalidRangeError(address, length, "it is not in user space")
     start[0] = address
     end[0] = address + length
     return 0
 
 
-# Never cleared by the garbage collector: what `_region` points to lives as long as the table does.
+
+# ---- Errors ----
+
+cdef object failure(uint64_t start=0, uint64_t length=0):
+    """The exception for what the library has just failed with; its words are the library's."""
+    cdef const ummunotify_failure *failed = ummunotify_get_failure()
+    cdef ummunotify_code code = failed.code
+    message = ummunotify_error().decode(errors="replace")
+    why = failed.why.decode(errors="replace")
+    mapping = failed.mapping.decode(errors="replace") or None
+    remedy = failed.remedy.decode(errors="replace")
+    if code == UMMUNOTIFY_RANGE:
+        return InvalidRangeError(message, start, length)
+    if code == UMMUNOTIFY_UNSUPPORTED:
+        return UnsupportedMemoryError(message, start, length, mapping, f"{why}; {remedy}" if remedy else why)
+    if code in (UMMUNOTIFY_LIMIT, UMMUNOTIFY_UNAVAILABLE):
+        return TooManyRegionsError(message)
+    if code == UMMUNOTIFY_NO_MEMORY:
+        return MemoryError(message)
+    if code == UMMUNOTIFY_CLOSED:
+        return ClosedError(message)
+    if code == UMMUNOTIFY_FORKED:
+        return ForkedError(message)
+    if code == UMMUNOTIFY_DESCRIPTOR:
+        return DescriptorClosedError(failed.error, message)
+    if code == UMMUNOTIFY_UNKNOWN_SOURCE:
+        return UnknownSourceError(message)
+    return UmmunotifyError(message)
+
+
+cdef dict raised = {}
+"""What Python code that the library has called raised and may not be swallowed (Ctrl-C, ...), by thread."""
+
+
+cdef int raise_pending() except -1:
+    if raised:
+        error = raised.pop(get_ident(), None)
+        if error is not None:
+            raise error
+    return 0
+
+
+# ---- The feeder of the source bpf ----
+
+cdef int note(error, int number) noexcept:
+    """Whatever it is, it is why this source does not work; the next may."""
+    try:
+        if not isinstance(error, Exception):
+            raised[get_ident()] = error
+        reason = getattr(error, "reason", None)
+        if reason is None:
+            reason = str(error) if isinstance(error, (OSError, UmmunotifyError)) else f"{type(error).__name__}: {error}"
+        ummunotify_failed(str(reason).encode(), str(getattr(error, "remedy", "")).encode())
+    except BaseException as second:
+        raised[get_ident()] = second
+        ummunotify_failed(b"an exception could not be reported", b"")
+    return -number
+
+
+cdef void *feeder_connect(void *context, int probe) noexcept with gil:
+    try:
+        connection = (<object>context).connect(probe)
+        Py_INCREF(connection)
+        return <void *><PyObject *>connection
+    except BaseException as error:
+        note(error, 0)
+        return NULL
+
+
+cdef int feeder_exchange(void *connection, const umn_request *request, umn_reply *reply, int *fds) noexcept with gil:
+    cdef bytes data
+    try:
+        data, handed = (<object>connection).exchange((<const char *>request)[:REQUEST_SIZE])
+        memcpy(reply, <const char *>data, REPLY_SIZE)
+        for i, fd in enumerate(handed):
+            fds[i] = fd
+        return 0
+    except BaseException as error:
+        return note(error, 19)  # ENODEV
+
+
+cdef int feeder_may_have_missed(void *connection) noexcept with gil:
+    try:
+        return bool((<object>connection).may_have_missed())
+    except BaseException as error:
+        note(error, 0)
+        return 1  # it is not known
+
+
+cdef void feeder_disconnect(void *connection) noexcept with gil:
+    try:
+        (<object>connection).disconnect()
+    except BaseException as error:
+        note(error, 0)
+    Py_DECREF(<object>connection)
+
+
+cdef extern from *:
+    """
+    static struct ummunotify_feeder umn_make_feeder(void *(*connect)(void *, int), int (*exchange)(void *, const struct umn_request *,
+        struct umn_reply *, int *), int (*may_have_missed)(void *), void (*disconnect)(void *), void *context)
+    {
+        return (struct ummunotify_feeder){connect, exchange, may_have_missed, disconnect, context};
+    }
+    """
+    ummunotify_feeder umn_make_feeder(void *connect, void *exchange, void *may_have_missed, void *disconnect, void *context)
+
+
+cdef class _Feeder:
+    """A Python feeder as the library calls it. It lives as long as the notifiers that it feeds."""
+
+    cdef ummunotify_feeder _feeder
+    cdef object _python
+
+    def __cinit__(self, python):
+        self._python = python
+        self._feeder = umn_make_feeder(<void *>feeder_connect, <void *>feeder_exchange, <void *>feeder_may_have_missed,
+                                       <void *>feeder_disconnect, <void *>python)
+
+
+# ---- Sources ----
+
+
+def source_names(wanted=None):
+    """The sources that `wanted` names (None: the environment, or all), best first. UnknownSourceError."""
+    cdef const char *names[16]
+    cdef bytes encoded = b"" if wanted is None else wanted.encode()
+    cdef int count = ummunotify_sources(encoded, names, 16)
+    if count < 0:
+        raise failure()
+    return [names[i].decode() for i in range(count)]
+
+
+def open_notifier(type kind, source, max_regions, feeder):
+    """A notifier of this class, fed by the first source that `source` names and that works.
+
+    Raises SourceUnavailableError, TooManyNotifiersError, UnknownSourceError, MemoryError, ValueError.
+    """
+    cdef Notifier notifier
+    cdef ummunotify_options options
+    cdef _Feeder native = _Feeder(feeder)
+    cdef bytes encoded = b"" if source is None else source.encode()
+    cdef const ummunotify_tried *tried
+    cdef int error
+
+    memset(&options, 0, sizeof(options))
+    options.size = sizeof(options)
+    options.source = encoded
+    options.feeder = &native._feeder
+    if max_regions is not None:
+        max_regions = operator_index(max_regions)
+        if max_regions < 1:
+            raise ValueError(f"max_regions must be at least 1, not {max_regions}")
+        options.max_regions = min(max_regions, <uint64_t>-1)
+    notifier = kind.__new__(kind)
+    notifier._feeder = native
+    with nogil:
+        error = ummunotify_open_with(&notifier._umn, &options)
+    raise_pending()
+    if not error:
+        return notifier
+    if ummunotify_get_failure().code not in (UMMUNOTIFY_UNAVAILABLE, UMMUNOTIFY_LIMIT):
+        raise failure()
+    message = ummunotify_error().decode(errors="replace")
+    reasons = {}
+    i = 0
+    while (tried := ummunotify_get_tried(i)) is not NULL:
+        why, remedy = tried.why.decode(errors="replace"), tried.remedy.decode(errors="replace")
+        reasons[tried.source.decode()] = f"{why}; {remedy}" if remedy else why
+        i += 1
+    if ummunotify_get_failure().code == UMMUNOTIFY_LIMIT:
+        raise TooManyNotifiersError(message)
+    raise SourceUnavailableError(message, reasons)
+
+
+def connect_to_daemon():
+    """A connected descriptor; SourceUnavailableError."""
+    cdef int fd
+    with nogil:
+        fd = ummunotify_daemon_socket()
+    if fd < 0:
+        message = ummunotify_error().decode(errors="replace")
+        raise SourceUnavailableError(message, {"daemon": message})
+    return fd
+
+
+def open_kvm():
+    """A descriptor of /dev/kvm; UnavailableError."""
+    cdef int fd = ummunotify_open_kvm()
+    if fd < 0:
+        raise UnavailableError(
+            ummunotify_get_failure().why.decode(errors="replace"), ummunotify_get_failure().remedy.decode()
+        )
+    return fd
+
+
+def why_not():
+    """What the last failed open of this thread tried: (source, why, remedy) of each."""
+    cdef const ummunotify_tried *tried
+    cdef size_t i = 0
+    cdef list found = []
+    while (tried := ummunotify_get_tried(i)) is not NULL:
+        found.append((tried.source.decode(), tried.why.decode(errors="replace"), tried.remedy.decode(errors="replace")))
+        i += 1
+    return found
+
+
+# ---- Regions ----
+
+
+# Never cleared by the garbage collector: what `_region` points to lives as long as the notifier does.
 @cython.final
 @cython.no_gc_clear
 @cython.freelist(256)
@@ -177,18 +396,20 @@ cdef class Region:
     """
 
     # With an argument, so that no caller of Region.__new__ gets one without.
-    def __cinit__(self, WatchTable table not None):
-        self._table = table
-        self._region = &umn_no_region
+    def __cinit__(self, Notifier notifier not None):
+        self._notifier = notifier
         self.cookie = 0
 
     def __init__(self, *args, **kwargs):
         raise TypeError("regions are made by Notifier.watch")
 
+    def __reduce__(self):
+        raise TypeError("a region cannot be pickled: it belongs to this process")
+
     def __getattribute__(self, name):
         # What users ask for all the time is answered before the type is searched for it: a third faster.
         if name is VALID:
-            return umn_region_untouched(self._region) and (self._region.source is NULL or self._settled())
+            return self._region is not NULL and is_valid(self)
         return PyObject_GenericGetAttr(self, name)
 
     @property
@@ -199,18 +420,7 @@ cdef class Region:
         are both exact at the moment of the call, but for a region that may be invalidated without need. False once
         it is no longer watched.
         """
-        return umn_region_untouched(self._region) and (self._region.source is NULL or self._settled())
-
-    cdef bint _settled(self) except -1:
-        """umn_source.confirm, but that other threads can run while this one waits."""
-        cdef umn_region *region = self._region
-        cdef bint valid
-        if region.source.arrived(region.source):
-            return umn_region_untouched(region)
-        with nogil:
-            valid = umn_region_valid(region)
-        # It may have been unwatched meanwhile, and its place given to another.
-        return valid and self._region is region
+        return self._region is not NULL and is_valid(self)
 
     @property
     def address(self):
@@ -229,18 +439,21 @@ cdef class Region:
         Raises UnknownRegionError if the region is no longer watched, ClosedError if the notifier is closed. With the
         source `uffd` also what `watch` raises, if memory is there now that cannot be watched; it then stays invalid.
         """
+        cdef ummunotify_region *region = self._region
+        cdef ummunotify *umn = self._notifier._umn
         cdef int error
-        self._table._check_open()
-        if self._region is &umn_no_region:
+        self._notifier._check()
+        if region is NULL:
             raise UnknownRegionError(f"{self!r} is no longer watched")
-        error = umn_table_renew(self._table._table, self._region)
+        with nogil:
+            error = ummunotify_renew(umn, region)
         if error:
-            raise self._table._refusal(error, self._start, self._end)
+            raise failure(self._start, self._end - self._start)
 
     def close(self):
         """Stop watching. Nothing is reported for the region afterwards. May be called more than once."""
-        if self._region is not &umn_no_region and not self._table._closed:
-            self._table._unwatch(self)
+        if self._region is not NULL:
+            self._notifier._unwatch(self)
 
     def __enter__(self):
         return self
@@ -249,170 +462,145 @@ cdef class Region:
         self.close()
 
     def __repr__(self):
-        state = "valid" if self.valid else "unwatched" if self._region is &umn_no_region else "invalid"
+        state = "unwatched" if self._region is NULL else "valid" if self.valid else "invalid"
         return f"<Region {self._start:#x}-{self._end:#x} cookie={self.cookie:#x} {state}>"
 
 
-cdef class WatchTable:
-    """The owner's side of one watch table. `Notifier` adds what feeds it."""
+cdef inline bint is_valid(Region region) except -1:
+    cdef ummunotify_region *watched = region._region
+    cdef int now = ummunotify_valid_now(watched)
+    if now >= 0:
+        return now
+    # Its source's news may be on their way: other threads can run while this one waits for them.
+    cdef bint valid
+    with nogil:
+        valid = ummunotify_valid(watched)
+    # It may have been unwatched meanwhile, and its place given to another.
+    return valid and region._region is watched
 
-    def __cinit__(self, *args, max_regions=None, **kwargs):
-        cdef uint64_t limit = <uint64_t>-1
-        if max_regions is not None:
-            max_regions = operator_index(max_regions)
-            if max_regions < 1:
-                raise ValueError(f"max_regions must be at least 1, not {max_regions}")
-            limit = min(max_regions, limit - 1)
-        self._max_regions = limit
+
+# ---- Notifiers ----
+
+
+cdef int call_back(const ummunotify_event *event, void *context) noexcept with gil:
+    cdef list state = <list>context
+    try:
+        region = (<Notifier>state[0])._regions.get(event.cookie)
+        if region is not None and is_same(<Region>region, event.region):
+            state[1](invalidation(<Region>region, event))
+        return 0
+    except BaseException as error:
+        state[2] = error
+        return 1
+
+
+cdef inline bint is_same(Region region, ummunotify_region *watched):
+    # NULL: another thread is just about to learn that it is watched. Another one: it was unwatched since, and the cookie is another's.
+    return region._region is NULL or region._region is watched
+
+
+cdef inline object invalidation(Region region, const ummunotify_event *event):
+    # Not by Invalidation's own __new__, which is Python code: a signal handler could raise in it, and the event would be lost.
+    return new_tuple(
+        Invalidation, (region, region.cookie, event.start, event.end, event.exact, event.thread, event.syscall)
+    )
+
+
+# Never cleared by the garbage collector: closing it calls its feeder. Cycles through its regions are cleared at the dictionary.
+@cython.no_gc_clear
+cdef class Notifier:
+    """Tells which of the watched ranges of this process's memory were changed. Made by `ummunotify.open`.
+
+    All methods may be called from any number of threads. None holds the GIL while it waits. A signal handler may call
+    them too, and may raise out of them: nothing is left half done.
+
+    In the child of a fork, however it was made, it is closed, and its methods raise ForkedError; the parent does not
+    notice.
+    """
+
+    def __cinit__(self, *args, **kwargs):
         self._regions = {}
+        self._waiters = []
         self._next_cookie = <uint64_t>1 << FIRST_OWN_COOKIE_BIT
-        self._closed = True  # until there is a segment
-        self._table = umn_table_new(limit + (limit < <uint64_t>-1))  # one more for _nudge
-        if self._table is NULL:
-            raise MemoryError
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("notifiers are made by ummunotify.open")
+
+    def __reduce__(self):
+        raise TypeError("a notifier cannot be pickled: it belongs to this process")
 
     def __dealloc__(self):
-        if self._table is not NULL:
-            umn_table_delete(self._table)
+        if self._umn is not NULL:
+            with nogil:
+                ummunotify_close(self._umn)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        if self.closed:
+            return "<Notifier closed>"
+        return f"<Notifier {self.source} {len(self._regions)} regions>"
 
     def __getattribute__(self, name):
-        if name is CHANGED and not umn_table_changed(self._table):
+        if name is CHANGED and self._umn is not NULL and not ummunotify_changed(self._umn):
             return False
         return PyObject_GenericGetAttr(self, name)
 
-    cdef int _check_open(self) except -1:
-        if self._closed:
-            if self._forked:
-                raise ForkedError()
-            raise ClosedError("this notifier is closed")
+    cdef int _check(self) except -1:
+        """Raises ClosedError, ForkedError."""
+        if self._umn is NULL:
+            raise ClosedError("this notifier was never opened: call ummunotify.open")
+        if ummunotify_check(self._umn):
+            raise failure()
         return 0
-
-    # ---- for the subclass ----
-
-    def _next_pages(self):
-        return umn_table_next_pages(self._table)
-
-    def _add_segment(self, uintptr_t address, uint32_t pages):
-        """Take over the mapping at `address`, which feeders know already."""
-        cdef int error = umn_table_add_segment(self._table, <void *>address, pages)
-        if error:
-            raise OSError(-error, os.strerror(-error))
-        if self._header is NULL:
-            self._header = umn_table_header(self._table)
-            self._closed = False
-
-    def _grow(self):
-        """Add a segment. Overridden."""
-        raise TooManyRegionsError("the table is full")
-
-    def _set_source(self, uintptr_t address):
-        """Where the struct umn_source is that this table needs; before anything is watched."""
-        self._source = <umn_source *>address
-        umn_table_set_source(self._table, self._source)
-
-    def _refusal(self, number, start, end):
-        """The exception for what the source refuses to watch. Overridden."""
-        return OSError(number, os.strerror(number))
-
-    def _arm(self):
-        """The next change that hits a region sends a wake-up. To be called before `_drain`."""
-        umn_table_arm(self._table)
-
-    def _nudge(self):
-        """Make a change that sends a wake-up, and that nobody is told of."""
-        cdef umn_region *region
-        cdef void *page
-        cdef int error = -ENOSPC
-        while error == -ENOSPC:
-            page = umn_test_page()
-            if page is NULL:
-                raise OSError(errno, os.strerror(errno))
-            # In one go, with the GIL: so no other thread can drain it.
-            error = umn_table_watch(self._table, <uintptr_t>page, <uintptr_t>page + PAGE, 0, NULL, &region)
-            munmap(page, PAGE)
-            if not error:
-                umn_region_valid(region)  # waits for the news, if it comes late
-                umn_table_unwatch(self._table, region)
-            elif error == -ENOSPC:
-                self._grow()
-            else:
-                self._check_open()
-                raise OSError(abs(error), os.strerror(abs(error)))
-
-    def _doubt(self):
-        """Something may have been missed: invalidate every region."""
-        umn_table_doubt(self._table)
-
-    def _drain(self):
-        """Every event there is; the regions in the order in which they were first hit."""
-        cdef umn_event events[ROOM]
-        cdef PyObject *regions[ROOM]
-        cdef size_t n = ROOM, i
-        cdef list result = []
-
-        self._check_open()
-        while n == ROOM:
-            n = umn_table_drain(self._table, events, ROOM)
-            # Making objects below may run the garbage collector, and that may unwatch what was just drained.
-            for i in range(n):
-                regions[i] = <PyObject *>events[i].region.user
-                Py_INCREF(<object>regions[i])
-            for i in range(n):
-                region = <Region>regions[i]
-                Py_DECREF(region)
-                result.append(
-                    Invalidation(
-                        region,
-                        (<Region>region).cookie,
-                        events[i].start,
-                        events[i].end,
-                        events[i].exact,
-                        events[i].thread,
-                        events[i].syscall,
-                    )
-                )
-        return result
-
-    def _close_table(self):
-        """Let go of the shared memory; regions stay readable and are not valid."""
-        self._closed = True
-        if self._source is NULL:
-            umn_table_close(self._table)
-        else:
-            with nogil:
-                umn_table_close(self._table)
-        self._regions = {}
-
-    def _abandon_table(self):
-        """The same, in the child of a fork."""
-        if not self._closed:
-            self._closed = self._forked = True
-            umn_table_abandon(self._table)
-
-    def _check_table(self):
-        """For tests: what is wrong with the index, or None."""
-        cdef const char *wrong
-        self._check_open()
-        wrong = umn_table_check(self._table)
-        return None if wrong is NULL else wrong.decode()
 
     cdef int _unwatch(self, Region region) except -1:
-        cdef umn_region *watched = region._region
-        region._region = &umn_no_region
-        del self._regions[region.cookie]
-        if self._source is NULL:
-            umn_table_unwatch(self._table, watched)
-        else:
-            with nogil:
-                umn_table_unwatch(self._table, watched)
+        cdef ummunotify_region *watched = region._region
+        # In this order: from here on nothing finds it, and no other thread unwatches it.
+        region._region = NULL
+        self._regions.pop(region.cookie, None)
+        with nogil:
+            ummunotify_unwatch(self._umn, watched)  # it can only fail where everything is unwatched
         return 0
 
-    # ---- for the user ----
+    cdef list _read(self, bint one=False):
+        """What there is, or not more than one. Once an event was taken, nothing is raised that would lose it."""
+        cdef ummunotify_event events[ROOM]
+        cdef ptrdiff_t room = 1 if one else ROOM
+        cdef ptrdiff_t n = room, i
+        cdef list result = []
+
+        while n == room and not (one and result):
+            with nogil:
+                n = ummunotify_read(self._umn, events, room)
+            if n < 0:
+                if result:
+                    return result
+                raise_pending()
+                raise failure()
+            for i in range(n):
+                region = self._regions.get(events[i].cookie)
+                if region is not None and is_same(<Region>region, events[i].region):
+                    result.append(invalidation(<Region>region, &events[i]))
+        if not result:
+            raise_pending()
+        return result
+
+    @property
+    def source(self):
+        """What feeds it: `bpf:kvm`, ... `ummunotify.open(source=...)` takes it back."""
+        if self._umn is NULL:
+            self._check()
+        return ummunotify_source(self._umn).decode()
 
     @property
     def closed(self):
         """Closed, or inherited through a fork."""
-        return self._closed
+        return self._umn is NULL or ummunotify_check(self._umn) != 0
 
     @property
     def generation(self):
@@ -420,18 +608,21 @@ cdef class WatchTable:
 
         Read from mapped memory: no system call, but one with the source `uffd`.
         """
-        self._check_open()
-        return umn_table_generation(self._table)
+        self._check()
+        return ummunotify_generation(self._umn)
 
     @property
     def changed(self):
-        """Has anything been invalidated since `read` last returned everything there was?
+        """Has anything been invalidated that neither `read` nor `dispatch` has delivered?
 
-        Two loads from memory: no lock, and no system call, but one with the source `uffd`. Never False when
-        something was; it may be True with nothing to read.
+        Some loads from memory: no lock, and no system call, but one with the source `uffd`. Never False when something
+        was; it may be True with nothing to read. What `read` has returned counts as delivered, to whichever thread: with
+        several threads use `dispatch`, during which this stays True for all of them.
         """
-        if umn_table_changed(self._table):
-            self._check_open()
+        if self._umn is NULL:
+            self._check()
+        if ummunotify_changed(self._umn):
+            self._check()
             return True
         return False
 
@@ -449,10 +640,11 @@ cdef class WatchTable:
         UnsupportedMemoryError. From any thread.
         """
         cdef uint64_t start, end, number
+        cdef ummunotify_region *watched
         cdef Region region
         cdef int error
 
-        self._check_open()
+        self._check()
         range_of(what, &start, &end)
         if cookie is None:
             while True:
@@ -467,156 +659,166 @@ cdef class WatchTable:
             except (OverflowError, TypeError):
                 raise InvalidCookieError(cookie) from None
             cookie = number
-            if cookie in self._regions:
-                raise CookieInUseError(number)
-        if <uint64_t>len(self._regions) >= self._max_regions:
-            raise TooManyRegionsError(f"{len(self._regions)} regions are watched, and max_regions allows for no more")
         region = Region.__new__(Region, self)
         region.cookie = cookie
         region._start = start
         region._end = end
-        # Known before it is watched: no failure in between can leave the table with a region that nobody has.
+        # Now, as making the region may have run the garbage collector, and finalisers that watch something.
+        if cookie in self._regions:
+            raise CookieInUseError(number)
+        # Found before it is watched: an event that comes at once has its region.
         self._regions[cookie] = region
-        try:
-            while True:
-                if self._source is NULL:
-                    error = umn_table_watch(self._table, start, end, number, <void *>region, &region._region)
-                else:
-                    with nogil:
-                        error = umn_table_watch(self._table, start, end, number, <void *>region, &region._region)
-                if not error:
-                    return region
-                if error > 0:
-                    raise self._refusal(error, start, end)
-                if error == -ENOSPC:
-                    self._grow()
-                elif error == -EDQUOT:
-                    raise TooManyRegionsError(f"the index of {len(self._regions) - 1} regions is as deep as it can be")
-                elif error == -EBADF:
-                    self._check_open()
-                else:
-                    raise MemoryError
-        except BaseException:
-            self._regions.pop(cookie, None)
-            raise
+        with nogil:
+            error = ummunotify_watch(self._umn, <void *>start, end - start, number, &watched)
+        if not error:
+            region._region = watched
+            return region
+        self._regions.pop(cookie, None)
+        raise_pending()
+        raise failure(start, end - start)
 
     def unwatch(self, Region region not None):
         """Stop watching. Nothing is reported for the region once this has returned.
 
         Raises UnknownRegionError if it is not watched through this notifier, ClosedError.
         """
-        self._check_open()
-        if region._table is not self or region._region is &umn_no_region:
+        self._check()
+        if region._notifier is not self or region._region is NULL:
             raise UnknownRegionError(f"{region!r} is not watched through this notifier")
         self._unwatch(region)
+
+    def read(self, timeout=0.0):
+        """Take what was invalidated: each region once, in the order in which they were first hit.
+
+        A region stays watched and will be reported again when it is hit again. If several threads read, each
+        invalidation goes to one of them. Takes time in proportion to what it returns.
+
+        `timeout` is how long to wait for something, in seconds; None: for as long as it takes. Without
+        anything in time the list is empty. Raises ClosedError, also when it is closed meanwhile, ValueError for a
+        timeout that is not a number, and DescriptorClosedError if it cannot wait.
+        """
+        cdef double deadline = 0, left = 0
+        cdef int milliseconds, result
+        cdef bint forever = timeout is None
+
+        self._check()
+        if not forever:
+            left = timeout
+            if left != left:
+                raise ValueError("timeout is not a number")
+        events = self._read()
+        if events or (not forever and left <= 0):
+            return events
+        if not forever:
+            deadline = time.monotonic() + left
+        while True:
+            milliseconds = <int>(min(WAIT_MAX if forever else left, WAIT_MAX) * 1000) + 1
+            with nogil:
+                result = ummunotify_wait(self._umn, milliseconds)
+            if result < 0 and result != -EINTR:
+                raise failure()
+            PyErr_CheckSignals()
+            events = self._read()
+            if events:
+                return events
+            if not forever:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return events
+
+    def dispatch(self, callback):
+        """Call `callback` with each Invalidation there is, one after the other; how many there were.
+
+        Unlike `read`, `changed` stays True for every thread until the callbacks are done, and other threads that
+        dispatch wait for them. So a thread that has dispatched, or has found `changed` False, uses nothing that was
+        invalidated before. What a callback raises is passed on: it has not acted on its invalidation then, which is the
+        first one of the next call, and `changed` stays True. A callback, or a signal handler that interrupts it, may
+        call everything here; a dispatch inside it returns 0 at once.
+
+        Raises ClosedError.
+        """
+        cdef ptrdiff_t result
+        cdef list state = [self, callback, None]
+        self._check()
+        with nogil:
+            result = ummunotify_dispatch(self._umn, call_back, <void *>state)
+        raise_pending()
+        if state[2] is not None:
+            raise state[2]
+        if result < 0:
+            raise failure()
+        return result
+
+    def fileno(self):
+        """A descriptor that polls readable when there may be something to read.
+
+        For select, poll, epoll and event loops; do not read from it or close it. It stays readable until `read`
+        is called, and `read` may then find nothing. Before it is first asked for, changes send no wake-ups and
+        cost less. Raises ClosedError, DescriptorClosedError.
+        """
+        cdef int fd
+        self._check()
+        fd = ummunotify_fd(self._umn)
+        if fd < 0:
+            raise failure()
+        return fd
 
     @property
     def regions(self):
         """The watched regions, a new list."""
-        self._check_open()
+        self._check()
         return list(self._regions.values())
 
     @property
     def stats(self):
-        """Numbers about the table: regions, bytes and free_bytes of shared memory, segments, levels of the index,
-        overflows (how often everything had to be invalidated)."""
-        cdef umn_table_stats stats
-        self._check_open()
-        umn_table_get_stats(self._table, &stats)
-        return stats
-
-
-# ---- for the sources ----
-
-
-def map_shared(int fd, size_t length):
-    """Map a BPF map's memory. The address; OSError."""
-    cdef void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
-    if p is MAP_FAILED:
-        raise OSError(errno, os.strerror(errno))
-    return <uintptr_t>p
-
-
-def unmap(uintptr_t address, size_t length):
-    """Undo a mapping that no table has taken over."""
-    munmap(<void *>address, length)
-
-
-def show_secret(uint64_t secret):
-    """Change a page of our own, showing `secret` to the feeder in the kernel. OSError."""
-    cdef int error = umn_show_secret(secret)
-    if error:
-        raise OSError(-error, os.strerror(-error))
-
-
-def skipped_runs(int program_fd):
-    """How often the kernel skipped a run of this BPF program. OSError."""
-    cdef int64_t count = umn_skipped_runs(program_fd)
-    if count < 0:
-        raise OSError(-count, os.strerror(-count))
-    return count
-
-
-def test_page():
-    """The address of a new page with something in it."""
-    cdef void *p = umn_test_page()
-    if p is NULL:
-        raise OSError(errno, os.strerror(errno))
-    return <uintptr_t>p
-
-
-@cython.final
-cdef class Ring:
-    """A BPF ring buffer's positions, mapped: poll the fd, then `clear`."""
-
-    cdef umn_ring _ring
-
-    def __cinit__(self, int fd):
-        memset(&self._ring, 0, sizeof(umn_ring))
-        cdef int error = umn_ring_map(&self._ring, fd)
-        if error:
-            raise OSError(-error, os.strerror(-error))
-
-    def __dealloc__(self):
-        umn_ring_unmap(&self._ring)
-
-    def clear(self):
-        """What is in it has been seen."""
-        umn_ring_clear(&self._ring)
+        """Numbers about the table, a NotifierStats."""
+        cdef ummunotify_stats stats
+        self._check()
+        if ummunotify_get_stats(self._umn, &stats):
+            raise failure()
+        return NotifierStats(
+            stats.regions, stats.bytes, stats.free_bytes, stats.segments, stats.levels, stats.overflows
+        )
 
     def close(self):
-        """Unmap it. May be called more than once."""
-        umn_ring_unmap(&self._ring)
+        """Stop watching and release everything. May be called more than once, and while other threads read.
 
-
-@cython.final
-cdef class Doubt:
-    """What a table needs whose probe the kernel may skip at times: see core/doubt.h."""
-
-    cdef umn_doubt _doubt
-
-    def __cinit__(self, int fd):
-        memset(&self._doubt, 0, sizeof(umn_doubt))
-        cdef int error = umn_doubt_open(&self._doubt, fd)
-        if error:
-            raise OSError(-error, os.strerror(-error))
-
-    def __dealloc__(self):
-        umn_doubt_close(&self._doubt)
-
-    @property
-    def address(self):
-        """Of the struct umn_source, which is there as long as this object."""
-        return <uintptr_t>&self._doubt
-
-    def show_secret(self, uint64_t secret):
-        """As the function, but so that the kernel has not skipped the probe; it tries for some seconds. OSError."""
-        cdef int error
+        Those get ClosedError; regions stay around and are not valid.
+        """
+        error = None
+        if self._umn is NULL:
+            return
         with nogil:
-            error = umn_doubt_show_secret(&self._doubt, secret)
-        if error:
-            raise OSError(-error, os.strerror(-error))
+            ummunotify_shutdown(self._umn)
+        self._regions = {}
+        # They stay there until they have gone themselves: what is interrupted here is done by the next close().
+        for wake in list(self._waiters):
+            try:
+                wake()
+            except BaseException as caught:
+                error = caught  # an event loop that is closed, or a signal handler's; the others are to be woken too
+        raise_pending()
+        if error is not None:
+            raise error
 
-    def abandon(self):
-        """Let go of the map; from then on there is no doubt. May be called more than once."""
-        umn_doubt_abandon(&self._doubt)
+    # ---- for the subclass ----
+
+    def _take_one(self):
+        """A list of one invalidation, or of none."""
+        self._check()
+        return self._read(True)
+
+    def _dup(self):
+        """A copy of the descriptor, as a file that closes it."""
+        return FileIO(os.dup(self.fileno()))
+
+    @contextlib.contextmanager
+    def _waiter(self, wake):
+        """`wake` is called when the notifier is closed meanwhile."""
+        self._waiters.append(wake)
+        try:
+            self._check()
+            yield
+        finally:
+            if wake in self._waiters:
+                self._waiters.remove(wake)

@@ -234,20 +234,43 @@ class RegistrationCache(CacheTable[Handle], Generic[Handle]):
         self._merges += count
 
     def _register_range(self, low: int, high: int, start: int, end: int) -> Registration[Handle]:
-        for _ in range(_TRIES):
-            self._check_open()
-            registration = self._register_once(low, high, start, end)
-            if registration is not None:
-                return registration
-            with self._changed:
-                self._retries += 1
+        # To register may be what changes the mapping: mlock, or the MADV_DONTFORK of libibverbs, cuts it, and a source
+        # that cannot tell takes the split of a huge page there for a change. To deregister joins it again. So what was
+        # registered in vain stays until the next try is over: that finds the mapping cut already, and changes nothing.
+        # Only where memory cannot be registered twice, or a limit leaves no room for both, it goes first.
+        keeps = self._overlap
+        kept: Registration[Handle] | None = None
+        try:
+            for _ in range(_TRIES):
+                self._check_open()
+                try:
+                    registration, changed = self._register_once(low, high, start, end)
+                except RegistrationLimitError:
+                    if kept is None:
+                        raise
+                    self._give_up(kept)
+                    kept, keeps = None, False
+                    continue
+                if not changed:
+                    return registration
+                if kept is not None:
+                    self._give_up(kept)
+                kept = registration
+                if not keeps:
+                    self._give_up(kept)
+                    kept = None
+                with self._changed:
+                    self._retries += 1
+        finally:
+            if kept is not None:
+                self._give_up(kept)
         raise RegistrationError(
             f"cannot register {high - low} bytes at {low:#x}: their mapping changed during each of {_TRIES} tries; "
             "do not unmap or move memory while it is being used"
         )
 
-    def _register_once(self, low: int, high: int, start: int, end: int) -> Registration[Handle] | None:
-        """Register [low, high) for a use of [start, end). None: it changed meanwhile."""
+    def _register_once(self, low: int, high: int, start: int, end: int) -> tuple[Registration[Handle], bool]:
+        """Register [low, high) for a use of [start, end). True: it changed meanwhile."""
         count = 1
         while True:
             reserved = self._make_room(low, high)

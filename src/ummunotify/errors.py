@@ -1,7 +1,8 @@
 """Every exception that ummunotify raises on purpose.
 
 Each is an `UmmunotifyError`, and where it fits also the built-in exception that callers may expect.
-When one is raised nothing has changed: no region was added, removed or renewed.
+When one is raised nothing has changed: no region was added, removed or renewed. The words of most come from the C
+library, which says the same to C programs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ class UmmunotifyError(Exception):
 class InvalidRangeError(UmmunotifyError, ValueError):
     """An address range that is empty, wraps round or does not lie in user space."""
 
-    def __init__(self, address: int, length: int, why: str) -> None:
-        super().__init__(f"cannot watch {length} bytes at {address:#x}: {why}")
+    def __init__(self, message: str, address: int = 0, length: int = 0) -> None:
+        super().__init__(message)
         self.address = address
         self.length = length
 
@@ -49,12 +50,11 @@ class UnknownRegionError(UmmunotifyError, ValueError):
 class UnsupportedMemoryError(UmmunotifyError):
     """Memory whose changes the source cannot see, or not all of them.
 
-    `mapping` is the one to blame, as /proc/self/maps has it, or None.
+    `mapping` is the one to blame, as /proc/self/maps has it, or None. `reason` says why.
     """
 
-    def __init__(self, address: int, length: int, mapping: str | None, reason: str) -> None:
-        where = f"{mapping}: " if mapping else ""
-        super().__init__(f"cannot watch {length} bytes at {address:#x}: {where}{reason}")
+    def __init__(self, message: str, address: int, length: int, mapping: str | None, reason: str) -> None:
+        super().__init__(message)
         self.address = address
         self.length = length
         self.mapping = mapping
@@ -62,15 +62,11 @@ class UnsupportedMemoryError(UmmunotifyError):
 
 
 class TooManyRegionsError(UmmunotifyError):
-    """`max_regions` regions are watched, or the table cannot grow (the cause says why not)."""
+    """A limit is reached: `max_regions` regions are watched, or the table cannot grow (the message says why not)."""
 
 
 class TooManyNotifiersError(UmmunotifyError):
     """The source works, and has no room for another notifier of this process; a weaker source is not taken instead."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"this process has {limit} notifiers, as many as it can have; close some of them")
-        self.limit = limit
 
 
 class ClosedError(UmmunotifyError, ValueError):
@@ -80,10 +76,12 @@ class ClosedError(UmmunotifyError, ValueError):
 class ForkedError(ClosedError):
     """The notifier belongs to the process that this one was forked from; open a new one here."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "this notifier was opened before a fork and watches the parent process; open another one in the child"
-        )
+
+class DescriptorClosedError(UmmunotifyError, OSError):
+    """The program has closed or replaced a descriptor of the notifier that is needed for this (`os.closerange`, ...).
+
+    Changes are seen all the same, but this cannot be waited for, or the table cannot grow.
+    """
 
 
 class UnknownSourceError(UmmunotifyError, ValueError):
@@ -96,9 +94,8 @@ class SourceUnavailableError(UmmunotifyError, RuntimeError):
     `reasons` says for each source that was tried what is missing and what to do about it.
     """
 
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        tried = "; ".join(f"{source}: {reason}" for source, reason in reasons.items())
-        super().__init__(f"no source of invalidations is available ({tried or 'none was tried'})")
+    def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
+        super().__init__(message)
         self.reasons = dict(reasons)
 
 
@@ -132,7 +129,7 @@ class RegistrationLimitError(RegistrationError):
 
 
 class DeregistrationError(RegistrarError):
-    """Memory that nobody uses could not be deregistered.
+    """Memory that is not used could not be deregistered.
 
     It counts as registered; flushing or closing the cache tries again. `errors` is what the registrar raised, once for
     each registration.

@@ -28,6 +28,22 @@ _CALLS = {
 }
 
 
+class NotifierStats(NamedTuple):
+    """Numbers about a notifier's table."""
+
+    regions: int
+    """Watched now."""
+    bytes: int
+    """Of shared memory."""
+    free_bytes: int
+    """Of these not in use."""
+    segments: int
+    levels: int
+    """Of the index."""
+    overflows: int
+    """How often everything had to be invalidated."""
+
+
 class Invalidation(NamedTuple):
     """One region that was hit since it was last reported."""
 

@@ -22,7 +22,7 @@ static _Thread_local bool lose_chain;
 			;                                                                                 \
 	} while (0)
 #include "table/user_feeder.c"
-#include "table/table.h"
+#include "table_check.h"
 
 #define LENGTH(array) (sizeof(array) / sizeof *(array))
 

@@ -23,8 +23,8 @@
 #include <unistd.h>
 
 #include "changes.h"
-#include "table/table.h"
 #include "sources/uffd.h"
+#include "table_check.h"
 
 #define PAGE 4096ul
 #define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)

@@ -34,7 +34,29 @@ struct pt_regs {
 struct thread_info {
 	unsigned int status;
 };
+struct atomic_long {
+	long counter;
+};
+struct task_struct;
+struct rw_semaphore {
+	struct atomic_long owner;
+};
+/* PREEMPT_RT's */
+struct rt_mutex_base {
+	struct task_struct *owner;
+};
+struct rwbase_rt {
+	struct rt_mutex_base rtmutex;
+};
+struct rw_semaphore___rt {
+	struct rwbase_rt rwbase;
+};
+struct maple_tree {
+	void *ma_root;
+};
 struct mm_struct {
+	struct maple_tree mm_mt;
+	struct rw_semaphore mmap_lock;
 	unsigned long locked_vm;
 };
 struct task_struct {
@@ -42,7 +64,16 @@ struct task_struct {
 	unsigned int flags;
 	struct mm_struct *mm;
 };
-enum mmu_notifier_event { MMU_NOTIFY_PROTECTION_VMA = 2, MMU_NOTIFY_PROTECTION_PAGE = 3, MMU_NOTIFY_SOFT_DIRTY = 4 };
+enum maple_type { maple_leaf_64 = 1, maple_range_64 = 2, maple_arange_64 = 3 };
+struct maple_range_64 {
+	unsigned long pivot[15];
+	void *slot[16];
+};
+struct maple_arange_64 {
+	unsigned long pivot[9];
+	void *slot[10];
+};
+enum mmu_notifier_event { MMU_NOTIFY_CLEAR = 1, MMU_NOTIFY_PROTECTION_VMA = 2, MMU_NOTIFY_PROTECTION_PAGE = 3, MMU_NOTIFY_SOFT_DIRTY = 4 };
 struct mmu_notifier_range {
 	struct mm_struct *mm;
 	unsigned long start, end;
@@ -55,8 +86,10 @@ struct file {
 	struct inode *f_inode;
 };
 struct vm_area_struct {
+	unsigned long vm_start, vm_end;
 	struct mm_struct *vm_mm;
 	unsigned long vm_flags;
+	void *vm_ops;
 	struct file *vm_file;
 };
 enum pageflags { PG_head = 6 };
@@ -265,14 +298,21 @@ enum {
 	NR_madvise = 28,
 	NR_clone = 56,
 	NR_fork = 57,
+	NR_mlock = 149,
+	NR_munlock = 150,
+	NR_mlock2 = 325,
 	NR_pkey_mprotect = 329,
 	NR_clone3 = 435
 };
 #define PROT_WRITE 2
+#define MAP_FIXED 0x10
 #define MAP_ANONYMOUS 0x20
 #define MREMAP_FIXED 2
+#define MADV_SEQUENTIAL 2 /* 0 to 2, and 10 to 19, change nothing but how a mapping is treated */
 #define MADV_DONTNEED 4
 #define MADV_FREE 8
+#define MADV_DONTFORK 10
+#define MADV_KEEPONFORK 19
 #define MADV_DONTNEED_LOCKED 24
 #define CLONE_VM 0x100
 #define CLONE_PIDFD 0x1000
@@ -281,6 +321,150 @@ enum {
 static __always_inline int within(struct change *change, uint64_t address, uint64_t length)
 {
 	return change->start >= (address & -4096ull) && change->end <= ((address + length + 4095) & -4096ull);
+}
+
+/* ---- The splits of huge pages, in which all pages stay where they are. ---- */
+
+#define PMD_SIZE (UINT64_C(1) << 21)
+#define VM_WRITE 0x2
+#define VM_LOCKED 0x2000
+
+/* Does the current task hold its address space's mmap lock for writing? Only the writer is its owner without a flag. */
+static __always_inline int writes_mappings(struct task_struct *task)
+{
+	struct rw_semaphore *lock = &task->mm->mmap_lock;
+	struct rw_semaphore___rt *rt = (void *)lock;
+
+	if (bpf_core_field_exists(lock->owner))
+		return lock->owner.counter == (long)task;
+	if (bpf_core_field_exists(rt->rwbase)) /* bit 0: the lock has waiters */
+		return (unsigned long)rt->rwbase.rtmutex.owner - (unsigned long)task <= 1;
+	return 0;
+}
+
+/* The way down a maple tree, which is where an address space's mappings are. */
+struct descent {
+	uint64_t address;
+	uint64_t entry; /* the next node, its type in bits 3 to 6; in the end the mapping */
+	int found;
+};
+#define MAPLE_DEPTH_MAX 12 /* 10 entries in each of its nodes, at least */
+#define MAPLE_PIVOTS 15
+
+/* Entry i of a node is for addresses up to pivot i. A pivot of 0 behind others says that entry i is the last. */
+static long descend(uint32_t unused, struct descent *way)
+{
+	uint64_t node = way->entry & ~0xffull, type = way->entry >> 3 & 0xf;
+	uint32_t pivots_at, slots_at, last, i, at;
+	uint64_t pivots[MAPLE_PIVOTS] = {};
+
+	if (type == bpf_core_enum_value(enum maple_type, maple_arange_64)) {
+		pivots_at = bpf_core_field_offset(struct maple_arange_64, pivot);
+		slots_at = bpf_core_field_offset(struct maple_arange_64, slot);
+		last = bpf_core_field_size(struct maple_arange_64, pivot) / sizeof *pivots;
+	} else if (type == bpf_core_enum_value(enum maple_type, maple_range_64) ||
+		   type == bpf_core_enum_value(enum maple_type, maple_leaf_64)) {
+		pivots_at = bpf_core_field_offset(struct maple_range_64, pivot);
+		slots_at = bpf_core_field_offset(struct maple_range_64, slot);
+		last = bpf_core_field_size(struct maple_range_64, pivot) / sizeof *pivots;
+	} else {
+		return 1;
+	}
+	if (last > MAPLE_PIVOTS || bpf_probe_read_kernel(pivots, sizeof pivots, (void *)(node + pivots_at)))
+		return 1;
+	at = last;
+	UMN_UNROLL
+	for (i = MAPLE_PIVOTS; i-- > 0;)
+		if (i < last && (way->address <= pivots[i] || (i && !pivots[i])))
+			at = i;
+	if (bpf_probe_read_kernel(&way->entry, sizeof way->entry, (void *)(node + slots_at + at * sizeof *pivots)))
+		return 1;
+	way->found = type == bpf_core_enum_value(enum maple_type, maple_leaf_64);
+	return way->found || !way->entry;
+}
+
+/*
+ * The mapping at an address of the current task's. The task holds the mmap lock for writing, so the tree and the mapping stand
+ * still. Needs kernels with maple trees, since Linux 6.1.
+ */
+static __always_inline struct vm_area_struct *mapping_at(struct task_struct *task, uint64_t address)
+{
+	struct descent way = {.address = address};
+
+	if (!bpf_core_field_exists(task->mm->mm_mt) || !bpf_core_enum_value_exists(enum maple_type, maple_arange_64) ||
+	    !bpf_core_type_exists(struct maple_arange_64))
+		return 0;
+	way.entry = (uint64_t)task->mm->mm_mt.ma_root;
+	if ((way.entry & 3) != 2) /* not a node: there is at most one mapping */
+		return 0;
+	bpf_loop(MAPLE_DEPTH_MAX, descend, &way, 0);
+	return way.found ? (void *)way.entry : 0;
+}
+
+/* Is an end of the pages that contain [address, address + length) strictly inside the change? */
+static __always_inline int cut(struct change *change, uint64_t address, uint64_t length)
+{
+	uint64_t start = address & -4096ull, end = (address + length + 4095) & -4096ull;
+
+	return (change->start < start && start < change->end) || (change->start < end && end < change->end);
+}
+
+/*
+ * Is the change just the split of a huge page, which leaves all pages where they are? Where a system call cuts a mapping within an
+ * aligned 2 MiB, the kernel reports these 2 MiB, whether there is a huge page or not.
+ *
+ * The current task is inside the 64-bit system call `change->syscall`. When in doubt: no. docs/architecture.md, "Splits of huge
+ * pages", says why nothing else that these calls do passes all tests.
+ */
+static __always_inline int splits(struct task_struct *task, struct pt_regs *regs, struct change *change)
+{
+	uint64_t a = regs->di, b = regs->si, c = regs->dx;
+	struct vm_area_struct *mapping;
+	int populates = 0;
+
+	if (change->end - change->start != PMD_SIZE || change->start & (PMD_SIZE - 1))
+		return 0;
+	switch (change->syscall) {
+	case NR_mmap:
+		if (!(regs->r10 & MAP_ANONYMOUS) || !(regs->r10 & MAP_FIXED))
+			return 0;
+		break;
+	case NR_brk:
+		b = 0;
+		break;
+	case NR_mremap:
+		if (cut(change, a, c)) /* it shrinks */
+			b = c;
+		else if ((regs->r10 & MREMAP_FIXED) && !cut(change, a, b))
+			a = regs->r8, b = c;
+		break;
+	case NR_madvise: /* only how the mapping is to be treated */
+		if (c > MADV_SEQUENTIAL && (c < MADV_DONTFORK || c > MADV_KEEPONFORK))
+			return 0;
+		break;
+	case NR_mprotect:
+	case NR_pkey_mprotect:
+		populates = (c & PROT_WRITE) && task->mm->locked_vm;
+		break;
+	case NR_munmap:
+	case NR_mlock:
+	case NR_munlock:
+	case NR_mlock2:
+		break;
+	default:
+		return 0;
+	}
+	if (!cut(change, a, b) || !writes_mappings(task) || (task->flags & PF_MEMALLOC))
+		return 0;
+	mapping = mapping_at(task, change->start);
+	if (!mapping || BPF_CORE_READ(mapping, vm_start) > change->start || BPF_CORE_READ(mapping, vm_end) < change->end ||
+	    BPF_CORE_READ(mapping, vm_ops)) /* not anonymous: the split takes a file's pages out */
+		return 0;
+	if (!populates)
+		return 1;
+	/* Once it is both, its pages may be copied. */
+	return bpf_core_field_exists(mapping->vm_flags) &&
+	       (BPF_CORE_READ(mapping, vm_flags) & (VM_LOCKED | VM_WRITE)) != (VM_LOCKED | VM_WRITE);
 }
 
 /* A fork write-protects the parent's pages, which stay where they are. It may also write the child's number through a pointer
@@ -383,7 +567,7 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
-		scope = scope_of(task, regs, &change, blind);
+		scope = !blind && splits(task, regs, &change) ? NOBODY : scope_of(task, regs, &change, blind);
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
 	}
@@ -479,8 +663,8 @@ int doubt(void *unused)
 
 /* ---- The probe mmu_notifier: the function that calls all notifiers. It says whose change it is, and of what kind. ---- */
 
-/* The current task's change of [start, end) in the address space `mm`. */
-static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uint64_t start, uint64_t end)
+/* The current task's change of [start, end) in the address space `mm`. `may_split`: it may be just the split of a huge page. */
+static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uint64_t start, uint64_t end, int may_split)
 {
 	struct change change = {.start = start, .end = end, .syscall = -1};
 	struct task_struct *task;
@@ -495,6 +679,8 @@ static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uin
 		change.syscall = regs->orig_ax;
 		if (ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
+		if (may_split && splits(task, regs, &change))
+			return 0;
 	}
 	if (ctl->sole_table && ctl->mm == mm)
 		return feed(ctl->sole_table - 1, start, end, change.syscall, UMN_STEPS_MAX);
@@ -515,13 +701,13 @@ int mmu_notifier(struct pt_regs *ctx)
 	    event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_PROTECTION_PAGE) ||
 	    event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_SOFT_DIRTY))
 		return 0;
-	return feed_traced(ctl, (uint64_t)BPF_CORE_READ(range, mm), BPF_CORE_READ(range, start), BPF_CORE_READ(range, end));
+	return feed_traced(ctl, (uint64_t)BPF_CORE_READ(range, mm), BPF_CORE_READ(range, start), BPF_CORE_READ(range, end),
+			   event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_CLEAR));
 }
 
 /* ---- The probe zap: the functions that take pages away. sources/zap.py says which, and how they are called. ---- */
 
 #define ARGUMENTS 8 /* a power of two; 6 are in registers */
-#define PMD_SIZE (UINT64_C(1) << 21)
 #define PUD_SIZE (UINT64_C(1) << 30)
 #define VM_HUGETLB 0x00400000
 
@@ -620,5 +806,5 @@ int zap(struct pt_regs *ctx)
 		start = 0;
 		end = UINT64_MAX;
 	}
-	return feed_traced(ctl, mm, start, end);
+	return feed_traced(ctl, mm, start, end, 0);
 }

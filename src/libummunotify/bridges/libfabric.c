@@ -37,7 +37,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "sources/connection.h"
+#include "process/error.h"
 #include "include/ummunotify.h"
 #include "include/ummunotify_libfabric.h"
 
@@ -332,7 +332,7 @@ static int open_monitor(struct monitor *m)
 	m->quit = false;
 	m->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (m->wake < 0) {
-		error = fail(errno, "a descriptor cannot be made (%s)", strerror(errno));
+		error = umn_fail(UMMUNOTIFY_UNAVAILABLE, errno, "", "a descriptor cannot be made (%s)", strerror(errno));
 		goto close;
 	}
 	error = ummunotify_fd(m->umn);
@@ -344,7 +344,7 @@ static int open_monitor(struct monitor *m)
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (!error)
 		return 0;
-	error = fail(error, "a thread cannot be started (%s)", strerror(error));
+	error = umn_fail(UMMUNOTIFY_UNAVAILABLE, error, "", "a thread cannot be started (%s)", strerror(error));
 close_wake:
 	close(m->wake);
 close:
@@ -414,7 +414,7 @@ static int close_fid(struct fid *fid)
 	running = m->running;
 	pthread_mutex_unlock(&m->lock);
 	if (running)
-		return fail(EBUSY, "libfabric's caches use it: close the domains first");
+		return umn_fail(UMMUNOTIFY_UNAVAILABLE, EBUSY, "", "libfabric's caches use it: close the domains first");
 	error = m->close(fid);
 	if (error)
 		return error;
@@ -520,7 +520,7 @@ int libfabric_import(void *function, struct fid **monitor)
 
 	m = calloc(1, sizeof *m);
 	if (!m)
-		return fail(ENOMEM, "%s", strerror(ENOMEM));
+		return umn_fail_errno(UMMUNOTIFY_NO_MEMORY, ENOMEM, "no memory");
 	m->fid.fid.fclass = FI_CLASS_MEM_MONITOR;
 	m->fid.export_ops = &export_ops;
 	m->limit = range_limit();
@@ -538,14 +538,14 @@ int libfabric_import(void *function, struct fid **monitor)
 	pthread_mutex_lock(&listing); /* so that there is no fork before it is in the list */
 	error = open_cache(function, &cache);
 	if (error)
-		fail(ENOENT, "this libfabric cannot be given a monitor (error %d); use version 1.13 or later", -error);
+		umn_fail(UMMUNOTIFY_UNAVAILABLE, ENOENT, "", "this libfabric cannot be given a monitor (error %d); use version 1.13 or later", -error);
 	else {
 		error = cache->ops->bind(cache, &m->fid.fid, 0);
 		cache->ops->close(cache);
 		if (error == -EBUSY)
-			fail(EBUSY, "libfabric has been given another monitor already, or a domain is open");
+			umn_fail(UMMUNOTIFY_UNAVAILABLE, EBUSY, "", "libfabric has been given another monitor already, or a domain is open");
 		else if (error)
-			fail(-error, "libfabric does not take the monitor (error %d)", -error);
+			umn_fail(UMMUNOTIFY_UNAVAILABLE, -error, "", "libfabric does not take the monitor (error %d)", -error);
 	}
 	if (!error) {
 		m->ops = *m->fid.fid.ops;
@@ -578,6 +578,6 @@ int ummunotify_libfabric_import(struct fid **monitor)
 		dlclose(handle);
 	}
 	if (!function)
-		return fail(ENOENT, "no libfabric of version 1.13 or later is loaded; link the program with it, or load it first");
+		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENOENT, "", "no libfabric of version 1.13 or later is loaded; link the program with it, or load it first");
 	return libfabric_import(function, monitor);
 }

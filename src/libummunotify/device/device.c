@@ -1,121 +1,68 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /*
- * The device's descriptor is an epoll instance over what wakes the notifier up: so poll, select and epoll are the kernel's affair.
- * What it cannot do is here: ioctl, read, mmap, O_ASYNC; and keeping account of duplicates and forks.
+ * The device's descriptor is an epoll instance over what wakes the notifier up, so poll, select and epoll are the kernel's. What
+ * that cannot do is done here and beside this: ioctl and read (request.c), mmap, O_ASYNC (sigio.c), duplicates and forks.
  *
- * Locks
+ * Locks. `account_lock` protects the account of descriptors, a device's own lock what is watched and read; the device's comes
+ * first. A thread that holds one has all signals blocked and cannot be cancelled: so read() may be called in a signal handler, as
+ * a system call may. No thread waits for a change with either lock held.
  *
- * `lock` is held for the account of descriptors, and a device's own for what is watched and read. Whoever holds one has all
- * signals blocked and is not cancelled: so read() may be called in a signal handler, as a system call may. Nothing waits for a
- * change with either lock held.
+ * Forks. In a child with memory of its own the descriptor still belongs to the parent's memory. The child cannot reach the
+ * notifier, which is in the parent's own memory; but the counter's page and the epoll instance are shared, and read and ioctl are
+ * requests to a thread of the parent (device_serve). Each fork with fork's handlers starts that thread, if there is none. A child
+ * that is made without them (_Fork, clone) has the thread of an earlier fork, or no reply: then read and ioctl fail with EBADF.
  *
- * Forks
+ * No lock is held over a fork: the child's first call finds that it is another process (process.h), and makes the account anew from
+ * the table of descriptors, before it takes any lock.
  *
- * The descriptor still belongs to the parent's memory then. The child cannot reach the notifier, which is in the parent's own
- * memory; but the counter's page and the epoll instance are shared, and for read and ioctl it asks a thread of the parent's
- * (`serve`). That thread is started by the first fork with the device open, and keeps it open until the last child has closed it.
- *
- * A child of vfork shares the memory, so what it closes before it executes another program must not be accounted for (is_ours).
+ * A child that shares the memory (vfork, CLONE_VM) has descriptors of its own: what it closes is not accounted for (is_ours).
  */
 #define _GNU_SOURCE
 #include "device/device.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/close_range.h>
-#include <linux/futex.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "abi/layout.h"
-#include "table/table.h"
-#include "notifier/notifier.h"
-
-/* The other interface's event has the same name. */
-#define ummunotify_event device_event
-#include "include/linux/ummunotify.h"
-#undef ummunotify_event
-
-_Static_assert(sizeof(struct device_event) == 32 && sizeof(struct ummunotify_register_ioctl) == 32, "as programs know them");
-
-#define PIECE 64 /* events read at a time */
+#include "device/memory.h"
+#include "device/state.h"
+#include "process/process.h"
 
 struct device *device_fds[DEVICE_FDS];
-/* The library's own descriptors. A program that closes all numbers but those it knows would make it miss changes, silently: for
- * close() and dup2() they are not there. */
+/* In the table for the library's own descriptors. A program that closes all numbers but those that it knows would make itself miss
+ * changes: for close() and dup2() the library's are not open. */
 static struct device hidden;
 
-/* The regions by their cookies: a hash table with linear probing, at most half full. */
-struct cookies {
-	struct umn_region **at;
-	size_t mask; /* its size - 1 */
-	size_t count;
-};
+static pthread_mutex_t account_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct device *devices; /* changed by single stores, so a child finds a sound list whenever it was made */
+static unsigned int top;       /* no descriptor above has ever been in the table */
+static pid_t owner_pid;	       /* the process that all this belongs to */
 
-/* What sends SIGIO. */
-struct signaller {
-	bool on;
-	pthread_t thread;
-	int pipe[2]; /* the kernel sends the signal for this one's reading end, whenever something is written */
-	int stop;    /* an eventfd */
-	int fd;	     /* the device's, as it shows in the signal */
-	int ready;   /* the thread has done what setting up is its own */
-};
+/* ---- Masking ---- */
 
-struct device {
-	struct ummunotify *umn;
-	int counter_fd;
-	/* `lock` is for these. */
-	unsigned int fds;   /* this process's */
-	unsigned int users; /* calls under way, and the thread that serves children */
-	struct device *next;
-	int client, server; /* both ends of what children ask through; -1: no fork yet */
-	bool remote;	    /* this is a child; only `client` and counter_fd are of use */
-	int hidden[NOTIFIER_FDS + 1], hidden_count;
-
-	pthread_mutex_t own;
-	bool used;
-	struct cookies cookies;
-	struct drain drain;
-	struct signaller signaller;
-};
-
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static struct device *devices;
-static unsigned int top; /* no descriptor above has ever been a device's */
-static pid_t us;	 /* the process that all this belongs to */
-
-/* ---- Not to be disturbed ---- */
-
-struct calm {
-	sigset_t signals;
-	int cancelled;
-};
-
-static void calm(struct calm *before)
+void device_mask_signals(struct masked *before)
 {
 	sigset_t all;
 
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before->signals);
-	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before->cancelled);
+	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before->cancel_state);
 }
 
-static void uncalm(const struct calm *before)
+void device_restore_signals(const struct masked *before)
 {
 	int kept = errno;
 
-	pthread_setcancelstate(before->cancelled, NULL);
+	pthread_setcancelstate(before->cancel_state, NULL);
 	pthread_sigmask(SIG_SETMASK, &before->signals, NULL);
 	errno = kept;
 }
@@ -126,453 +73,143 @@ static int failed(int error)
 	return -1;
 }
 
-static void close_fd(int *fd)
-{
-	if (*fd >= 0)
-		next.close(*fd);
-	*fd = -1;
-}
-
-/* ---- Cookies ---- */
-
-static size_t place_of(const struct cookies *c, uint64_t cookie)
-{
-	size_t i = (cookie * UINT64_C(0x9e3779b97f4a7c15)) >> 20 & c->mask;
-
-	while (c->at[i] && c->at[i]->cookie != cookie)
-		i = (i + 1) & c->mask;
-	return i;
-}
-
-static struct umn_region *find_cookie(const struct cookies *c, uint64_t cookie)
-{
-	return c->at ? c->at[place_of(c, cookie)] : NULL;
-}
-
-/* Makes room for one more. */
-static bool reserve_cookie(struct cookies *c)
-{
-	struct cookies larger = {.mask = c->at ? 2 * c->mask + 1 : 63, .count = c->count};
-
-	if (c->at && 2 * (c->count + 1) <= c->mask + 1)
-		return true;
-	larger.at = calloc(larger.mask + 1, sizeof *larger.at);
-	if (!larger.at)
-		return false;
-	for (size_t i = 0; c->at && i <= c->mask; i++)
-		if (c->at[i])
-			larger.at[place_of(&larger, c->at[i]->cookie)] = c->at[i];
-	free(c->at);
-	*c = larger;
-	return true;
-}
-
-static void add_cookie(struct cookies *c, struct umn_region *region)
-{
-	c->at[place_of(c, region->cookie)] = region;
-	c->count++;
-}
-
-static void remove_cookie(struct cookies *c, uint64_t cookie)
-{
-	size_t hole = place_of(c, cookie), i = hole, home;
-
-	c->at[hole] = NULL;
-	c->count--;
-	/* Whatever was pushed past the hole from a place before it moves there. */
-	while (c->at[i = (i + 1) & c->mask]) {
-		home = (c->at[i]->cookie * UINT64_C(0x9e3779b97f4a7c15)) >> 20 & c->mask;
-		if (((i - home) & c->mask) < ((i - hole) & c->mask))
-			continue;
-		c->at[hole] = c->at[i];
-		c->at[i] = NULL;
-		hole = i;
-	}
-}
-
-/* ---- What the device does ---- */
-
-enum op { EXCHANGE, REGISTER, UNREGISTER, READ };
-
-struct order {
-	enum op op;
-	union {
-		uint32_t features;
-		struct ummunotify_register_ioctl region;
-		uint64_t cookie;
-		uint32_t room; /* of events, at most PIECE */
-	};
-};
-
-struct answer {
-	int error;
-	uint32_t count;
-	struct device_event events[PIECE];
-};
-
-static int exchange(struct device *d)
-{
-	if (d->used)
-		return EINVAL;
-	d->used = true;
-	return 0;
-}
-
-static int register_region(struct device *d, const struct ummunotify_register_ioctl *wanted)
-{
-	struct ummunotify_region *region;
-	int error;
-
-	d->used = true;
-	/* `flags` is not looked at: the best-known client, Open MPI, leaves whatever is on its stack there. */
-	if (wanted->start >= wanted->end || wanted->reserved || find_cookie(&d->cookies, wanted->user_cookie))
-		return EINVAL;
-	if (!reserve_cookie(&d->cookies))
-		return ENOMEM;
-	error = ummunotify_watch(d->umn, (void *)wanted->start, wanted->end - wanted->start, wanted->user_cookie, &region);
-	if (!error)
-		add_cookie(&d->cookies, (struct umn_region *)region);
-	return -error;
-}
-
-static int unregister_region(struct device *d, uint64_t cookie)
-{
-	struct umn_region *region = find_cookie(&d->cookies, cookie);
-
-	if (!region)
-		return EINVAL;
-	remove_cookie(&d->cookies, cookie);
-	ummunotify_unwatch(d->umn, (struct ummunotify_region *)region);
-	/* If it was the only one that was hit, there is nothing to read any more. */
-	if (ummunotify_changed(d->umn))
-		notifier_read(d->umn, NULL, 0, &d->drain);
-	return 0;
-}
-
-/* Up to `room` events. Fewer: that was all. */
-static uint32_t read_events(struct device *d, struct device_event *events, uint32_t room)
-{
-	struct ummunotify_event piece[PIECE];
-	ptrdiff_t n = notifier_read(d->umn, piece, room, &d->drain);
-	uint32_t count = 0;
-
-	for (; count < n; count++) {
-		/* First, so that what its holder pins after reading this is watched. It fails if there is nothing mapped now. */
-		if (notifier_must_renew(d->umn))
-			ummunotify_renew(d->umn, piece[count].region);
-		events[count] = (struct device_event){.type = UMMUNOTIFY_EVENT_TYPE_INVAL,
-						      .flags = piece[count].exact ? UMMUNOTIFY_EVENT_FLAG_HINT : 0,
-						      .hint_start = piece[count].start,
-						      .hint_end = piece[count].end,
-						      .user_cookie_counter = piece[count].cookie};
-	}
-	if (d->drain.finished && count < room) {
-		d->drain.finished = false;
-		events[count++] =
-			(struct device_event){.type = UMMUNOTIFY_EVENT_TYPE_LAST, .user_cookie_counter = d->drain.seen};
-	}
-	return count;
-}
-
-/* In the process that the device belongs to. */
-static void obey(struct device *d, struct order *order, struct answer *answer)
-{
-	pthread_mutex_lock(&d->own);
-	answer->error = 0;
-	answer->count = 0;
-	switch (order->op) {
-	case EXCHANGE:
-		answer->error = exchange(d);
-		break;
-	case REGISTER:
-		answer->error = register_region(d, &order->region);
-		break;
-	case UNREGISTER:
-		answer->error = unregister_region(d, order->cookie);
-		break;
-	case READ:
-		answer->count = read_events(d, answer->events, order->room < PIECE ? order->room : PIECE);
-		break;
-	default:
-		answer->error = EINVAL;
-	}
-	pthread_mutex_unlock(&d->own);
-}
-
-/* In a child. Once the parent has ended nothing can change there, so there is nothing to read. */
-static void ask(struct device *d, struct order *order, struct answer *answer)
-{
-	int ends[2];
-	union {
-		struct cmsghdr header;
-		char space[CMSG_SPACE(sizeof(int))];
-	} control = {.header = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int))}};
-	struct iovec data = {.iov_base = order, .iov_len = sizeof *order};
-	struct msghdr message = {
-		.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_LEN(sizeof(int))};
-	ssize_t length = -1;
-
-	answer->count = 0;
-	answer->error = 0;
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends)) {
-		answer->error = errno;
-		return;
-	}
-	memcpy(CMSG_DATA(&control.header), &ends[1], sizeof(int));
-	if (sendmsg(d->client, &message, MSG_NOSIGNAL) >= 0) {
-		next.close(ends[1]); /* if it is not answered, there is nobody at the other end */
-		ends[1] = -1;
-		length = recv(ends[0], answer, sizeof *answer, 0);
-	}
-	close_fd(&ends[0]);
-	close_fd(&ends[1]);
-	if (length != sizeof *answer) {
-		answer->count = 0;
-		answer->error = order->op == READ ? 0 : ESRCH;
-	}
-}
-
-static void carry_out(struct device *d, struct order *order, struct answer *answer)
-{
-	(d->remote ? ask : obey)(d, order, answer);
-}
-
-/* ---- SIGIO ----
- *
- * An epoll instance sends no signals, but a pipe does. So a thread waits for the notifier's wake-ups and writes to a pipe, whose
- * owner and signal are what the program has set for the device. The signal names the descriptor that O_ASYNC was set for: that has
- * to have the device's number, so the thread has a table of descriptors of its own, in which it has. */
-
-/* Closes all but these in a table of this thread's own. False: the kernel does not let us have one (Linux 5.9; a seccomp filter). */
-static bool unshare_fds(int *kept, int count)
-{
-	unsigned int from = 0;
-	int flags = CLOSE_RANGE_UNSHARE;
-
-	for (int i = 1; i < count; i++) /* sort */
-		for (int j = i; j && kept[j - 1] > kept[j]; j--) {
-			int other = kept[j];
-
-			kept[j] = kept[j - 1];
-			kept[j - 1] = other;
-		}
-	for (int i = 0; i <= count; i++) {
-		unsigned int to = i < count ? (unsigned int)kept[i] : ~0u;
-
-		if (to > from || i == count) {
-			if (syscall(SYS_close_range, from, i < count ? to - 1 : to, flags))
-				return false;
-			flags = 0;
-		}
-		from = to + 1;
-	}
-	return true;
-}
-
-static void *send_signals(void *argument)
-{
-	struct device *d = argument;
-	struct signaller *s = &d->signaller;
-	struct pollfd polled[2] = {{.events = POLLIN}, {.fd = s->stop, .events = POLLIN}};
-	int more, kept[5], fd = s->pipe[0];
-	char byte = 0;
-
-	notifier_wakeups(d->umn, &polled[0].fd, &more);
-	memcpy(kept, (int[]){polled[0].fd, more, s->stop, s->pipe[0], s->pipe[1]}, sizeof kept);
-	if (unshare_fds(kept, 5))
-		fd = (int)syscall(SYS_dup2, s->pipe[0], s->fd);
-	next.fcntl(fd, F_SETFL, O_NONBLOCK | O_ASYNC);
-	__atomic_store_n(&s->ready, 1, __ATOMIC_RELEASE);
-	syscall(SYS_futex, &s->ready, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
-	while (poll(polled, 2, -1) < 0 || !polled[1].revents) {
-		if (!polled[0].revents)
-			continue;
-		/* First, so that what comes after the signal sends another. */
-		notifier_next_wakeup(d->umn);
-		/* The system calls themselves: no descriptor here is one in the table of devices. */
-		if (syscall(SYS_write, s->pipe[1], &byte, 1) < 0 || syscall(SYS_read, s->pipe[0], &byte, 1) < 0)
-			break; /* cannot be */
-	}
-	return NULL;
-}
-
-static void copy_owner(int fd, int to)
-{
-	struct f_owner_ex owner;
-
-	if (!next.fcntl(fd, F_GETOWN_EX, &owner))
-		next.fcntl(to, F_SETOWN_EX, &owner);
-	next.fcntl(to, F_SETSIG, next.fcntl(fd, F_GETSIG));
-}
-
-static void stop_signals(struct device *d)
-{
-	struct signaller *s = &d->signaller;
-	const uint64_t one = 1;
-
-	if (!s->on)
-		return;
-	s->on = false;
-	if (!d->remote && write(s->stop, &one, sizeof one) > 0)
-		pthread_join(s->thread, NULL);
-	/* Else, as the thread's own copy of the reading end may be closed after the writing end, that would send one more. */
-	if (!d->remote)
-		next.fcntl(s->pipe[0], F_SETFL, O_NONBLOCK);
-	close_fd(&s->pipe[0]);
-	close_fd(&s->pipe[1]);
-	close_fd(&s->stop);
-}
-
-/* d->own is held, and signals are blocked: so they are in the thread. */
-static int start_signals(struct device *d, int fd)
-{
-	struct signaller *s = &d->signaller;
-	int error = 0;
-
-	*s = (struct signaller){.pipe = {-1, -1}, .stop = -1, .fd = fd};
-	if (pipe2(s->pipe, O_CLOEXEC | O_NONBLOCK) || (s->stop = eventfd(0, EFD_CLOEXEC)) < 0)
-		error = errno;
-	if (!error) {
-		copy_owner(fd, s->pipe[0]);
-		notifier_read(d->umn, NULL, 0, &d->drain); /* what has been before this sends no signal */
-		error = pthread_create(&s->thread, NULL, send_signals, d);
-	}
-	if (error) {
-		close_fd(&s->pipe[0]);
-		close_fd(&s->pipe[1]);
-		close_fd(&s->stop);
-		return error;
-	}
-	while (!__atomic_load_n(&s->ready, __ATOMIC_ACQUIRE))
-		syscall(SYS_futex, &s->ready, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
-	s->on = true;
-	return 0;
-}
-
-static int set_async(struct device *d, int fd, bool on)
-{
-	int error = 0;
-
-	if (d->remote)
-		return on == d->signaller.on ? 0 : EINVAL; /* the parent's, and only it can change that */
-	pthread_mutex_lock(&d->own);
-	if (on && !d->signaller.on)
-		error = start_signals(d, fd);
-	else if (!on)
-		stop_signals(d);
-	pthread_mutex_unlock(&d->own);
-	return error;
-}
-
 /* ---- The account of descriptors ---- */
 
-/* `lock` is held for these. */
-static void mark_hidden(struct device *d)
+/* The bound first: a child must find every entry below it. */
+static void set_entry(int fd, struct device *d)
 {
-	for (int i = 0; i < d->hidden_count; i++)
-		if ((unsigned int)d->hidden[i] < DEVICE_FDS) {
-			__atomic_store_n(&device_fds[d->hidden[i]], &hidden, __ATOMIC_RELAXED);
-			if ((unsigned int)d->hidden[i] > top)
-				top = (unsigned int)d->hidden[i];
-		}
+	unsigned int bound = __atomic_load_n(&top, __ATOMIC_RELAXED);
+
+	while ((unsigned int)fd > bound &&
+	       !__atomic_compare_exchange_n(&top, &bound, (unsigned int)fd, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+		continue;
+	__atomic_store_n(&device_fds[fd], d, __ATOMIC_RELEASE);
 }
 
-static void hide(struct device *d)
+void device_hide(int fd)
 {
-	d->hidden_count = notifier_fds(d->umn, d->hidden);
-	d->hidden[d->hidden_count++] = d->counter_fd;
-	mark_hidden(d);
+	if ((unsigned int)fd < DEVICE_FDS)
+		set_entry(fd, &hidden);
 }
 
-/* After it was taken off the list. */
-static void unhide(struct device *d)
+static void unhide(int fd)
 {
-	for (int i = 0; i < d->hidden_count; i++)
-		if ((unsigned int)d->hidden[i] < DEVICE_FDS)
-			__atomic_store_n(&device_fds[d->hidden[i]], NULL, __ATOMIC_RELAXED);
-	d->hidden_count = 0;
-	for (struct device *other = devices; other; other = other->next) /* some are several devices' */
-		mark_hidden(other);
+	struct device *expected = &hidden;
+
+	if ((unsigned int)fd < DEVICE_FDS)
+		__atomic_compare_exchange_n(&device_fds[fd], &expected, NULL, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 }
 
-/* `lock` is held; true: it is for the caller to free. */
+void device_close_hidden(struct umn_descriptor *descriptor)
+{
+	unhide(descriptor->fd);
+	if (umn_descriptor_intact(descriptor))
+		next.close(descriptor->fd);
+	descriptor->fd = -1;
+}
+
+static void hide_all(struct device *d)
+{
+	int fds[UMN_DEVICE_FDS];
+	size_t count = umn_device_fds(d->umn, fds);
+
+	while (count)
+		device_hide(fds[--count]);
+	device_hide(d->counter_fd);
+}
+
+/* The account's lock is held; true: the caller frees it. */
 static bool is_unused(struct device *d)
 {
 	struct device **link = &devices;
 
 	if (d->fds)
 		return false;
-	close_fd(&d->client); /* the last child's end of it decides */
+	device_close_hidden(&d->client); /* the server ends when the last child has closed its copy */
 	if (d->users)
 		return false;
 	while (*link != d)
 		link = &(*link)->next;
-	*link = d->next;
-	unhide(d);
+	__atomic_store_n(link, d->next, __ATOMIC_RELEASE);
 	return true;
 }
 
 static void free_device(struct device *d)
 {
-	stop_signals(d);
+	int fds[UMN_DEVICE_FDS];
+	size_t count;
+
+	if (!device_stop_signals(d))
+		return; /* a thread goes on with it */
+	if (!d->remote) {
+		/* So that the notifier can close them. */
+		count = umn_device_fds(d->umn, fds);
+		while (count)
+			unhide(fds[--count]);
+	}
 	ummunotify_close(d->umn);
-	close_fd(&d->counter_fd);
-	close_fd(&d->server);
+	unhide(d->counter_fd);
+	if (d->counter_fd >= 0)
+		next.close(d->counter_fd);
+	device_close_hidden(&d->server);
+	device_close_hidden(&d->client);
 	free(d->cookies.at);
 	free(d);
 }
 
-/* Not in a child of vfork, which shares our memory but not our descriptors; nor in one that the handlers of fork know nothing of. */
 static bool is_ours(void)
 {
-	return getpid() == us;
+	if (getpid() == owner_pid)
+		return true;
+	/* A child with memory of its own takes the account over, in its first call. One of vfork has the parent's epoch. */
+	if (umn_process_is(0))
+		umn_process_current();
+	return getpid() == owner_pid;
 }
 
-/* The device of a descriptor, for a call. NULL: it has just been closed, or is not for us to look after. Calms down. */
-static struct device *enter(int fd, struct calm *before)
+/* The device of a descriptor, for a call. NULL: it has just been closed, or is not this process's account. Masks signals. */
+static struct device *enter(int fd, struct masked *before)
 {
 	struct device *d;
 
 	if (!is_ours())
 		return NULL;
-	calm(before);
-	pthread_mutex_lock(&lock);
+	device_mask_signals(before);
+	pthread_mutex_lock(&account_lock);
 	d = device_fds[fd];
 	if (d == &hidden)
 		d = NULL;
 	if (d)
 		d->users++;
-	pthread_mutex_unlock(&lock);
+	pthread_mutex_unlock(&account_lock);
 	if (!d)
-		uncalm(before);
+		device_restore_signals(before);
 	return d;
 }
 
-static void leave(struct device *d, const struct calm *before)
+static void leave(struct device *d, const struct masked *before)
 {
 	int kept = errno;
 	bool unused;
 
-	pthread_mutex_lock(&lock);
+	pthread_mutex_lock(&account_lock);
 	d->users--;
 	unused = is_unused(d);
-	pthread_mutex_unlock(&lock);
+	pthread_mutex_unlock(&account_lock);
 	if (unused)
 		free_device(d);
 	errno = kept;
-	uncalm(before);
+	device_restore_signals(before);
 }
 
-/* `lock` is held for these two. */
+/* The account's lock is held for these two. */
 static void attach(int fd, struct device *d)
 {
-	__atomic_store_n(&device_fds[fd], d, __ATOMIC_RELAXED);
+	set_entry(fd, d);
 	d->fds++;
-	if ((unsigned int)fd > top)
-		top = (unsigned int)fd;
 }
 
-/* Those that are to be freed, in a list. */
+/* Adds to a list of those that are to be freed. */
 static void detach(int fd, struct device **unused)
 {
 	struct device *d = device_fds[fd];
@@ -602,32 +239,32 @@ static void free_devices(struct device *unused)
 int device_close(int fd)
 {
 	struct device *unused = NULL;
-	struct calm before;
+	struct masked before;
 	int result;
 
 	if (!is_ours())
 		return next.close(fd);
-	calm(&before);
-	pthread_mutex_lock(&lock);
-	/* Together: whoever is given the number next must not find it in the table. */
+	device_mask_signals(&before);
+	pthread_mutex_lock(&account_lock);
+	/* Both under the lock: the next file that gets the number must not find it in the table. */
 	detach(fd, &unused);
 	result = device_fds[fd] == &hidden ? failed(EBADF) : next.close(fd);
-	pthread_mutex_unlock(&lock);
+	pthread_mutex_unlock(&account_lock);
 	free_devices(unused);
-	uncalm(&before);
+	device_restore_signals(&before);
 	return result;
 }
 
 int device_close_range(unsigned int first, unsigned int last, int flags)
 {
 	struct device *unused = NULL;
-	struct calm before;
+	struct masked before;
 	int result = 0;
 
 	if (!devices || flags || first > last || !is_ours())
 		return next.close_range(first, last, flags);
-	calm(&before);
-	pthread_mutex_lock(&lock);
+	device_mask_signals(&before);
+	pthread_mutex_lock(&account_lock);
 	/* In pieces between those that are hidden. */
 	for (unsigned int fd = first; !result && fd <= last && fd <= top; fd++)
 		if (device_fds[fd] == &hidden) {
@@ -639,9 +276,9 @@ int device_close_range(unsigned int first, unsigned int last, int flags)
 		}
 	if (!result && first <= last)
 		result = next.close_range(first, last, flags);
-	pthread_mutex_unlock(&lock);
+	pthread_mutex_unlock(&account_lock);
 	free_devices(unused);
-	uncalm(&before);
+	device_restore_signals(&before);
 	return result;
 }
 
@@ -658,29 +295,29 @@ static int attach_copy(int fd, struct device *d)
 
 int device_dup(int fd)
 {
-	struct calm before;
+	struct masked before;
 	int copy;
 
 	if (!is_ours())
 		return next.dup(fd);
-	calm(&before);
-	pthread_mutex_lock(&lock);
+	device_mask_signals(&before);
+	pthread_mutex_lock(&account_lock);
 	copy = device_fds[fd] == &hidden ? failed(EBADF) : attach_copy(next.dup(fd), device_fds[fd]);
-	pthread_mutex_unlock(&lock);
-	uncalm(&before);
+	pthread_mutex_unlock(&account_lock);
+	device_restore_signals(&before);
 	return copy;
 }
 
 int device_dup_to(int fd, int to, int flags, bool dup3)
 {
 	struct device *unused = NULL, *d;
-	struct calm before;
+	struct masked before;
 	int copy;
 
 	if (!is_ours() || (fd == to && !dup3))
 		return dup3 ? next.dup3(fd, to, flags) : next.dup2(fd, to);
-	calm(&before);
-	pthread_mutex_lock(&lock);
+	device_mask_signals(&before);
+	pthread_mutex_lock(&account_lock);
 	d = is_device(fd) ? device_fds[fd] : NULL;
 	if (d == &hidden)
 		copy = failed(EBADF);
@@ -691,68 +328,42 @@ int device_dup_to(int fd, int to, int flags, bool dup3)
 	if (copy >= 0 && copy < DEVICE_FDS)
 		detach(copy, &unused);
 	copy = attach_copy(copy, d);
-	pthread_mutex_unlock(&lock);
+	pthread_mutex_unlock(&account_lock);
 	free_devices(unused);
-	uncalm(&before);
+	device_restore_signals(&before);
 	return copy;
 }
 
 /* ---- Forks ---- */
 
-/* Answers the children until the last of them has closed the device. */
 static void *serve(void *argument)
 {
 	struct device *d = argument;
-	struct order order;
-	struct answer answer;
-	union {
-		struct cmsghdr header;
-		char space[CMSG_SPACE(sizeof(int))];
-	} control;
-	struct iovec data = {.iov_base = &order, .iov_len = sizeof order};
-	struct msghdr message;
-	struct calm before;
-	ssize_t length;
-	int fd;
+	struct masked before;
 
-	calm(&before);
-	for (;;) {
-		message = (struct msghdr){
-			.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
-		length = recvmsg(d->server, &message, MSG_CMSG_CLOEXEC);
-		if (length <= 0 && errno != EMFILE)
-			break;
-		if (!CMSG_FIRSTHDR(&message) || CMSG_FIRSTHDR(&message)->cmsg_type != SCM_RIGHTS)
-			continue;
-		memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
-		if (length == sizeof order) {
-			memset(&answer, 0, sizeof answer);
-			obey(d, &order, &answer);
-			send(fd, &answer, sizeof answer, MSG_NOSIGNAL | MSG_DONTWAIT);
-		}
-		next.close(fd);
-	}
+	device_mask_signals(&before);
+	device_serve(d);
 	leave(d, &before);
 	return NULL;
 }
 
-static struct calm at_fork;
-
+/* If it fails, the child's requests do. The account's lock is held. */
 static void start_server(struct device *d)
 {
 	pthread_t thread;
 	int ends[2];
 
-	/* If it fails the child's calls do. */
-	if (d->remote || d->server >= 0 || !d->fds || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
+	if (d->remote || d->server.fd >= 0 || !d->fds || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
 		return;
-	d->client = ends[0];
-	d->server = ends[1];
+	umn_descriptor_set(&d->client, ends[0]);
+	umn_descriptor_set(&d->server, ends[1]);
+	device_hide(ends[0]);
+	device_hide(ends[1]);
 	d->users++;
 	if (pthread_create(&thread, NULL, serve, d)) {
 		d->users--;
-		close_fd(&d->client);
-		close_fd(&d->server);
+		device_close_hidden(&d->client);
+		device_close_hidden(&d->server);
 		return;
 	}
 	pthread_detach(thread);
@@ -760,37 +371,45 @@ static void start_server(struct device *d)
 
 static void before_fork(void)
 {
-	struct calm before;
+	struct masked before;
 
-	calm(&before);
-	pthread_mutex_lock(&lock);
-	at_fork = before;
+	if (!is_ours())
+		return;
+	device_mask_signals(&before);
+	pthread_mutex_lock(&account_lock);
 	for (struct device *d = devices; d; d = d->next)
 		start_server(d);
+	pthread_mutex_unlock(&account_lock);
+	device_restore_signals(&before);
 }
 
-static void in_parent(void)
-{
-	struct calm before = at_fork;
-
-	pthread_mutex_unlock(&lock);
-	uncalm(&before);
-}
-
-/* After the notifier's own. Calls of other threads that were under way never end here, so neither do their devices; they have
- * nothing open then. */
+/* In a child, before the notifier's module closes its descriptors (its calls of close() lead here): the library's own are no longer
+ * hidden, and the account is made anew, since another thread may have been changing it. Calls that other threads had under way
+ * do not exist here. */
 static void in_child(void)
 {
-	us = getpid();
-	pthread_mutex_init(&lock, NULL);
+	owner_pid = getpid();
+	pthread_mutex_init(&account_lock, NULL);
+	for (struct device *d = devices; d; d = d->next)
+		d->fds = d->users = 0;
+	for (unsigned int fd = 0; fd <= top; fd++)
+		if (device_fds[fd] == &hidden)
+			device_fds[fd] = NULL;
+		else if (device_fds[fd])
+			device_fds[fd]->fds++;
 	for (struct device *d = devices; d; d = d->next) {
-		pthread_mutex_init(&d->own, NULL);
-		if (!d->remote)
-			unhide(d); /* the notifier has closed them; and others' will be, too */
+		pthread_mutex_init(&d->lock, NULL);
+		if (!d->remote) {
+			device_close_hidden(&d->server);
+			device_close_hidden(&d->signaller.out);
+			device_close_hidden(&d->signaller.in);
+			device_close_hidden(&d->signaller.stop_out);
+			device_close_hidden(&d->signaller.stop_in);
+		}
 		d->remote = true;
-		close_fd(&d->server);
+		device_hide(d->client.fd);
+		device_hide(d->counter_fd);
 	}
-	uncalm(&at_fork);
 }
 
 /* ---- Calls ---- */
@@ -806,13 +425,42 @@ static void complain(void)
 		source && *source ? "" : ", or see what UMMUNOTIFY_SOURCE=uffd can do");
 }
 
-static void once(void)
+/* Another library's functions may come before these: then the program's calls go past the device, and its descriptor is an epoll
+ * instance to them. */
+static void warn_if_interposed(void)
 {
-	us = getpid();
-	pthread_atfork(before_fork, in_parent, in_child);
+	static const char *const names[] = {"mmap", "read", "ioctl", "fcntl", "dup", "dup2", "close"};
+	static bool complained;
+	Dl_info ours, first;
+
+	if (secure_getenv("UMMUNOTIFY_QUIET") || !dladdr((void *)device_open, &ours))
+		return;
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+		if (!dladdr(dlsym(RTLD_DEFAULT, names[i]), &first) || first.dli_fbase == ours.dli_fbase)
+			continue;
+		if (!__atomic_test_and_set(&complained, __ATOMIC_RELAXED))
+			dprintf(2,
+				"ummunotify: " DEVICE_PATH " will not work fully: %s of %s comes before that of %s (a call of it fails with "
+				"ENODEV, EINVAL or ENOTTY); put the latter first in LD_PRELOAD\n",
+				names[i], first.dli_fname, ours.dli_fname);
+		return;
+	}
 }
 
-/* userfaultfd does not see all that the device is expected to: only who asks for it gets it. */
+static int start_error;
+
+static void start(void)
+{
+	start_error = umn_process_start();
+	if (start_error)
+		return;
+	/* Before the notifier's, which closes descriptors that are hidden. */
+	umn_process_add_child(in_child);
+	owner_pid = getpid();
+	pthread_atfork(before_fork, NULL, NULL);
+}
+
+/* userfaultfd does not see all that the device is expected to: it has to be asked for. */
 static const char *source(void)
 {
 	const char *named = secure_getenv("UMMUNOTIFY_SOURCE");
@@ -820,17 +468,33 @@ static const char *source(void)
 	return named && *named ? named : "daemon";
 }
 
-static int open_it(int flags)
+static struct device *new_device(void)
 {
-	static pthread_once_t first = PTHREAD_ONCE_INIT;
+	const struct umn_descriptor none = UMN_NO_DESCRIPTOR;
 	struct device *d = calloc(1, sizeof *d);
-	int fd, error;
 
 	if (!d)
+		return NULL;
+	d->counter_fd = -1;
+	d->client = d->server = none;
+	d->signaller.out = d->signaller.in = d->signaller.stop_out = d->signaller.stop_in = none;
+	pthread_mutex_init(&d->lock, NULL);
+	return d;
+}
+
+static int open_it(int flags)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	struct device *d;
+	int fd, error;
+
+	pthread_once(&once, start);
+	if (start_error || !is_ours())
+		return failed(ENOENT);
+	d = new_device();
+	if (!d)
 		return failed(ENOMEM);
-	d->client = d->server = d->counter_fd = -1;
-	pthread_mutex_init(&d->own, NULL);
-	error = -notifier_open_device(&d->umn, source(), flags & O_CLOEXEC, &fd, &d->counter_fd);
+	error = -umn_open_device(&d->umn, source(), flags & O_CLOEXEC, &fd, &d->counter_fd);
 	if (error) {
 		free(d);
 		if (error == EMFILE || error == ENFILE || error == ENOMEM)
@@ -845,88 +509,122 @@ static int open_it(int flags)
 	}
 	if (flags & O_NONBLOCK)
 		next.fcntl(fd, F_SETFL, O_NONBLOCK);
-	/* After the notifier's handlers, so that in the child it comes after them. */
-	pthread_once(&first, once);
-	pthread_mutex_lock(&lock);
+	pthread_mutex_lock(&account_lock);
 	d->next = devices;
-	devices = d;
+	__atomic_store_n(&devices, d, __ATOMIC_RELEASE);
 	attach(fd, d);
-	hide(d);
-	pthread_mutex_unlock(&lock);
+	hide_all(d);
+	pthread_mutex_unlock(&account_lock);
+	warn_if_interposed();
 	return fd;
 }
 
 int device_open(int flags)
 {
-	struct calm before;
+	struct masked before;
 	int fd;
 
 	if ((flags & O_ACCMODE) != O_RDONLY)
 		return failed(EINVAL);
 	if (flags & O_DIRECTORY)
 		return failed(ENOTDIR);
-	calm(&before);
+	device_mask_signals(&before);
 	fd = open_it(flags);
-	uncalm(&before);
+	device_restore_signals(&before);
 	return fd;
 }
 
-/* Whether a system call that a signal interrupts goes on after the handler. The kernel knows which handler it was; we do not, so all
- * have to agree, but for those of signals that a thread brings upon itself, which does not happen to one that waits. */
-static bool goes_on(void)
+static int set_async(struct device *d, int fd, bool on)
 {
-	static const uint64_t own = 1ul << SIGSEGV | 1ul << SIGBUS | 1ul << SIGFPE | 1ul << SIGILL | 1ul << SIGTRAP |
-				    1ul << SIGSYS | 1ul << SIGABRT;
+	int error = 0;
+
+	if (d->remote)
+		return on == d->signaller.on ? 0 : EINVAL; /* the thread is the owner's, and only the owner can end or start it */
+	pthread_mutex_lock(&d->lock);
+	if (on && !d->signaller.on)
+		error = device_start_signals(d, fd);
+	else if (!on)
+		device_stop_signals(d);
+	pthread_mutex_unlock(&d->lock);
+	return error;
+}
+
+static void carry_out(struct device *d, const struct request *request, struct reply *reply)
+{
+	(d->remote ? device_ask_owner : device_handle_request)(d, request, reply);
+}
+
+/* Does a system call that a signal interrupts go on after the handler? The kernel knows which handler ran; this does not, so all of
+ * them have to restart it, but for those of signals that a thread causes itself, which one that waits does not. */
+static bool restarts_after_signal(void)
+{
+	static const uint64_t caused = 1ul << SIGSEGV | 1ul << SIGBUS | 1ul << SIGFPE | 1ul << SIGILL | 1ul << SIGTRAP |
+				       1ul << SIGSYS | 1ul << SIGABRT;
 	struct sigaction action;
 
 	for (int number = 1; number < NSIG && number < 64; number++)
-		if (!(own >> number & 1) && !sigaction(number, NULL, &action) && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN &&
-		    !(action.sa_flags & SA_RESTART))
+		if (!(caused >> number & 1) && !sigaction(number, NULL, &action) && action.sa_handler != SIG_DFL &&
+		    action.sa_handler != SIG_IGN && !(action.sa_flags & SA_RESTART))
 			return false;
 	return true;
 }
 
-/* Until there may be something to read. It was tried, if there was room for it. Not calm. 0, or what read() fails with. */
-static int wait_for_news(int fd, bool has_room)
+/* Until there may be something to read; it was tried, if there was room for it. Signals are not masked. 0, or read()'s errno. */
+static int wait_readable(int fd, bool has_room)
 {
 	struct pollfd polled = {.fd = fd, .events = POLLIN};
 
 	if (next.fcntl(fd, F_GETFL) & O_NONBLOCK)
 		return !has_room && poll(&polled, 1, 0) == 1 ? 0 : EAGAIN;
 	while (poll(&polled, 1, -1) < 0)
-		if (errno != EINTR || !goes_on())
+		if (errno != EINTR || !restarts_after_signal())
 			return errno;
 	return 0;
+}
+
+/* As many events as there are, up to `room`, into memory that is looked at first: an event that was taken must not be lost. */
+static size_t read_pieces(struct device *d, struct ummunotify_device_event *events, size_t room, int *error)
+{
+	struct request request = {.kind = REQUEST_READ};
+	struct reply reply;
+	size_t count = 0;
+
+	*error = 0;
+	do {
+		request.room = (uint32_t)(room - count < DEVICE_PIECE ? room - count : DEVICE_PIECE);
+		if (!device_can_write(events + count, request.room * sizeof *events)) {
+			*error = EFAULT;
+			break;
+		}
+		carry_out(d, &request, &reply);
+		*error = reply.error;
+		if (reply.count)
+			memcpy(events + count, reply.events, reply.count * sizeof *events);
+		count += reply.count;
+	} while (request.room && reply.count == request.room);
+	return count;
 }
 
 /* As many events as fit, once there is one. */
 ssize_t device_read(int fd, void *buffer, size_t length)
 {
-	struct order order = {.op = READ};
-	struct answer answer;
-	size_t room = length / sizeof *answer.events, count = 0;
-	struct calm before;
+	const size_t room = length / sizeof(struct ummunotify_device_event);
+	struct masked before;
 	struct device *d;
+	size_t count;
 	int error;
 
 	for (;;) {
 		d = enter(fd, &before);
 		if (!d)
 			return next.read(fd, buffer, length);
-		do {
-			order.room = (uint32_t)(room - count < PIECE ? room - count : PIECE);
-			carry_out(d, &order, &answer);
-			if (answer.count)
-				memcpy((struct device_event *)buffer + count, answer.events,
-				       answer.count * sizeof *answer.events);
-			count += answer.count;
-		} while (order.room && answer.count == order.room);
+		count = read_pieces(d, buffer, room, &error);
 		leave(d, &before);
 		if (count)
-			return (ssize_t)(count * sizeof *answer.events);
-		if (answer.error)
-			return failed(answer.error);
-		error = wait_for_news(fd, room);
+			return (ssize_t)(count * sizeof(struct ummunotify_device_event));
+		if (error)
+			return failed(error);
+		error = wait_readable(fd, room);
 		if (error)
 			return failed(error);
 		if (!room)
@@ -934,52 +632,54 @@ ssize_t device_read(int fd, void *buffer, size_t length)
 	}
 }
 
-int device_ioctl(int fd, unsigned long request, void *argument)
+static bool kind_of(unsigned long number, enum request_kind *kind)
 {
-	struct order order;
-	struct answer answer = {0};
-	struct calm before;
+	switch (number) {
+	case UMMUNOTIFY_EXCHANGE_FEATURES:
+		*kind = REQUEST_EXCHANGE;
+		return true;
+	case UMMUNOTIFY_REGISTER_REGION:
+		*kind = REQUEST_REGISTER;
+		return true;
+	case UMMUNOTIFY_UNREGISTER_REGION:
+		*kind = REQUEST_UNREGISTER;
+		return true;
+	}
+	return false;
+}
+
+int device_ioctl(int fd, unsigned long number, void *argument)
+{
+	const size_t size = number == FIOASYNC ? sizeof(int) : _IOC_SIZE(number);
+	struct request request;
+	struct reply reply = {0};
+	struct masked before;
 	struct device *d;
 
-	switch (request) {
-	case UMMUNOTIFY_EXCHANGE_FEATURES:
-		order.op = EXCHANGE;
-		break;
-	case UMMUNOTIFY_REGISTER_REGION:
-		order.op = REGISTER;
-		break;
-	case UMMUNOTIFY_UNREGISTER_REGION:
-		order.op = UNREGISTER;
-		break;
-	case FIOASYNC:
-		break;
-	case FIONBIO: /* what is for all kinds of files */
-	case FIOCLEX:
-	case FIONCLEX:
-		return next.ioctl(fd, request, argument);
-	default:
+	if (number == FIONBIO || number == FIOCLEX || number == FIONCLEX) /* what is for all kinds of files */
+		return next.ioctl(fd, number, argument);
+	if (number != FIOASYNC && !kind_of(number, &request.kind))
 		return failed(ENOTTY);
-	}
-	if (!argument)
-		return failed(EFAULT);
 	d = enter(fd, &before);
 	if (!d)
-		return next.ioctl(fd, request, argument);
-	if (request == FIOASYNC) {
-		answer.error = set_async(d, fd, *(int *)argument);
+		return next.ioctl(fd, number, argument);
+	if (!(number == UMMUNOTIFY_EXCHANGE_FEATURES ? device_can_write(argument, size) : device_can_read(argument, size))) {
+		reply.error = EFAULT;
+	} else if (number == FIOASYNC) {
+		reply.error = set_async(d, fd, *(int *)argument);
 	} else {
-		memcpy(&order.region, argument, _IOC_SIZE(request));
-		carry_out(d, &order, &answer);
-		if (order.op == EXCHANGE && !answer.error)
-			*(uint32_t *)argument = 0; /* no feature is defined */
+		memcpy(&request.region, argument, size);
+		carry_out(d, &request, &reply);
+		if (request.kind == REQUEST_EXCHANGE && !reply.error)
+			memset(argument, 0, size); /* no feature is defined */
 	}
 	leave(d, &before);
-	return answer.error ? failed(answer.error) : 0;
+	return reply.error ? failed(reply.error) : 0;
 }
 
 int device_fcntl(int fd, int command, long argument)
 {
-	struct calm before;
+	struct masked before;
 	struct device *d = enter(fd, &before);
 	int result, error;
 
@@ -988,9 +688,9 @@ int device_fcntl(int fd, int command, long argument)
 	switch (command) {
 	case F_DUPFD:
 	case F_DUPFD_CLOEXEC:
-		pthread_mutex_lock(&lock);
+		pthread_mutex_lock(&account_lock);
 		result = attach_copy(next.fcntl(fd, command, argument), d);
-		pthread_mutex_unlock(&lock);
+		pthread_mutex_unlock(&account_lock);
 		break;
 	case F_GETFL:
 		result = next.fcntl(fd, F_GETFL);
@@ -1005,10 +705,10 @@ int device_fcntl(int fd, int command, long argument)
 	case F_SETOWN_EX:
 	case F_SETSIG:
 		result = next.fcntl(fd, command, argument);
-		pthread_mutex_lock(&d->own);
-		if (!result && d->signaller.on)
-			copy_owner(fd, d->signaller.pipe[0]);
-		pthread_mutex_unlock(&d->own);
+		pthread_mutex_lock(&d->lock);
+		if (!result && d->signaller.on && !d->remote)
+			device_copy_owner(d, fd);
+		pthread_mutex_unlock(&d->lock);
 		break;
 	default:
 		result = next.fcntl(fd, command, argument);
@@ -1019,7 +719,7 @@ int device_fcntl(int fd, int command, long argument)
 
 void *device_mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
-	struct calm before;
+	struct masked before;
 	struct device *d;
 	void *page;
 

@@ -5,8 +5,8 @@
  * The functions are to be called only for descriptors that device_at finds, and return what the system call would, with errno. All
  * may be called in a signal handler but for device_open and the first ioctls (which allocate memory), and by any thread.
  */
-#ifndef UMN_LIB_DEVICE_H
-#define UMN_LIB_DEVICE_H
+#ifndef UMN_DEVICE_H
+#define UMN_DEVICE_H
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -14,10 +14,10 @@
 #include <sys/types.h>
 
 #define DEVICE_PATH "/dev/ummunotify"
-#define DEVICE_FDS (1 << 20) /* as many as a process may have (fs.nr_open), unless somebody raised it */
+#define DEVICE_FDS (1 << 20) /* as many as a process may have (the default of the sysctl fs.nr_open) */
 
 struct device;
-/* Whose descriptor it is; mostly nobody's. Pages of it that are never written take no memory. */
+/* The device of each descriptor, NULL if it is of another kind. Pages of it that are never written take no memory. */
 extern struct device *device_fds[DEVICE_FDS];
 
 static inline bool is_device(int fd)
@@ -25,7 +25,7 @@ static inline bool is_device(int fd)
 	return (unsigned int)fd < DEVICE_FDS && __builtin_expect(__atomic_load_n(&device_fds[fd], __ATOMIC_RELAXED) != NULL, 0);
 }
 
-/* The C library's functions that preload.c stands before. */
+/* The C library's functions that preload.c interposes. */
 struct next {
 	ssize_t (*read)(int fd, void *buffer, size_t length);
 	int (*close)(int fd);

@@ -9,6 +9,7 @@
 #undef _FORTIFY_SOURCE
 #undef _FILE_OFFSET_BITS
 #include "device/device.h"
+#include "device/memory.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -62,8 +63,8 @@ static void find(void)
 	FIND(also, read_chk, "__read_chk");
 	FIND(also, open_2, "__open_2");
 	FIND(also, openat_2, "__openat_2");
-	/* The dynamic linker preloads nothing from a path into a program with more rights than its user. In case that somebody has
-	 * put this where it does: such a program sees no device. */
+	/* The dynamic linker preloads nothing from a path into a program with more rights than its user. Where this was installed in
+	 * a directory from which it does, such a program sees no device. */
 	secure = getauxval(AT_SECURE);
 	__atomic_store_n(&found, true, __ATOMIC_RELEASE);
 }
@@ -175,7 +176,7 @@ EXPORT ssize_t readv(int fd, const struct iovec *pieces, int count)
 	ssize_t total = 0, length;
 
 	ready();
-	if (!is_device(fd) || count < 0)
+	if (!is_device(fd) || count < 0 || !device_can_read(pieces, (size_t)count * sizeof *pieces))
 		return also.readv(fd, pieces, count);
 	for (int i = 0; i < count; i++) {
 		length = device_read(fd, pieces[i].iov_base, pieces[i].iov_len);

@@ -41,6 +41,8 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
+#undef ummunotify_event /* <linux/ummunotify.h> has another one, which keeps the name struct ummunotify_device_event */
+
 struct ummunotify;	  /* a notifier, for the memory of the process that opened it */
 struct ummunotify_region; /* a range of addresses that is watched */
 
@@ -54,6 +56,7 @@ struct ummunotify_region; /* a range of addresses that is watched */
  *	daemon	`ummunotify daemon` runs here, or the program runs under `ummunotify run`; the same probes.
  *	uffd	the kernel's userfaultfd, without privileges; for private anonymous memory only.
  */
+#define UMMUNOTIFY_SOURCE_ENVIRONMENT "UMMUNOTIFY_SOURCE"
 
 /* The sources that `wanted` names, best first: up to `room` of their names into `names`. NULL or "": what the environment variable
  * UMMUNOTIFY_SOURCE says, or all. Returns how many there are. -EINVAL: there is no such source. */
@@ -80,6 +83,9 @@ void ummunotify_close(struct ummunotify *umn);
  * (UMMUNOTIFY_CLOSED), those that wait too. May be called more than once. ummunotify_close then frees the memory. */
 void ummunotify_shutdown(struct ummunotify *umn);
 
+/* Is it open, and this process's? 0, -ESHUTDOWN, -EBADF. */
+int ummunotify_check(struct ummunotify *umn);
+
 /* What feeds it, and where the BPF program is attached: "daemon:kvm", "uffd". */
 const char *ummunotify_source(const struct ummunotify *umn);
 
@@ -98,6 +104,9 @@ int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
 /* The mapping has not changed since the region was watched or last renewed. Three loads from memory; with the source uffd a system
  * call as well, and rarely a wait of up to 10 ms. True may be relied on; false may be a false alarm. */
 bool ummunotify_valid(const struct ummunotify_region *region);
+
+/* The same without waiting: 1, 0, or -EAGAIN where ummunotify_valid would wait. */
+int ummunotify_valid_now(const struct ummunotify_region *region);
 
 /* The region is valid again, until the next change after this call: pin the memory anew after it, not before. An event that was not
  * read yet still will be. With the source uffd it can fail as ummunotify_watch does; then the region stays invalid. */
@@ -129,8 +138,9 @@ ptrdiff_t ummunotify_read(struct ummunotify *umn, struct ummunotify_event *event
 
 /* Calls back with each event, until there is none. Other threads that dispatch wait until the callbacks are done, so after this
  * returns every change from before the call has been acted on, by whichever thread. A callback may call everything but
- * ummunotify_close; a dispatch inside it returns at once. It returns 0, or anything else to stop: what was not delivered stays
- * there for the next call. Returns how many were delivered, or -ECANCELED if a callback stopped it. */
+ * ummunotify_close; a dispatch inside it returns at once. It returns 0, or anything else if it could not act on the event: then this
+ * event and what comes after it stay for the next call, ummunotify_changed stays true, and the result is -ECANCELED. Otherwise the
+ * result is how many were delivered. If another thread unwatches a region meanwhile, a callback may just have been given its event. */
 ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const struct ummunotify_event *event, void *context),
 			      void *context);
 
@@ -182,6 +192,13 @@ struct ummunotify_failure {
 
 /* Of this thread's last call that failed. Good until the thread's next call. */
 const struct ummunotify_failure *ummunotify_failure(void);
+
+/* What this thread's last ummunotify_open tried in vain, in that order. NULL: no more. */
+struct ummunotify_tried {
+	const char *source;
+	const char *why, *remedy;
+};
+const struct ummunotify_tried *ummunotify_tried(size_t i);
 
 /* The same in a line of text: "what: why; remedy". */
 const char *ummunotify_error(void);

@@ -1,396 +1,455 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
-/* What notifier.py is in Python: a watch table, what feeds it, and waiting. */
+/* A watch table, what feeds it, and waiting. */
 #define _GNU_SOURCE
 #include "notifier/notifier.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "notifier/prove.h"
+#include "notifier/wakeup.h"
+#include "process/error.h"
+#include "process/process.h"
+#include "sources/connection.h"
 #include "sources/platform.h"
 #include "table/table.h"
-#include "sources/uffd.h"
-#include "sources/connection.h"
 
-#define PIECE 64 /* events drained at a time */
+#define PIECE 64   /* events drained at a time */
+#define SLICE 1000 /* milliseconds that are waited at a time */
 
 struct ummunotify {
+	uint32_t epoch; /* of the process that it belongs to */
+	/*
+	 * Calls count themselves in, then look whether it is closed; closing sets that, then looks whether a call is in.
+	 * Sequentially consistent, so one of the two sees the other, and the last to leave releases what the others were using.
+	 */
+	uint32_t inside;
+	uint32_t closed;
+	uint32_t released;
+
 	struct umn_table *table;
-	struct feed *feed;
-	bool dead;  /* inherited through a fork */
-	bool wakes; /* changes send wake-ups */
-	int fd;	    /* an epoll of the next one and of the feed's; -1: not made yet, or a device's */
-	int more;   /* an eventfd: readable while something is left although the feed's wake-up was acknowledged */
-	bool is_more;
-	pthread_mutex_t lock; /* between reading and unwatching: what is unwatched is not reported; and of `wakes` and `is_more` */
+	struct umn_connection *connection;
+	const struct umn_candidate *candidate;
+	uint64_t max_regions;
+	/* While this or `dispatching` is held, code of the program's may run, and come back here from a signal handler: both are of
+	 * the kind that fails (EDEADLK) where the thread has it already. */
+	pthread_mutex_t growing;
+
+	pthread_mutex_t lock; /* reading against unwatching: what is unwatched is not reported; and of the next four */
+	bool wakes;	      /* changes send wake-ups */
+	struct umn_wakeup wakeup;
+	struct ummunotify_event taken; /* by dispatch */
+	enum { NONE, CALLING, REFUSED } taken_is;
+
+	uint32_t delivering;	     /* callbacks that are not done, are about to be called, or have refused `taken` */
+	pthread_mutex_t dispatching; /* held while they run */
+
 	struct ummunotify *next;
 };
 
-/* Held where descriptors and mappings are made or released, so that there is no fork meanwhile: a child could not know them. */
-static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
-static struct ummunotify *notifiers;
-
-static __thread char said[400];
-
-const char *ummunotify_error(void)
-{
-	return said;
-}
-
-int fail(int error, const char *format, ...)
-{
-	va_list arguments;
-
-	va_start(arguments, format);
-	vsnprintf(said, sizeof said, format, arguments);
-	va_end(arguments);
-	return -error;
-}
-
-static int dead(void)
-{
-	return fail(EBADF, "this notifier was inherited through a fork: it is the parent's; open one here");
-}
-
 /* ---- Forks ---- */
 
-static void before_fork(void)
-{
-	pthread_mutex_lock(&making);
-}
-
-static void in_parent(void)
-{
-	pthread_mutex_unlock(&making);
-}
-
-static void close_fd(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
-}
+/* Changed by single stores, so that a child of a fork finds a sound list whenever it was made. */
+static struct ummunotify *notifiers;
+static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void in_child(void)
 {
 	for (struct ummunotify *umn = notifiers; umn; umn = umn->next) {
-		umn->dead = true;
-		umn_table_abandon(umn->table);
-		umn->feed->release(umn->feed);
-		close_fd(&umn->fd);
-		close_fd(&umn->more);
+		umn->connection->in_child(umn->connection);
+		umn_wakeup_close(&umn->wakeup);
 	}
 	notifiers = NULL;
-	pthread_mutex_init(&making, NULL);
+	pthread_mutex_init(&list_lock, NULL);
 }
 
-static void once(void)
+static void start(void)
 {
-	umn_uffd_at_fork(); /* what it does has to be done before `release` */
-	pthread_atfork(before_fork, in_parent, in_child);
+	umn_process_add_child(in_child);
 }
 
-/* ---- Opening and closing ---- */
-
-/* `making` is held. */
-static int add_segment(struct ummunotify *umn)
+static int start_once(void)
 {
-	uint32_t pages = umn_table_next_pages(umn->table);
-	void *memory;
-	int error;
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	int error = umn_process_start();
 
-	if (!pages)
-		return fail(ENOMEM, "the table is as large as it can be");
-	memory = umn->feed->add_segment(umn->feed, pages);
-	if (!memory)
-		return -ENOMEM;
-	error = umn_table_add_segment(umn->table, memory, pages);
-	if (error) {
-		munmap(memory, (size_t)pages * UMN_PAGE);
-		return fail(-error, "%s", strerror(-error));
-	}
+	if (error)
+		return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, -error,
+				      "a page that forks do not inherit cannot be made (MADV_WIPEONFORK, Linux 4.14)");
+	/* In a child that has made no call yet, the list is the parent's. */
+	umn_process_current();
+	pthread_once(&once, start);
 	return 0;
 }
 
-/* -EAGAIN: a source that cannot always tell, and says so, could not just now. */
-static int prove_once(struct ummunotify *umn)
+static void list_add(struct ummunotify *umn)
 {
-	struct umn_region *region;
-	struct umn_event events[2];
-	void *page = umn_test_page();
-	bool seen, good;
-	int error;
-
-	if (!page)
-		return fail(ENOMEM, "%s", strerror(ENOMEM));
-	error = umn_table_watch(umn->table, (uint64_t)page, (uint64_t)page + UMN_PAGE, 0, NULL, &region);
-	if (error) {
-		munmap(page, UMN_PAGE);
-		return fail(ENODEV, "a page cannot be watched (%s)", strerror(abs(error)));
-	}
-	good = umn_region_valid(region);
-	munmap(page, UMN_PAGE);
-	seen = !umn_region_valid(region) && umn_table_changed(umn->table);
-	good &= seen;
-	good &= umn_table_drain(umn->table, events, 2) == 1 && events[0].region == region;
-	umn_table_unwatch(umn->table, region);
-	umn_table_restart(umn->table);
-	if (!good && seen && umn->feed->source)
-		return -EAGAIN;
-	return good ? 0 : fail(ENODEV, "it failed its self-test: a page was unmapped and the event did not arrive as it should; "
-				       "please report this with the kernel's version");
+	pthread_mutex_lock(&list_lock);
+	umn->next = notifiers;
+	__atomic_store_n(&notifiers, umn, __ATOMIC_RELEASE);
+	pthread_mutex_unlock(&list_lock);
 }
 
-/* Nothing is trusted until a change of our own was seen. */
-static int prove(struct ummunotify *umn)
+static void list_remove(struct ummunotify *umn)
 {
-	const struct timespec step = {.tv_nsec = 1000000};
-	int error = -EAGAIN;
+	struct ummunotify **link = &notifiers;
 
-	for (int i = 0; i < 10000 && error == -EAGAIN; i++) {
-		if (i)
-			nanosleep(&step, NULL);
-		error = prove_once(umn);
-	}
-	return error == -EAGAIN ? fail(ENODEV, "so much else was changing that its self-test showed nothing; try again") : error;
+	pthread_mutex_lock(&list_lock);
+	for (; *link; link = &(*link)->next)
+		if (*link == umn) {
+			__atomic_store_n(link, umn->next, __ATOMIC_RELEASE);
+			break;
+		}
+	pthread_mutex_unlock(&list_lock);
 }
 
-static struct {
-	const char *name;
-	struct feed *(*open)(bool counter);
-} const sources[] = {{"daemon", feed_open_daemon}, {"uffd", feed_open_uffd}};
-
-static void free_notifier(struct ummunotify *umn)
+/* Has this process a notifier of this source? */
+static bool has_another(enum umn_source_kind kind)
 {
-	if (umn->feed && !umn->dead)
-		umn->feed->release(umn->feed);
-	if (umn->feed)
-		umn->feed->free(umn->feed);
-	umn_table_delete(umn->table);
-	close_fd(&umn->fd);
-	close_fd(&umn->more);
-	free(umn);
+	bool found = false;
+
+	pthread_mutex_lock(&list_lock);
+	for (struct ummunotify *umn = notifiers; umn; umn = umn->next)
+		found |= umn->candidate->kind == kind;
+	pthread_mutex_unlock(&list_lock);
+	return found;
 }
 
-/* `making` is held. NULL: it has been said why. */
-static struct ummunotify *try_source(struct feed *(*open_feed)(bool counter), bool counter)
-{
-	struct ummunotify *umn = calloc(1, sizeof *umn);
+/* ---- Calls ---- */
 
-	if (!umn || !(umn->table = umn_table_new(UINT64_MAX))) {
-		fail(ENOMEM, "%s", strerror(ENOMEM));
-		free(umn);
-		return NULL;
-	}
-	umn->fd = umn->more = -1;
-	pthread_mutex_init(&umn->lock, NULL);
-	umn->feed = open_feed(counter);
-	if (!umn->feed) {
-		free_notifier(umn);
-		return NULL;
-	}
-	if (umn->feed->source)
-		umn_table_set_source(umn->table, umn->feed->source);
-	if (add_segment(umn) || umn->feed->bind(umn->feed) || prove(umn)) {
-		umn_table_close(umn->table);
-		free_notifier(umn);
-		return NULL;
-	}
-	return umn;
+static void release(struct ummunotify *umn)
+{
+	if (__atomic_exchange_n(&umn->released, 1, __ATOMIC_ACQ_REL))
+		return;
+	list_remove(umn);
+	umn->connection->release(umn->connection);
+	umn_wakeup_close(&umn->wakeup);
 }
 
-/* The wake-up's descriptor, and through it the caller's. `making` and the notifier's lock are held. */
-static int make_fd(struct ummunotify *umn, int epoll)
+static void leave(struct ummunotify *umn)
 {
-	struct epoll_event event = {.events = EPOLLIN};
-	int wake = umn->feed->wake_fd(umn->feed);
-
-	if (wake < 0)
-		return wake;
-	umn->more = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (epoll < 0 || umn->more < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, wake, &event) ||
-	    epoll_ctl(epoll, EPOLL_CTL_ADD, umn->more, &event)) {
-		int error = errno;
-
-		close_fd(&umn->more);
-		return fail(error, "a descriptor cannot be made (%s)", strerror(error));
-	}
-	umn->wakes = true;
-	return 0;
+	if (!__atomic_sub_fetch(&umn->inside, 1, __ATOMIC_SEQ_CST) && __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+		release(umn);
 }
 
-/* What a device has from the start. As make_fd. */
-static int make_device(struct ummunotify *umn, int epoll)
+static int fail_forked(void)
 {
-	int error = make_fd(umn, epoll);
+	return umn_fail(UMMUNOTIFY_FORKED, EBADF, "open another one in the child",
+			"this notifier was opened before a fork and watches the parent process");
+}
 
-	if (!error && umn->feed->make_counter)
-		error = umn->feed->make_counter(umn->feed);
+static int fail_closed(void)
+{
+	return umn_fail(UMMUNOTIFY_CLOSED, ESHUTDOWN, "", "this notifier is closed");
+}
+
+/* 0: nothing that the call needs is released before `leave`. */
+static int enter(struct ummunotify *umn)
+{
+	if (!umn_process_is(umn->epoch)) {
+		umn_process_current(); /* lets go of what the child inherited */
+		return fail_forked();
+	}
+	__atomic_add_fetch(&umn->inside, 1, __ATOMIC_SEQ_CST);
+	if (!__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+		return 0;
+	leave(umn);
+	return fail_closed();
+}
+
+int ummunotify_check(struct ummunotify *umn)
+{
+	int error = enter(umn);
+
+	if (!error)
+		leave(umn);
 	return error;
 }
 
-static void set_more(struct ummunotify *umn, bool is_more)
+/* ---- Opening ---- */
+
+/* 0, or it has been said why. */
+static int grow(struct ummunotify *umn)
 {
-	const uint64_t one = 1;
-	uint64_t count;
+	uint32_t pages;
+	void *memory;
+	int error;
 
-	if (umn->is_more == is_more)
-		return;
-	umn->is_more = is_more;
-	/* Neither can fail: nobody else uses it. */
-	if ((is_more ? write(umn->more, &one, sizeof one) : read(umn->more, &count, sizeof count)) < 0)
-		return;
-}
-
-/* `epoll` is a device's, or -1. */
-static int open_notifier(struct ummunotify **result, const char *source, int epoll)
-{
-	static pthread_once_t first = PTHREAD_ONCE_INIT;
-	char reasons[2 * sizeof said + 32] = "";
-	struct ummunotify *umn = NULL;
-	bool known = false;
-	size_t length;
-
-	if (!source)
-		source = secure_getenv("UMMUNOTIFY_SOURCE");
-	if (source && !*source)
-		source = NULL;
-	pthread_once(&first, once);
-	pthread_mutex_lock(&making);
-	for (size_t i = 0; i < sizeof sources / sizeof *sources && !umn; i++) {
-		if (source && strcmp(source, sources[i].name))
-			continue;
-		known = true;
-		umn = try_source(sources[i].open, epoll >= 0);
-		if (umn && epoll >= 0 && make_device(umn, epoll)) {
-			umn_table_close(umn->table);
-			free_notifier(umn);
-			umn = NULL;
+	/* The feeder may run Python code, and that a signal handler or a finaliser which watches something itself. */
+	if (pthread_mutex_lock(&umn->growing) == EDEADLK)
+		return umn_fail(UMMUNOTIFY_LIMIT, EDEADLK, "do this outside of signal handlers and finalisers",
+				"the code that this call has interrupted is making the table larger");
+	pages = umn_table_next_pages(umn->table);
+	if (!pages) {
+		error = umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "", "the table is as large as it can be");
+	} else {
+		error = umn->connection->add_segment(umn->connection, pages, &memory);
+		if (!error && (error = umn_table_add_segment(umn->table, memory, pages))) {
+			munmap(memory, (size_t)pages * UMN_PAGE);
+			umn_fail_errno(UMMUNOTIFY_NO_MEMORY, -error, "the table cannot grow");
 		}
-		length = strlen(reasons);
-		if (!umn)
-			snprintf(reasons + length, sizeof reasons - length, "%s%s: %s", length ? ". " : "", sources[i].name, said);
 	}
+	pthread_mutex_unlock(&umn->growing);
+	return error;
+}
+
+static void free_notifier(struct ummunotify *umn)
+{
+	if (umn->connection)
+		umn->connection->free(umn->connection);
+	if (umn->table)
+		umn_table_delete(umn->table);
+	free(umn);
+}
+
+/* `epoll` is a device's, or -1. NULL: it has been said why. */
+static struct ummunotify *try_source(const struct umn_candidate *candidate, const struct ummunotify_options *options, int epoll)
+{
+	struct ummunotify *umn = calloc(1, sizeof *umn);
+	pthread_mutexattr_t checked;
+
 	if (umn) {
-		umn->next = notifiers;
-		notifiers = umn;
+		umn->wakeup = (struct umn_wakeup)UMN_NO_WAKEUP;
+		umn->max_regions = options->max_regions ? options->max_regions : UINT64_MAX;
+		umn->table = umn_table_new(UINT64_MAX);
 	}
-	pthread_mutex_unlock(&making);
-	*result = umn;
-	if (umn)
-		return 0;
-	if (!known)
-		return fail(EINVAL, "there is no source %s for C programs; there are daemon and uffd (`ummunotify run` provides a daemon "
-				    "to whoever may load BPF programs)", source);
-	return fail(ENODEV, "%s", reasons);
+	if (!umn || !umn->table) {
+		umn_fail_errno(UMMUNOTIFY_NO_MEMORY, ENOMEM, "no memory");
+		free(umn);
+		return NULL;
+	}
+	umn->epoch = umn_process_current();
+	umn->candidate = candidate;
+	pthread_mutex_init(&umn->lock, NULL);
+	pthread_mutexattr_init(&checked);
+	pthread_mutexattr_settype(&checked, PTHREAD_MUTEX_ERRORCHECK);
+	pthread_mutex_init(&umn->growing, &checked);
+	pthread_mutex_init(&umn->dispatching, &checked);
+	pthread_mutexattr_destroy(&checked);
+	umn->connection = umn_connect(candidate, options->feeder, epoll >= 0);
+	if (!umn->connection) {
+		free_notifier(umn);
+		return NULL;
+	}
+	if (umn->connection->source)
+		umn_table_set_source(umn->table, umn->connection->source);
+	/* The wake-up first: after it, no descriptor is left that the self-test could depend on. */
+	if (!umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !grow(umn) && !umn->connection->bind(umn->connection) &&
+	    !umn_prove(umn->table, umn->connection)) {
+		list_add(umn);
+		return umn;
+	}
+	umn_table_close(umn->table);
+	release(umn);
+	free_notifier(umn);
+	return NULL;
 }
 
-int ummunotify_open(struct ummunotify **umn, const char *source)
+/* Adds "source: why; remedy" to what is said if none works. */
+static void note_reason(char **reasons, const char *name)
 {
-	return open_notifier(umn, source, -1);
+	char *longer = NULL;
+
+	if (asprintf(&longer, "%s%s%s: %s", *reasons ? *reasons : "", *reasons ? ". " : "", name, ummunotify_error()) < 0)
+		return;
+	free(*reasons);
+	*reasons = longer;
 }
 
-int notifier_open_device(struct ummunotify **umn, const char *source, bool cloexec, int *fd, int *counter_fd)
+static int open_notifier(struct ummunotify **result, const struct ummunotify_options *options, int epoll)
 {
+	const struct umn_candidate *candidates[UMN_CANDIDATES_MAX];
+	int error = start_once(), count = error ? error : umn_candidates(options->source, candidates);
+	char *reasons = NULL;
+
+	*result = NULL;
+	umn_forget_tried();
+	if (count < 0)
+		return count;
+	for (int i = 0; i < count; i++) {
+		/* All of them for the same reason. */
+		if (i && candidates[i]->kind == UMN_BPF && !options->feeder)
+			continue;
+		*result = try_source(candidates[i], options, epoll);
+		if (*result)
+			break;
+		umn_note_tried(candidates[i]->name);
+		/* What the process has is never followed by something weaker without a word. */
+		if (count == 1 || (ummunotify_failure()->code == UMMUNOTIFY_LIMIT && has_another(candidates[i]->kind))) {
+			error = -ummunotify_failure()->error;
+			umn_fail_what("%s", candidates[i]->name);
+			break;
+		}
+		note_reason(&reasons, candidates[i]->name);
+	}
+	if (!*result && !error)
+		error = umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "", "no source of invalidations is available (%s)",
+				 reasons ? reasons : "no memory");
+	free(reasons);
+	return error;
+}
+
+int ummunotify_open_with(struct ummunotify **umn, const struct ummunotify_options *options)
+{
+	struct ummunotify_options known = {0};
+
+	memcpy(&known, options, options->size < sizeof known ? options->size : sizeof known);
+	return open_notifier(umn, &known, -1);
+}
+
+int ummunotify_open(struct ummunotify **umn, const char *wanted)
+{
+	const struct ummunotify_options options = {.size = sizeof options, .source = wanted};
+
+	return open_notifier(umn, &options, -1);
+}
+
+int umn_open_device(struct ummunotify **umn, const char *source, bool cloexec, int *fd, int *counter_fd)
+{
+	const struct ummunotify_options options = {.size = sizeof options, .source = source};
 	int error;
 
 	*fd = epoll_create1(cloexec ? EPOLL_CLOEXEC : 0);
 	if (*fd < 0)
-		return fail(errno, "%s", strerror(errno));
-	error = open_notifier(umn, source, *fd);
-	if (error) {
-		close_fd(fd);
-		return error;
+		return umn_fail_errno(UMMUNOTIFY_LIMIT, errno, "a descriptor cannot be made");
+	error = open_notifier(umn, &options, *fd);
+	if (!error) {
+		*counter_fd = (*umn)->connection->open_counter((*umn)->connection);
+		if (*counter_fd >= 0) {
+			(*umn)->wakes = true;
+			umn_table_arm((*umn)->table);
+			return 0;
+		}
+		error = *counter_fd;
+		ummunotify_close(*umn);
 	}
-	*counter_fd = (*umn)->feed->counter_fd;
-	(*umn)->feed->counter_fd = -1;
-	umn_table_arm((*umn)->table);
-	return 0;
+	umn_close(fd);
+	return error;
+}
+
+/* ---- Closing ---- */
+
+void ummunotify_shutdown(struct ummunotify *umn)
+{
+	if (enter(umn))
+		return;
+	umn_table_close(umn->table);
+	__atomic_store_n(&umn->closed, 1, __ATOMIC_SEQ_CST);
+	pthread_mutex_lock(&umn->lock);
+	umn_wakeup_set(&umn->wakeup, true); /* for the threads that wait */
+	pthread_mutex_unlock(&umn->lock);
+	leave(umn);
 }
 
 void ummunotify_close(struct ummunotify *umn)
 {
-	struct ummunotify **link = &notifiers;
-
 	if (!umn)
 		return;
-	pthread_mutex_lock(&making);
-	for (; *link; link = &(*link)->next)
-		if (*link == umn) {
-			*link = umn->next;
-			break;
-		}
-	if (!umn->dead)
-		umn_table_close(umn->table);
+	ummunotify_shutdown(umn);
 	free_notifier(umn);
-	pthread_mutex_unlock(&making);
 }
 
 const char *ummunotify_source(const struct ummunotify *umn)
 {
-	return umn->feed->name;
+	return umn->connection->name;
+}
+
+const char *ummunotify_version(void)
+{
+	return UMN_VERSION;
 }
 
 /* ---- Watching ---- */
 
-static int explain(int error)
+static int fail_to_watch(struct ummunotify *umn, int error, uint64_t start, uint64_t length)
 {
-	switch (error) {
-	case UMN_UFFD_UNMAPPED:
-		return fail(error, "some of it is not mapped, and userfaultfd cannot watch that");
-	case UMN_UFFD_KIND:
-		return fail(error, "userfaultfd tells only of private anonymous memory; use the daemon");
-	case UMN_UFFD_OTHER:
-		return fail(error, "another userfaultfd of this process has registered some of it, and memory can have only one");
-	case UMN_UFFD_OWN:
-		return fail(error, "some of it is what ummunotify itself works with");
-	case UMN_UFFD_MAPPINGS:
-		return fail(error, "the kernel has no memory for it, or the process too many mappings; raise the sysctl "
-				   "vm.max_map_count");
-	}
-	return fail(error, "%s", strerror(error));
+	if (error > 0)
+		umn->connection->refused(umn->connection, error, start, start + length);
+	else if (error == -EDQUOT)
+		umn_fail(UMMUNOTIFY_LIMIT, ENOSPC, "", "the index of the regions is as deep as it can be");
+	else if (error == -EBADF)
+		return fail_closed();
+	else
+		umn_fail_errno(UMMUNOTIFY_NO_MEMORY, -error, "no memory");
+	return umn_fail_what("cannot watch %llu bytes at %#llx", (unsigned long long)length, (unsigned long long)start);
+}
+
+static int check_range(struct ummunotify *umn, uint64_t start, uint64_t length)
+{
+	static uint64_t limit;
+	const char *why = NULL;
+
+	(void)umn;
+	if (!__atomic_load_n(&limit, __ATOMIC_RELAXED))
+		__atomic_store_n(&limit, umn_user_limit(), __ATOMIC_RELAXED);
+	if (!length)
+		why = "it is empty";
+	else if (start + length < start)
+		why = "it wraps round the end of the address space";
+	else if (!start || start + length > limit)
+		why = "it is not in user space";
+	if (!why)
+		return 0;
+	umn_fail(UMMUNOTIFY_RANGE, EINVAL, "", "%s", why);
+	return umn_fail_what("cannot watch %llu bytes at %#llx", (unsigned long long)length, (unsigned long long)start);
+}
+
+static int watch(struct ummunotify *umn, uint64_t start, uint64_t length, uint64_t cookie, struct umn_region **region)
+{
+	int error = check_range(umn, start, length);
+
+	if (error)
+		return error;
+	if (umn_table_regions(umn->table) >= umn->max_regions) /* to within the threads that watch at the same time */
+		return umn_fail(UMMUNOTIFY_LIMIT, ENOSPC, "unwatch some, or raise max_regions",
+				"%llu regions are watched, and max_regions allows for no more",
+				(unsigned long long)umn_table_regions(umn->table));
+	while ((error = umn_table_watch(umn->table, start, start + length, cookie, NULL, region)) == -ENOSPC)
+		if ((error = grow(umn)))
+			return __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST) ? fail_closed() :
+										 umn_fail_what("the table cannot grow");
+	return error ? fail_to_watch(umn, error, start, length) : 0;
 }
 
 int ummunotify_watch(struct ummunotify *umn, const void *address, size_t length, uint64_t cookie,
 		     struct ummunotify_region **region)
 {
-	static uint64_t limit;
-	const uint64_t start = (uint64_t)address, end = start + length;
-	int error;
+	int error = enter(umn);
 
-	if (umn->dead)
-		return dead();
-	if (!__atomic_load_n(&limit, __ATOMIC_RELAXED))
-		__atomic_store_n(&limit, umn_user_limit(), __ATOMIC_RELAXED);
-	if (end <= start || end > limit)
-		return fail(EINVAL, "%s", length ? "it is not in user space" : "it is empty");
-	while ((error = umn_table_watch(umn->table, start, end, cookie, NULL, (struct umn_region **)region)) == -ENOSPC) {
-		pthread_mutex_lock(&making);
-		error = add_segment(umn);
-		pthread_mutex_unlock(&making);
-		if (error)
-			return error;
-	}
-	if (error == -EDQUOT)
-		return fail(ENOMEM, "the index of the regions is as deep as it can be");
-	return error ? explain(abs(error)) : 0;
+	if (error)
+		return error;
+	error = watch(umn, (uint64_t)address, length, cookie, (struct umn_region **)region);
+	leave(umn);
+	return error;
+}
+
+/* The lock is held. What is being called stays counted until the callback returns. */
+static void forget_taken(struct ummunotify *umn)
+{
+	if (umn->taken_is == REFUSED)
+		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
+	umn->taken_is = NONE;
 }
 
 int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
 {
-	if (umn->dead)
-		return dead();
+	int error = enter(umn);
+
+	if (error)
+		return error;
 	pthread_mutex_lock(&umn->lock);
 	umn_table_unwatch(umn->table, (struct umn_region *)region);
+	if (umn->taken_is != NONE && umn->taken.region == region)
+		forget_taken(umn);
 	pthread_mutex_unlock(&umn->lock);
+	leave(umn);
 	return 0;
 }
 
@@ -399,21 +458,59 @@ bool ummunotify_valid(const struct ummunotify_region *region)
 	return umn_region_valid((const struct umn_region *)region);
 }
 
+int ummunotify_valid_now(const struct ummunotify_region *region)
+{
+	const struct umn_region *r = (const struct umn_region *)region;
+
+	if (!umn_region_untouched(r))
+		return 0;
+	if (!r->source)
+		return 1;
+	/* In this order: see umn_region_valid. */
+	return r->source->arrived(r->source) ? umn_region_untouched(r) : -EAGAIN;
+}
+
 int ummunotify_renew(struct ummunotify *umn, struct ummunotify_region *region)
 {
-	int error = umn->dead ? dead() : umn_table_renew(umn->table, (struct umn_region *)region);
+	struct umn_region *r = (struct umn_region *)region;
+	int error = enter(umn);
 
-	return error > 0 ? explain(error) : error;
+	if (error)
+		return error;
+	error = umn_table_renew(umn->table, r);
+	if (error)
+		error = fail_to_watch(umn, error, r->start, r->end - r->start);
+	leave(umn);
+	return error;
 }
 
 bool ummunotify_changed(const struct ummunotify *umn)
 {
-	return umn_table_changed(umn->table);
+	/* In this order: dispatch counts itself in before it takes an event off the list, which is what makes the first say no. */
+	return umn_table_changed(umn->table) || __atomic_load_n(&umn->delivering, __ATOMIC_ACQUIRE);
 }
 
 uint64_t ummunotify_generation(struct ummunotify *umn)
 {
-	return umn->dead ? 0 : umn_table_generation(umn->table);
+	return umn_table_generation(umn->table);
+}
+
+int ummunotify_stats(struct ummunotify *umn, struct ummunotify_stats *stats)
+{
+	struct umn_table_stats of_table;
+	int error = enter(umn);
+
+	if (error)
+		return error;
+	umn_table_stats(umn->table, &of_table);
+	*stats = (struct ummunotify_stats){.regions = of_table.regions,
+					   .bytes = of_table.bytes,
+					   .free_bytes = of_table.free_bytes,
+					   .segments = of_table.segments,
+					   .levels = of_table.levels,
+					   .overflows = of_table.overflows};
+	leave(umn);
+	return 0;
 }
 
 /* ---- Reading ---- */
@@ -439,113 +536,216 @@ static size_t drain(struct ummunotify *umn, struct ummunotify_event *events, siz
 	return count;
 }
 
-/* Whatever it was that has changed, it sent no wake-up or it was cleared. */
+/* Something has changed that sent no wake-up, or the wake-up was cleared. */
 static bool is_unseen(const struct ummunotify *umn)
 {
 	return umn_generation(umn_table_header(umn->table)) != umn_table_seen(umn->table);
 }
 
-ptrdiff_t notifier_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct drain *state)
+/* `dispatching`: there is room for one, and a callback will decide whether it is delivered. */
+static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading,
+			     bool dispatching)
 {
 	uint64_t counter = 0;
-	size_t n;
+	size_t n = 0;
 
-	if (umn->dead)
-		return dead();
 	/* Before it is seen to that all changes which it has counted are in the table. */
-	if (umn->feed->counter)
-		counter = __atomic_load_n(umn->feed->counter, __ATOMIC_ACQUIRE);
-	if (umn->feed->doubtful(umn->feed))
-		umn_table_doubt(umn->table);
+	if (umn->connection->counter)
+		counter = __atomic_load_n(umn->connection->counter, __ATOMIC_ACQUIRE);
+	if (umn->connection->may_have_missed(umn->connection))
+		umn_table_invalidate_all(umn->table);
 	pthread_mutex_lock(&umn->lock);
 	if (umn->wakes) {
 		/* In this order no wake-up is lost: what hits after arming sends one again. */
-		umn->feed->acknowledge(umn->feed);
+		umn->connection->acknowledge(umn->connection);
 		umn_table_arm(umn->table);
 	}
-	n = drain(umn, events, room);
-	state->seen = umn->feed->counter ? counter : umn_table_seen(umn->table);
-	/* Else there was no room to see that the list is empty, or to say so. */
-	state->unfinished |= n > 0;
-	state->finished = n < room && state->unfinished;
+	if (umn->taken_is == REFUSED && room) {
+		events[n++] = umn->taken;
+		forget_taken(umn);
+	}
 	if (n < room)
-		state->unfinished = false;
-	if (umn->wakes)
-		set_more(umn, state->unfinished || is_unseen(umn));
+		n += drain(umn, &events[n], room - n);
+	if (dispatching && n) {
+		umn->taken = *events;
+		umn->taken_is = CALLING;
+	}
+	reading->seen = umn->connection->counter ? counter : umn_table_seen(umn->table);
+	/* Else there was no room to see that the list is empty, or to say so. */
+	reading->unfinished |= n > 0;
+	reading->finished = n < room && reading->unfinished;
+	if (n < room)
+		reading->unfinished = false;
+	if (umn->wakes && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+		umn_wakeup_set(&umn->wakeup, reading->unfinished || is_unseen(umn));
 	pthread_mutex_unlock(&umn->lock);
 	return (ptrdiff_t)n;
 }
 
+ptrdiff_t umn_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading)
+{
+	ptrdiff_t result = enter(umn);
+
+	if (result)
+		return result;
+	result = read_events(umn, events, room, reading, false);
+	leave(umn);
+	return result;
+}
+
 ptrdiff_t ummunotify_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room)
 {
-	struct drain state = {0};
+	struct umn_reading reading = {0};
 
-	return notifier_read(umn, events, room, &state);
+	return umn_read(umn, events, room, &reading);
+}
+
+/* After the callback. What it has refused counts as not delivered and is the first to come again, unless it was unwatched meanwhile. */
+static void settle_taken(struct ummunotify *umn, bool refused)
+{
+	pthread_mutex_lock(&umn->lock);
+	if (refused && umn->taken_is == CALLING) {
+		umn->taken_is = REFUSED;
+		if (umn->wakes && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+			umn_wakeup_set(&umn->wakeup, true);
+	} else {
+		umn->taken_is = NONE;
+		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
+	}
+	pthread_mutex_unlock(&umn->lock);
+}
+
+ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const struct ummunotify_event *event, void *context),
+			      void *context)
+{
+	struct umn_reading reading = {0};
+	struct ummunotify_event event;
+	ptrdiff_t result = enter(umn), n;
+	bool stopped = false;
+
+	if (result)
+		return result;
+	if (pthread_mutex_lock(&umn->dispatching) == EDEADLK) {
+		leave(umn);
+		return 0;
+	}
+	/* One by one: what was not delivered, because a callback stops, stays in the table. */
+	do {
+		__atomic_add_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
+		n = read_events(umn, &event, 1, &reading, true);
+		if (n > 0) {
+			stopped = callback(&event, context);
+			/* The callback has forked, and this is the child: other threads of the parent may hold the locks for ever. */
+			if (!umn_process_is(umn->epoch))
+				return fail_forked();
+			result += !stopped;
+			settle_taken(umn, stopped);
+		} else {
+			__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
+		}
+	} while (n > 0 && !stopped && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST));
+	pthread_mutex_unlock(&umn->dispatching);
+	leave(umn);
+	return stopped ? -ECANCELED : result;
+}
+
+/* ---- Waiting ---- */
+
+/* From now on changes send wake-ups. */
+static void begin_wakeups(struct ummunotify *umn)
+{
+	pthread_mutex_lock(&umn->lock);
+	if (!umn->wakes) {
+		umn->wakes = true;
+		umn_table_arm(umn->table);
+		/* What has been hit by now sent none. */
+		umn_wakeup_set(&umn->wakeup, umn->wakeup.is_set || is_unseen(umn) || umn->taken_is == REFUSED);
+	}
+	pthread_mutex_unlock(&umn->lock);
 }
 
 int ummunotify_fd(struct ummunotify *umn)
 {
-	int error = 0;
+	int result = enter(umn);
 
-	if (umn->dead)
-		return dead();
-	pthread_mutex_lock(&making);
-	pthread_mutex_lock(&umn->lock);
-	if (umn->fd < 0) {
-		umn->fd = epoll_create1(EPOLL_CLOEXEC);
-		error = make_fd(umn, umn->fd);
-		if (error)
-			close_fd(&umn->fd);
-	}
-	if (!error) {
-		umn_table_arm(umn->table);
-		/* What has been hit by now sent no wake-up. */
-		set_more(umn, umn->is_more || is_unseen(umn));
-	}
-	pthread_mutex_unlock(&umn->lock);
-	pthread_mutex_unlock(&making);
-	return error ? error : umn->fd;
+	if (result)
+		return result;
+	begin_wakeups(umn);
+	result = umn_wakeup_intact(&umn->wakeup) ? umn->wakeup.epoll : -EBADF;
+	leave(umn);
+	return result;
 }
 
-bool notifier_must_renew(const struct ummunotify *umn)
+static int wait_slice(struct ummunotify *umn, int milliseconds)
 {
-	return umn->feed->source != NULL;
+	struct pollfd polled = {.fd = umn->wakeup.epoll, .events = POLLIN};
+	int result;
+
+	if (__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+		return fail_closed();
+	if (!umn_wakeup_intact(&umn->wakeup))
+		return -EBADF;
+	result = poll(&polled, 1, milliseconds);
+	if (result < 0)
+		return umn_fail_errno(UMMUNOTIFY_DESCRIPTOR, errno, "waiting was interrupted");
+	return __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST) ? fail_closed() : result;
 }
 
-_Static_assert(NOTIFIER_FDS == FEED_FDS + 1, "the feed's, and one of ours");
-
-int notifier_fds(struct ummunotify *umn, int *fds)
+int ummunotify_wait(struct ummunotify *umn, int milliseconds)
 {
-	int count;
+	int result = enter(umn);
 
-	pthread_mutex_lock(&making);
-	count = umn->feed->fds ? umn->feed->fds(umn->feed, fds) : 0;
-	fds[count++] = umn->more;
-	pthread_mutex_unlock(&making);
+	if (result)
+		return result;
+	begin_wakeups(umn);
+	/* In slices: where the program has closed the pipe, nothing wakes this thread when the notifier is closed. */
+	do {
+		result = wait_slice(umn, milliseconds < 0 || milliseconds > SLICE ? SLICE : milliseconds);
+		if (milliseconds >= 0)
+			milliseconds -= milliseconds > SLICE ? SLICE : milliseconds;
+	} while (!result && milliseconds);
+	leave(umn);
+	return result;
+}
+
+/* ---- For the device ---- */
+
+bool umn_must_renew(const struct ummunotify *umn)
+{
+	return umn->connection->source != NULL;
+}
+
+size_t umn_device_fds(struct ummunotify *umn, int *fds)
+{
+	const struct umn_wakeup *w = &umn->wakeup;
+	size_t count = 0;
+
+	fds[count++] = w->source;
+	fds[count++] = w->out.fd;
+	fds[count++] = w->in.fd;
+	if (umn->connection->wake_fd >= 0)
+		fds[count++] = umn->connection->wake_fd;
 	return count;
 }
 
-void notifier_wakeups(struct ummunotify *umn, int *wake, int *more)
+int umn_device_wake(struct ummunotify *umn)
 {
-	pthread_mutex_lock(&making);
-	*wake = umn->feed->wake_fd(umn->feed); /* made with the device */
-	*more = umn->more;
-	pthread_mutex_unlock(&making);
+	return umn->wakeup.source;
 }
 
-void notifier_next_wakeup(struct ummunotify *umn)
+void umn_device_next_wakeup(struct ummunotify *umn)
 {
-	struct umn_source *source = umn->feed->source;
-	bool was_more;
+	struct umn_source *source = umn->connection->source;
+	bool was_set;
 
 	if (source)
 		source->settle(source, UMN_SETTLE_MILLISECONDS);
 	pthread_mutex_lock(&umn->lock);
-	was_more = umn->is_more;
-	/* It is readable all the time: whoever made the change may be looking. */
-	set_more(umn, true);
-	umn->feed->acknowledge(umn->feed);
+	was_set = umn->wakeup.is_set;
+	/* It is readable all the time: the thread that made the change may be looking. */
+	umn_wakeup_set(&umn->wakeup, true);
+	umn->connection->acknowledge(umn->connection);
 	umn_table_arm(umn->table);
-	set_more(umn, was_more || is_unseen(umn) || (source && !source->arrived(source)));
+	umn_wakeup_set(&umn->wakeup, was_set || is_unseen(umn) || (source && !source->arrived(source)));
 	pthread_mutex_unlock(&umn->lock);
 }

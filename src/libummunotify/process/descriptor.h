@@ -10,6 +10,7 @@
 #define UMN_DESCRIPTOR_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <sys/types.h>
 
 struct umn_descriptor {
@@ -28,6 +29,10 @@ bool umn_descriptor_intact(const struct umn_descriptor *descriptor);
 
 /* Closes it if it is intact, and forgets it. */
 void umn_descriptor_close(struct umn_descriptor *descriptor);
+
+/* Leaves this thread a descriptor table of its own, with these and no others: what the program closes is then closed. `fds` are
+ * sorted. 0, or an errno: the kernel (before Linux 5.9) or a sandbox does not allow it. */
+int umn_descriptors_unshare(int *fds, size_t count);
 
 /* Closes a descriptor that has never left the function that made it. */
 void umn_close(int *fd);

@@ -28,6 +28,14 @@ const char *ummunotify_error(void)
 	return last.text;
 }
 
+static void copy(char *to, size_t size, const char *from)
+{
+	size_t length = strnlen(from, size - 1);
+
+	memmove(to, from, length);
+	to[length] = 0;
+}
+
 int umn_fail(enum ummunotify_code code, int error, const char *remedy, const char *why, ...)
 {
 	char text[sizeof last.why]; /* the arguments may be what was noted last */
@@ -36,8 +44,7 @@ int umn_fail(enum ummunotify_code code, int error, const char *remedy, const cha
 	va_start(arguments, why);
 	vsnprintf(text, sizeof text, why, arguments);
 	va_end(arguments);
-	memmove(last.remedy, remedy, strnlen(remedy, sizeof last.remedy - 1) + 1);
-	last.remedy[sizeof last.remedy - 1] = 0;
+	copy(last.remedy, sizeof last.remedy, remedy);
 	memcpy(last.why, text, sizeof text);
 	*last.what = *last.mapping = 0;
 	last.failure.code = code;
@@ -63,4 +70,34 @@ void umn_fail_mapping(const char *mapping)
 int umn_fail_errno(enum ummunotify_code code, int error, const char *what)
 {
 	return umn_fail(code, error, "", "%s (%s)", what, strerror(error));
+}
+
+#define TRIED_MAX 8
+
+static __thread struct {
+	size_t count;
+	struct ummunotify_tried is[TRIED_MAX];
+	char why[TRIED_MAX][600], remedy[TRIED_MAX][300];
+} tried;
+
+void umn_forget_tried(void)
+{
+	tried.count = 0;
+}
+
+void umn_note_tried(const char *source)
+{
+	size_t i = tried.count;
+
+	if (i == TRIED_MAX)
+		return;
+	copy(tried.why[i], sizeof tried.why[i], last.why);
+	copy(tried.remedy[i], sizeof tried.remedy[i], last.remedy);
+	tried.is[i] = (struct ummunotify_tried){source, tried.why[i], tried.remedy[i]};
+	tried.count++;
+}
+
+const struct ummunotify_tried *ummunotify_tried(size_t i)
+{
+	return i < tried.count ? &tried.is[i] : NULL;
 }

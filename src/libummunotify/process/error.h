@@ -15,6 +15,10 @@ __attribute__((format(printf, 1, 2))) int umn_fail_what(const char *what, ...);
 /* The mapping that is to blame, as /proc/self/maps has it. */
 void umn_fail_mapping(const char *mapping);
 
+/* For ummunotify_tried: the source with what was noted last. */
+void umn_forget_tried(void);
+void umn_note_tried(const char *source);
+
 /* A system call that failed with an errno. */
 int umn_fail_errno(enum ummunotify_code code, int error, const char *what);
 

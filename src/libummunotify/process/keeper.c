@@ -15,11 +15,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "process/descriptor.h"
 #include "process/error.h"
-
-#ifndef CLOSE_RANGE_UNSHARE
-#define CLOSE_RANGE_UNSHARE 2u
-#endif
 
 #define KEPT_MAX 80
 #define STACK ((size_t)64 << 10)
@@ -31,7 +28,7 @@ struct umn_keeper {
 	pthread_t thread;
 	uint32_t state;
 	int error;
-	int fds[KEPT_MAX + 1]; /* ascending */
+	int fds[KEPT_MAX + 1];
 	size_t count;
 };
 enum { STARTING, KEEPING, FAILED, ENDING };
@@ -89,38 +86,17 @@ static uint32_t wait_while(struct umn_keeper *keeper, uint32_t state)
 	return now;
 }
 
-/* Leaves this thread a table of its own, with the files to be kept and none other: the program's pipes must end when the program
- * closes them. */
-static int take_table(const struct umn_keeper *keeper)
-{
-	size_t last = keeper->count - 1;
-
-	if (syscall(SYS_close_range, keeper->fds[last] + 1u, ~0u, CLOSE_RANGE_UNSHARE))
-		return errno;
-	for (size_t i = 0; i <= last; i++) {
-		unsigned int first = i ? (unsigned int)keeper->fds[i - 1] + 1 : 0;
-
-		if ((unsigned int)keeper->fds[i] > first && syscall(SYS_close_range, first, keeper->fds[i] - 1u, 0))
-			return errno;
-	}
-	return 0;
-}
-
 static void *keep(void *argument)
 {
 	struct umn_keeper *keeper = argument;
 
 	prctl(PR_SET_NAME, "ummunotify-keep");
-	keeper->error = take_table(keeper);
+	/* The program's pipes must end when the program closes them: so none of its descriptors stays here. */
+	keeper->error = umn_descriptors_unshare(keeper->fds, keeper->count);
 	set_state(keeper, keeper->error ? FAILED : KEEPING);
 	if (!keeper->error)
 		wait_while(keeper, KEEPING);
 	return NULL; /* the table, and with it the files */
-}
-
-static int ascending(const void *a, const void *b)
-{
-	return *(const int *)a - *(const int *)b;
 }
 
 /* 0 or an errno. */
@@ -132,7 +108,6 @@ static int keep_by_thread(struct umn_keeper *keeper, const int *fds, size_t coun
 
 	keeper->count = count;
 	memcpy(keeper->fds, fds, count * sizeof *fds);
-	qsort(keeper->fds, count, sizeof *fds, ascending);
 	sigfillset(&all);
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, STACK);

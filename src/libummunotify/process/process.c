@@ -21,6 +21,7 @@ static struct page *page;
 static uint32_t last = 1; /* the epoch of this process, or of its parent until it has its own */
 static void (*modules[MODULES_MAX])(void);
 static unsigned int module_count;
+static pthread_mutex_t adding = PTHREAD_MUTEX_INITIALIZER;
 static int start_error;
 
 static const uint32_t unstarted; /* 0: nothing is of this process before umn_process_start */
@@ -36,6 +37,7 @@ static void begin_child(void)
 	while (__atomic_exchange_n(&page->lock, 1, __ATOMIC_ACQUIRE))
 		sched_yield();
 	if (!__atomic_load_n(&page->epoch, __ATOMIC_RELAXED)) {
+		pthread_mutex_init(&adding, NULL);
 		for (unsigned int i = 0; i < module_count; i++)
 			modules[i]();
 		if (!++last)
@@ -94,6 +96,14 @@ int umn_process_start(void)
 
 void umn_process_add_child(void (*in_child)(void))
 {
-	if (module_count < MODULES_MAX)
-		modules[module_count++] = in_child;
+	unsigned int i;
+
+	/* The lock is among threads that add. A child may be made at any step: the entry comes before the count. */
+	pthread_mutex_lock(&adding);
+	i = module_count;
+	if (i < MODULES_MAX) {
+		__atomic_store_n(&modules[i], in_child, __ATOMIC_RELEASE);
+		__atomic_store_n(&module_count, i + 1, __ATOMIC_RELEASE);
+	}
+	pthread_mutex_unlock(&adding);
 }

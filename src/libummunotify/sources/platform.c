@@ -2,8 +2,9 @@
 #define _GNU_SOURCE
 #include "sources/platform.h"
 
+#include <assert.h>
 #include <errno.h>
-#include <linux/bpf.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -33,6 +34,8 @@ void *umn_test_page(void)
 
 	if (page == MAP_FAILED)
 		return NULL;
+	/* After mlockall(MCL_FUTURE) it is locked, and MADV_DONTNEED refuses locked memory. */
+	munlock((void *)page, (size_t)sysconf(_SC_PAGESIZE));
 	*page = 1;
 	return (void *)page;
 }
@@ -60,14 +63,37 @@ int umn_show_secret(uint64_t secret)
 	return (int)result;
 }
 
+/*
+ * The beginnings of the kernel's `union bpf_attr` and `struct bpf_prog_info`, which it takes in any size, if what it does not know
+ * is zero. Not those of <linux/bpf.h>: their sizes and padding depend on the headers, and an initialiser need not clear what
+ * it does not name (GCC 15 no longer clears the rest of a union).
+ */
+struct bpf_query {
+	uint32_t program_fd;
+	uint32_t size; /* of what the kernel is to fill in; then what it did */
+	uint64_t result;
+};
+struct program_counts {
+	uint64_t other[26];
+	uint64_t skipped; /* recursion_misses */
+};
+static_assert(sizeof(struct bpf_query) == 16 && sizeof(struct program_counts) == 216, "the kernel's layout");
+#define QUERY_OBJECT 15 /* BPF_OBJ_GET_INFO_BY_FD */
+
 int64_t umn_skipped_runs(int program_fd)
 {
-	struct bpf_prog_info info = {0};
-	union bpf_attr attr = {.info = {.bpf_fd = (uint32_t)program_fd, .info_len = sizeof info, .info = (uint64_t)&info}};
+	struct program_counts counts;
+	struct bpf_query query;
 
-	if (syscall(SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &attr, sizeof attr))
+	memset(&counts, 0, sizeof counts);
+	memset(&query, 0, sizeof query);
+	query.program_fd = (uint32_t)program_fd;
+	query.size = sizeof counts;
+	query.result = (uint64_t)&counts;
+	if (syscall(SYS_bpf, QUERY_OBJECT, &query, sizeof query))
 		return -errno;
-	return (int64_t)info.recursion_misses;
+	/* Kernels before 5.12 do not count: that must not be taken for none skipped. */
+	return query.size == sizeof counts ? (int64_t)counts.skipped : -EOPNOTSUPP;
 }
 
 /* The kernel's layout (kernel/bpf/ringbuf.c): a page with the consumer's position, a page with the producer's, the data. */
@@ -86,6 +112,9 @@ int umn_ring_map(struct umn_ring *ring, int fd)
 		munmap(consumed, page);
 		return error;
 	}
+	/* A child must not touch the parent's, nor keep them. */
+	madvise(consumed, page, MADV_DONTFORK);
+	madvise(produced, page, MADV_DONTFORK);
 	ring->consumed = consumed;
 	ring->produced = produced;
 	return 0;

@@ -11,7 +11,7 @@
 /* The acquire: what the feeder did to the tables before it took the doubt back is seen after. */
 static bool arrived(struct umn_source *source)
 {
-	return !__atomic_load_n(&((struct umn_doubt *)source)->shared->cpus, __ATOMIC_ACQUIRE);
+	return !__atomic_load_n(&((struct umn_probe_gap *)source)->shared->cpus, __ATOMIC_ACQUIRE);
 }
 
 static bool settle(struct umn_source *source, unsigned int milliseconds)
@@ -39,20 +39,21 @@ static void stop(struct umn_source *source)
 	(void)source;
 }
 
-int umn_doubt_open(struct umn_doubt *doubt, int fd)
+int umn_probe_gap_open(struct umn_probe_gap *gap, int fd)
 {
 	void *shared = mmap(NULL, UMN_PAGE, PROT_READ, MAP_SHARED, fd, 0);
 
 	if (shared == MAP_FAILED)
 		return -errno;
-	*doubt = (struct umn_doubt){
+	madvise(shared, UMN_PAGE, MADV_DONTFORK);
+	*gap = (struct umn_probe_gap){
 		.source = {.watch = watch, .unwatch = unwatch, .arrived = arrived, .settle = settle, .stop = stop},
 		.shared = shared,
 	};
 	return 0;
 }
 
-int umn_doubt_show_secret(struct umn_doubt *doubt, uint64_t secret)
+int umn_probe_gap_show_secret(struct umn_probe_gap *gap, uint64_t secret)
 {
 	int error = 0;
 	bool certain = false;
@@ -62,24 +63,24 @@ int umn_doubt_show_secret(struct umn_doubt *doubt, uint64_t secret)
 		 * Read in this order, with the system call between the halves: were the program skipped there, then on a CPU whose
 		 * doubt began either before the second line, which sees it, or after the first, and the last sees that.
 		 */
-		uint32_t times = __atomic_load_n(&doubt->shared->times, __ATOMIC_SEQ_CST);
+		uint32_t times = __atomic_load_n(&gap->shared->times, __ATOMIC_SEQ_CST);
 
-		certain = settle(&doubt->source, 10);
+		certain = settle(&gap->source, 10);
 		error = umn_show_secret(secret);
-		certain = certain && __atomic_load_n(&doubt->shared->times, __ATOMIC_SEQ_CST) == times;
+		certain = certain && __atomic_load_n(&gap->shared->times, __ATOMIC_SEQ_CST) == times;
 	}
 	return error;
 }
 
-void umn_doubt_abandon(struct umn_doubt *doubt)
+void umn_probe_gap_abandon(struct umn_probe_gap *gap)
 {
-	if (doubt->shared)
-		mmap((void *)doubt->shared, UMN_PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	if (gap->shared)
+		mmap((void *)gap->shared, UMN_PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 }
 
-void umn_doubt_close(struct umn_doubt *doubt)
+void umn_probe_gap_close(struct umn_probe_gap *gap)
 {
-	if (doubt->shared)
-		munmap((void *)doubt->shared, UMN_PAGE);
-	doubt->shared = NULL;
+	if (gap->shared)
+		munmap((void *)gap->shared, UMN_PAGE);
+	gap->shared = NULL;
 }

@@ -1,148 +1,275 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
-/* The source `uffd`, as sources/uffd.py. */
+/* The source `uffd`: its connection, and its words. How it works, and why no change is missed: uffd.c. */
 #define _GNU_SOURCE
-#include "sources/uffd.h"
-
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "process/error.h"
 #include "sources/connection.h"
+#include "sources/uffd.h"
 
-#define SETTLE_MILLISECONDS 100 /* then everything may be invalid */
+#define WAIT_MILLISECONDS 100 /* for changes under way; then everything is invalidated instead */
 
-struct uffd_feed {
-	struct feed feed;
+struct uffd_connection {
+	struct umn_connection connection; /* first: one is cast to the other */
 	struct umn_uffd *uffd;
 };
 
-static void explain(const struct umn_uffd_failure *failure)
+static struct umn_uffd *uffd_of(struct umn_connection *connection)
 {
+	return ((struct uffd_connection *)connection)->uffd;
+}
+
+/* ---- Why it does not work here ---- */
+
+static void explain_failure(const struct umn_uffd_failure *failure)
+{
+	const enum ummunotify_code code = UMMUNOTIFY_UNAVAILABLE;
+	char error[64];
+
+	snprintf(error, sizeof error, "%s", strerror(failure->error));
 	switch (failure->step) {
 	case UMN_UFFD_OPEN:
-		fail(ENODEV, "the system call userfaultfd is refused (%s), and so is /dev/userfaultfd (errno %d)", strerror(failure->error),
-		     failure->device_error);
+		umn_fail(code, ENODEV,
+			 "allow userfaultfd in the container's seccomp profile, or give this user access to /dev/userfaultfd; the kernel "
+			 "needs CONFIG_USERFAULTFD",
+			 "the system call userfaultfd is refused (%s), and so is /dev/userfaultfd (%s)", error,
+			 strerror(failure->device_error));
 		return;
 	case UMN_UFFD_FEATURES:
-		fail(ENODEV, "this kernel's userfaultfd cannot watch memory without protecting it; use Linux 5.18 or later");
+		umn_fail(code, ENODEV, "use Linux 5.18 or later, on an architecture with write-protecting userfaultfd (x86-64, arm64)",
+			 "this kernel's userfaultfd cannot watch memory without protecting it, or not reliably");
 		return;
 	case UMN_UFFD_MAPS:
-		fail(ENODEV, "/proc/self/maps cannot be read (%s); mount /proc", strerror(failure->error));
+		umn_fail(code, ENODEV, "mount /proc", "/proc/self/maps cannot be read (%s)", error);
 		return;
 	case UMN_UFFD_PROOF:
-		fail(ENODEV, "the kernel's userfaultfd did not tell of an unmapped page as it should");
+		umn_fail(code, ENODEV, "please report this with the kernel's version",
+			 "the kernel's userfaultfd did not tell of an unmapped page as it should");
 		return;
 	case UMN_UFFD_TABLES:
-		fail(ENODEV, "this process has as many notifiers as it can have; close some");
+		umn_fail(UMMUNOTIFY_LIMIT, ENODEV, "close notifiers that are no longer needed",
+			 "this process has %d notifiers, as many as it can have", UMN_UFFD_TABLES_MAX);
 		return;
 	case UMN_UFFD_MEMORY:
-		fail(ENOMEM, "%s", strerror(ENOMEM));
+		umn_fail_errno(UMMUNOTIFY_NO_MEMORY, ENOMEM, "no memory");
 	}
 }
 
-static int make_counter(struct feed *feed)
+/* ---- Why it does not watch this memory ---- */
+
+struct line {
+	uint64_t start, end, inode;
+	char permissions[5], name[100];
+};
+
+/* The next line of /proc/self/maps. */
+static bool next_line(FILE *maps, struct line *line)
 {
-	struct uffd_feed *f = (struct uffd_feed *)feed;
-	int fd = memfd_create("ummunotify", MFD_CLOEXEC);
+	char text[512];
+	int at = 0;
+
+	if (!fgets(text, sizeof text, maps))
+		return false;
+	if (sscanf(text, "%" SCNx64 "-%" SCNx64 " %4s %*x %*x:%*x %" SCNu64 " %n", &line->start, &line->end, line->permissions,
+		   &line->inode, &at) != 4)
+		return false;
+	snprintf(line->name, sizeof line->name, "%.*s", (int)strcspn(text + at, "\n"), text + at);
+	return true;
+}
+
+static void blame(const struct line *line)
+{
+	char text[200];
+
+	snprintf(text, sizeof text, "%#" PRIx64 "-%#" PRIx64 " %s %s", line->start, line->end, line->permissions,
+		 *line->name ? line->name : "(anonymous)");
+	umn_fail_mapping(text);
+}
+
+/* NULL: not known to be of a kind whose changes cannot be seen. */
+static const char *kind_of(const struct line *line)
+{
+	if (line->permissions[3] == 's')
+		return strncmp(line->name, "/SYSV", 5) ? "shared memory" : "a System V shared memory segment";
+	if (line->inode && strncmp(line->name, "/anon_hugepage", 14))
+		return "a file's";
+	if (!strncmp(line->name, "[v", 2))
+		return "the kernel's own";
+	return NULL;
+}
+
+static int explain_kind(uint64_t start, uint64_t end)
+{
+	const enum ummunotify_code code = UMMUNOTIFY_UNSUPPORTED;
+	FILE *maps = fopen("/proc/self/maps", "re");
+	const char *kind = NULL;
+	struct line line = {0}, first = {0};
+
+	while (maps && !kind && next_line(maps, &line))
+		if (line.start < end && line.end > start) {
+			kind = kind_of(&line);
+			if (!first.end)
+				first = line;
+		}
+	if (maps)
+		fclose(maps);
+	if (kind)
+		umn_fail(code, EOPNOTSUPP, "use the source bpf or daemon, which see this too",
+			 "it is %s, and userfaultfd tells only of private anonymous memory", kind);
+	else
+		umn_fail(code, EOPNOTSUPP, "use the source bpf or daemon", "the kernel refuses to register it with userfaultfd");
+	if (kind || first.end)
+		blame(kind ? &line : &first);
+	return -EOPNOTSUPP;
+}
+
+static int explain_hole(uint64_t start, uint64_t end)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	struct line line;
+
+	while (maps && start < end && next_line(maps, &line) && line.start <= start)
+		if (line.end > start)
+			start = line.end;
+	if (maps)
+		fclose(maps);
+	if (start < end)
+		return umn_fail(UMMUNOTIFY_UNSUPPORTED, UMN_UFFD_UNMAPPED, "", "nothing is mapped at %#" PRIx64, start);
+	return umn_fail(UMMUNOTIFY_UNSUPPORTED, UMN_UFFD_UNMAPPED, "", "some of it was not mapped");
+}
+
+static int refused(struct umn_connection *connection, int error, uint64_t start, uint64_t end)
+{
+	(void)connection;
+	switch (error) {
+	case UMN_UFFD_UNMAPPED:
+		return explain_hole(start, end);
+	case UMN_UFFD_KIND:
+		return explain_kind(start, end);
+	case UMN_UFFD_OTHER:
+		return umn_fail(UMMUNOTIFY_UNSUPPORTED, error, "let its user unregister it, or use the source bpf or daemon",
+				"another userfaultfd of this process has registered some of it, and memory can have only one");
+	case UMN_UFFD_OWN:
+		return umn_fail(UMMUNOTIFY_UNSUPPORTED, error, "", "some of it is what ummunotify itself works with");
+	case UMN_UFFD_MAPPINGS:
+		return umn_fail(UMMUNOTIFY_LIMIT, error, "raise the sysctl vm.max_map_count",
+				"the kernel has no memory for another region, or the process too many mappings (each range that is "
+				"watched by itself takes two more)");
+	}
+	return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, error, "userfaultfd cannot begin to watch");
+}
+
+/* ---- The connection ---- */
+
+static int add_segment(struct umn_connection *connection, uint32_t pages, void **memory)
+{
+	*memory = umn_uffd_add_segment(uffd_of(connection), pages);
+	return *memory ? 0 : umn_fail_errno(UMMUNOTIFY_NO_MEMORY, errno, "the table cannot grow");
+}
+
+static int bind_table(struct umn_connection *connection)
+{
+	(void)connection;
+	return 0; /* it feeds what is watched, from when it is watched */
+}
+
+static int add_wakeup(struct umn_connection *connection, int epoll)
+{
+	struct epoll_event event = {.events = EPOLLIN};
+	int fd = umn_uffd_wake_fd(uffd_of(connection));
+
+	if (fd < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
+		return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, fd < 0 ? -fd : errno, "the wake-up cannot be waited for");
+	connection->wake_fd = fd;
+	return 0;
+}
+
+static void acknowledge(struct umn_connection *connection)
+{
+	umn_uffd_acknowledge(uffd_of(connection));
+}
+
+static bool may_have_missed(struct umn_connection *connection)
+{
+	return !connection->source->settle(connection->source, WAIT_MILLISECONDS);
+}
+
+static int open_counter(struct umn_connection *connection)
+{
+	int fd = memfd_create("ummunotify", MFD_CLOEXEC), counter_fd = -1, error;
 	void *page = MAP_FAILED;
 	char path[32];
-	int error = 0;
 
 	if (fd >= 0 && !ftruncate(fd, UMN_PAGE))
 		page = mmap(NULL, UMN_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (page != MAP_FAILED) {
-		/* One that can only be read. */
+		/* A second one of the same file, for reading only. */
 		snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-		feed->counter_fd = open(path, O_RDONLY | O_CLOEXEC);
+		counter_fd = open(path, O_RDONLY | O_CLOEXEC);
 	}
-	if (feed->counter_fd < 0)
-		error = fail(errno, "the counter's page cannot be made (%s)", strerror(errno));
+	error = errno;
 	if (fd >= 0)
 		close(fd);
-	if (!error) {
-		feed->counter = page;
-		umn_uffd_set_counter(f->uffd, page);
-	} else if (page != MAP_FAILED) {
-		munmap(page, UMN_PAGE);
+	if (counter_fd < 0) {
+		if (page != MAP_FAILED)
+			munmap(page, UMN_PAGE);
+		return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, error, "the counter's page cannot be made");
 	}
-	return error;
+	madvise(page, UMN_PAGE, MADV_DONTFORK);
+	connection->counter = page;
+	umn_uffd_set_counter(uffd_of(connection), page);
+	return counter_fd;
 }
 
-static void *add_segment(struct feed *feed, uint32_t pages)
+static void release(struct umn_connection *connection)
 {
-	struct uffd_feed *f = (struct uffd_feed *)feed;
-	void *memory = umn_uffd_add_segment(f->uffd, pages);
-
-	if (!memory)
-		fail(errno, "%s", strerror(errno));
-	return memory;
+	umn_uffd_close(uffd_of(connection));
+	if (connection->counter)
+		munmap((void *)connection->counter, UMN_PAGE);
+	connection->counter = NULL;
 }
 
-static int bind_feed(struct feed *feed)
+static void in_child(struct umn_connection *connection)
 {
-	(void)feed;
-	return 0; /* it feeds what is watched, from when it is watched */
+	umn_uffd_close(uffd_of(connection));
 }
 
-static int wake_fd(struct feed *feed)
+static void free_connection(struct umn_connection *connection)
 {
-	int fd = umn_uffd_wake_fd(((struct uffd_feed *)feed)->uffd);
-
-	return fd < 0 ? fail(-fd, "%s", strerror(-fd)) : fd;
+	umn_uffd_delete(uffd_of(connection));
+	free(connection);
 }
 
-static void acknowledge(struct feed *feed)
+struct umn_connection *umn_connect_uffd(void)
 {
-	umn_uffd_acknowledge(((struct uffd_feed *)feed)->uffd);
-}
-
-static bool doubtful(struct feed *feed)
-{
-	return !feed->source->settle(feed->source, SETTLE_MILLISECONDS);
-}
-
-static void release(struct feed *feed)
-{
-	umn_uffd_close(((struct uffd_feed *)feed)->uffd);
-	if (feed->counter)
-		munmap((void *)feed->counter, UMN_PAGE);
-	feed->counter = NULL;
-	if (feed->counter_fd >= 0)
-		close(feed->counter_fd);
-	feed->counter_fd = -1;
-}
-
-static void free_feed(struct feed *feed)
-{
-	umn_uffd_delete(((struct uffd_feed *)feed)->uffd);
-	free(feed);
-}
-
-struct feed *feed_open_uffd(bool counter)
-{
-	struct uffd_feed *f = calloc(1, sizeof *f);
+	struct uffd_connection *c = calloc(1, sizeof *c);
 	struct umn_uffd_failure failure = {.step = UMN_UFFD_MEMORY};
 
-	if (!f || !(f->uffd = umn_uffd_new(&failure))) {
-		explain(&failure);
-		free(f);
+	if (!c || !(c->uffd = umn_uffd_new(&failure))) {
+		explain_failure(&failure);
+		free(c);
 		return NULL;
 	}
-	(void)counter;
-	f->feed = (struct feed){.name = "uffd",
-				.source = umn_uffd_source(f->uffd),
-				.counter_fd = -1,
-				.add_segment = add_segment,
-				.bind = bind_feed,
-				.wake_fd = wake_fd,
-				.make_counter = make_counter,
-				.acknowledge = acknowledge,
-				.doubtful = doubtful,
-				.release = release,
-				.free = free_feed};
-	return &f->feed;
+	c->connection = (struct umn_connection){.name = "uffd",
+						.wake_fd = -1,
+						.source = umn_uffd_source(c->uffd),
+						.add_segment = add_segment,
+						.bind = bind_table,
+						.add_wakeup = add_wakeup,
+						.acknowledge = acknowledge,
+						.may_have_missed = may_have_missed,
+						.refused = refused,
+						.open_counter = open_counter,
+						.release = release,
+						.in_child = in_child,
+						.free = free_connection};
+	return &c->connection;
 }

@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "abi/layout.h"
+#include "process/process.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -48,10 +49,11 @@ struct umn_region {
 	const struct umn_slot *slot;
 	const struct umn_header *header;
 	struct umn_source *source; /* NULL: it needs nothing of what a source may need */
+	uint32_t epoch;	   /* the process's, see process.h */
 	uint32_t overflow; /* header->overflow when it was watched or renewed */
 	uint32_t ref;
 	uint32_t leaf;
-	uint8_t place; /* enum place in table.c */
+	uint8_t place; /* enum place in internal.h */
 	bool queued;
 	bool leftover; /* for queue_all */
 	uint8_t granule; /* the source's */
@@ -61,14 +63,17 @@ struct umn_region {
 	struct umn_region *next, *previous;
 };
 
-/* No feeder has hit the region since it was watched or last renewed. Two loads; no lock, no system call.
+/* No feeder has hit the region since it was watched or last renewed, and this is the process that watches it. Three loads; no lock,
+ * no system call.
  *
- * The first load is the answer. The second says that no feeder had to give up (see feeder.h). Neither needs an order of its
+ * The epoch comes first: in a child, the memory behind the other two is not mapped, or something else is. The slot's state is
+ * the answer. The last load says that no feeder had to give up (invalidate.h). These two need no order of their
  * own: a change that has happened before this call in any way that the caller can know of, its own return from munmap or
  * another thread's message, was published before that, and coherence does the rest. */
 static inline bool umn_region_untouched(const struct umn_region *region)
 {
-	return (__atomic_load_n(&region->slot->state, __ATOMIC_ACQUIRE) & (UMN_LIVE | UMN_INVALID)) == UMN_LIVE &&
+	return umn_process_is(region->epoch) &&
+	       (__atomic_load_n(&region->slot->state, __ATOMIC_ACQUIRE) & (UMN_LIVE | UMN_INVALID)) == UMN_LIVE &&
 	       __atomic_load_n(&region->header->overflow, __ATOMIC_ACQUIRE) == __atomic_load_n(&region->overflow, __ATOMIC_RELAXED);
 }
 
@@ -106,11 +111,11 @@ uint32_t umn_table_next_pages(struct umn_table *table);
  * the mapping over. 0, -ENOMEM, -EINVAL. */
 int umn_table_add_segment(struct umn_table *table, void *memory, uint32_t pages);
 
-/* The header, once there is a segment. It stays readable until umn_table_delete, after umn_table_abandon as zeros. */
+/* The header, once there is a segment. It stays readable until umn_table_delete, after umn_table_close as zeros. */
 const struct umn_header *umn_table_header(const struct umn_table *table);
 
 /* Watches [start, end). 0; -ENOSPC: add a segment and try again; -EINVAL: not start < end <= 2^62; -EDQUOT: max_regions are
- * watched, or the index is as deep as it can be; -ENOMEM; -EBADF: abandoned; positive: the source's errno. On failure nothing has
+ * watched, or the index is as deep as it can be; -ENOMEM; -EBADF: closed; positive: the source's errno. On failure nothing has
  * changed. */
 int umn_table_watch(struct umn_table *table, uint64_t start, uint64_t end, uint64_t cookie, void *user,
 		    struct umn_region **region);
@@ -143,8 +148,11 @@ void umn_table_restart(struct umn_table *table);
 /* The next change that hits a region sends one wake-up (through whatever the feeder uses). Arm, then drain. */
 void umn_table_arm(struct umn_table *table);
 
-/* Something may have been missed: what a feeder does that gives up. Every region is invalid, and is reported. */
-void umn_table_doubt(struct umn_table *table);
+/* A change may have been missed: every region is invalid, and is reported. (A feeder that gives up does the same.) */
+void umn_table_invalidate_all(struct umn_table *table);
+
+/* How many regions are watched. No lock. */
+uint64_t umn_table_regions(const struct umn_table *table);
 
 struct umn_table_stats {
 	uint64_t regions;	 /* watched now */
@@ -156,17 +164,12 @@ struct umn_table_stats {
 };
 void umn_table_stats(struct umn_table *table, struct umn_table_stats *stats);
 
-/* Gives up the shared memory: in its place come pages of zeros, in which nothing is valid, so that other threads may still be
- * checking regions. From then on the other functions do nothing. umn_table_abandon takes no lock: it is for the child of a
- * fork, whose only thread calls it first thing. */
+/* Ends the feeding and gives up the shared memory. Other threads may still be checking regions, of which none is valid any more;
+ * the other functions do nothing from then on. In a child of a fork they do nothing either. */
 void umn_table_close(struct umn_table *table);
-void umn_table_abandon(struct umn_table *table);
 
-/* Unmaps and frees everything, regions too. */
+/* Unmaps and frees everything, regions too; in a child it only frees. */
 void umn_table_delete(struct umn_table *table);
-
-/* For tests: is the index sound? NULL, or what is wrong. */
-const char *umn_table_check(struct umn_table *table);
 
 #ifdef __cplusplus
 }

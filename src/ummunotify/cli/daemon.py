@@ -25,7 +25,7 @@ from ..daemon.limits import SPARE, Limits
 from ..daemon.loading import load
 from ..daemon.log import event
 from ..daemon.server import SEGMENTS_AT_ONCE, Server
-from ..sources.base import UnavailableError
+from ..errors import UnavailableError
 
 _LISTEN_FD = 3
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import sources
-from ..errors import UnknownSourceError
-from ..notifier import open_candidate
+from .._core import source_names
+from ..errors import SourceUnavailableError, UnknownSourceError
+from ..notifier import open as open_notifier
 from ..selftest import Outcome, Result, run
-from ..sources.base import UnavailableError
 
 _STYLES = {
     Outcome.SEEN: "green",
@@ -100,19 +99,18 @@ def selftest(source: str | None, as_json: bool) -> None:
 
     Exits with 1 if anything was missed, or if no source works.
     """
-    name, _, probe = (source or "").partition(":")
     try:
-        candidates = sources.candidates(name, probe or None) if source else sources.every()
+        names = [*source_names("bpf"), "daemon", "uffd"] if source is None else source_names(source)
     except UnknownSourceError as error:
         raise click.BadParameter(str(error), param_hint="--source") from None
     found: dict[str, list[Result]] = {}
     unavailable: dict[str, str] = {}
-    for candidate in candidates:
+    for name in names:
         try:
-            with open_candidate(candidate) as umn:
+            with open_notifier(name) as umn:
                 found[umn.source] = list(run(umn))
-        except UnavailableError as error:
-            unavailable[candidate.name] = error.reason
+        except SourceUnavailableError as error:
+            unavailable |= error.reasons
     if as_json:
         report = {
             "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",

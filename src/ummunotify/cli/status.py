@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .._abi import RECORD_SIZE, STATUS_SUMMARY, SUMMARY_SIZE, Op, Record, Request, Summary
-from ..sources.base import UnavailableError
-from ..sources.daemon import connect
+from .._core import connect_to_daemon
+from ..errors import SourceUnavailableError
 
 
 def _ask(connection: socket.socket, argument: int, size: int) -> bytes:
@@ -46,10 +46,10 @@ def status(as_json: bool) -> None:
     root sees all clients, other users see their own. Exits with 1 if no daemon answers.
     """
     try:
-        with connect() as connection:
+        with socket.socket(fileno=connect_to_daemon()) as connection:
             summary = Summary.unpack(_ask(connection, STATUS_SUMMARY, SUMMARY_SIZE))
             records = list(_records(connection))
-    except UnavailableError as error:
+    except SourceUnavailableError as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"the daemon does not answer ({error}); look at its log") from None

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 
 from .._abi import Probe
+from .._core import open_kvm, source_names
 from ..bpf.program import Program, attached
-from ..notifier import open_candidate
-from ..sources import candidates
-from ..sources.base import UnavailableError
-from ..sources.client import open_kvm
+from ..errors import SourceUnavailableError, UnavailableError
+from ..notifier import open as open_notifier
 from .server import STEPS_FOREIGN, STEPS_OWN
 
 
@@ -18,7 +17,7 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
 
     Raises UnavailableError, OSError, with nothing left open.
     """
-    tried = [each.name.partition(":")[2] for each in candidates("bpf", probe)]
+    tried = [each.partition(":")[2] for each in source_names(f"bpf:{probe}" if probe else "bpf")]
     refusals: list[tuple[str, UnavailableError]] = []
     kvm = -1
     if give_kvm and tried != ["zap"]:
@@ -48,6 +47,8 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
 def _attach(probe: str, tables: int) -> Program:
     if probe == "zap":
         # It is at many functions, so many kinds of change are tried. The others clients try by themselves.
-        (candidate,) = candidates("bpf", "zap")
-        open_candidate(candidate).close()
+        try:
+            open_notifier("bpf:zap").close()
+        except SourceUnavailableError as error:
+            raise UnavailableError(error.reasons.get("bpf:zap", str(error)), "") from None
     return attached(Probe[probe.upper()], tables, steps_foreign=STEPS_FOREIGN, steps_own=STEPS_OWN)

@@ -11,6 +11,7 @@ It knows nothing of notifiers: whoever can tell which pages were invalidated can
 
 from __future__ import annotations
 
+import _ctypes
 import contextlib
 import ctypes
 import errno
@@ -27,8 +28,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
-
-from .. import _core
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
@@ -297,18 +296,26 @@ def disk_file(m: Memory) -> None:
         load(m.at(unit))
 
 
-def forked(m: Memory) -> None:
-    """Private memory that a child shares until one of the two writes to it."""
-    private(m)
-    m.child(run_code(FORK_PAUSE))
+def shared_with_child(prepare: Act) -> Act:
+    """Memory that a child shares until one of the two writes to it."""
+
+    def both(m: Memory) -> None:
+        prepare(m)
+        m.child(run_code(FORK_PAUSE))
+
+    return both
 
 
-def locked_forked(m: Memory) -> None:
-    """The same, locked; and read-only, so that only making it writable breaks the sharing."""
-    private(m)
-    call("mprotect", m.address, m.length, mmap.PROT_READ)
-    call("mlock", m.address, m.length)
-    m.child(run_code(FORK_PAUSE))
+def locked_read_only(prepare: Act) -> Act:
+    """Locked memory that may be written only after mprotect."""
+
+    def both(m: Memory) -> None:
+        prepare(m)
+        call("mprotect", m.address, m.length, mmap.PROT_READ)
+        with missing_if(errno.ENOMEM, errno.EPERM):
+            call("mlock", m.address, m.length)
+
+    return both
 
 
 def zero_page(m: Memory) -> None:
@@ -375,22 +382,74 @@ def huge(m: Memory) -> None:
     with missing_if(errno.EINVAL):
         call("madvise", m.address, m.length, mmap.MADV_HUGEPAGE)
     store(m.address)
-    smaps = Path("/proc/self/smaps").read_text()
-    here = smaps[smaps.index(f"{m.address:x}-") :]
-    if int(here[here.index("AnonHugePages:") :].split()[1]) * 1024 != HUGE_PAGE:
-        raise MissingError("the kernel gave no transparent huge page")
+    require_huge_pages(m)
     m.unit = HUGE_PAGE // COUNT
     m.count = COUNT
 
 
-def hugetlb(flags: int) -> Act:
+def require_huge_pages(m: Memory, kind: str = "AnonHugePages") -> None:
+    smaps = Path("/proc/self/smaps").read_text()
+    here = smaps[smaps.index(f"\n{m.address:x}-") :]
+    if int(here[here.index(f"{kind}:") :].split()[1]) * 1024 < HUGE_PAGE:
+        raise MissingError("the kernel gave no transparent huge page")
+
+
+LARGE_UNIT = (1 << 20) + PAGE
+"""No multiple of a huge page's size: nearly all ends of units are amid 2 MiB that a huge page could occupy."""
+
+
+def large(m: Memory) -> None:
+    """Megabytes without huge pages."""
+    m.unit = LARGE_UNIT
+    private(m)
+
+
+def large_huge(m: Memory) -> None:
+    """Megabytes with transparent huge pages."""
+    m.unit = LARGE_UNIT
+    m.reserve()
+    m.map()
+    with missing_if(errno.EINVAL):
+        call("madvise", m.address, m.length, mmap.MADV_HUGEPAGE)
+    m.touch()
+    require_huge_pages(m)
+
+
+def huge_file(m: Memory) -> None:
+    """One huge page of a file in memory, mapped shared; the units are parts of it."""
+    m.unit = HUGE_PAGE
+    m.count = 1
+    m.reserve()
+    m.fd = m.open(os.memfd_create("changes"))
+    os.ftruncate(m.fd, HUGE_PAGE)
+    m.map(mmap.MAP_SHARED, m.fd)
+    ctypes.memset(m.address, 1, HUGE_PAGE)
+    with missing_if(errno.EINVAL, errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
+        call("madvise", m.address, HUGE_PAGE, MADV_COLLAPSE)
+    require_huge_pages(m, "ShmemPmdMapped")
+    m.unit = HUGE_PAGE // COUNT
+    m.count = COUNT
+
+
+def huge_zero_page(m: Memory) -> None:
+    """Locked memory, read since its pages were discarded: the huge page of zeros, where the kernel has it."""
+    huge(m)
+    with missing_if(errno.ENOMEM, errno.EPERM):
+        call("mlock", m.address, m.length)
+    madvise(m.address, m.length, MADV_DONTNEED_LOCKED)
+    load(m.address)
+
+
+def hugetlb(flags: int, spare: int = 0) -> Act:
+    """Huge pages of the reserved ones, of which `spare` more are free."""
+
     def prepare(m: Memory) -> None:
         reserved = Path("/proc/sys/vm/nr_hugepages")
         m.unit = HUGE_PAGE
         m.count = 3
         before = int(reserved.read_text())
         with contextlib.suppress(PermissionError):
-            reserved.write_text(str(before + m.count))
+            reserved.write_text(str(before + m.count + spare))
             m.undo.callback(reserved.write_text, str(before))
         m.reserve()
         with missing_if(errno.ENOMEM, errno.EINVAL):
@@ -439,6 +498,13 @@ def program_break(m: Memory) -> None:
     m.touch()
 
 
+def large_program_break(m: Memory) -> None:
+    """The same, of megabytes."""
+    m.unit = LARGE_UNIT
+    m.count = 3
+    program_break(m)
+
+
 def large_block(m: Memory) -> None:
     """Inside a block of malloc's, so large that it is a mapping of its own and always unmapped by free()."""
     m.unit = 5 << 20
@@ -468,7 +534,7 @@ def small_block(m: Memory) -> None:
 def library(m: Memory) -> None:
     """A part of a shared library that was just loaded."""
     with tempfile.NamedTemporaryFile(dir="/var/tmp", suffix=".so") as copy:
-        copy.write(Path(_core.__file__).read_bytes())
+        copy.write(Path(_ctypes.__file__).read_bytes())
         copy.flush()
         handle = ctypes.CDLL(copy.name)._handle
         m.until(lambda: dlclose(handle))
@@ -749,6 +815,38 @@ def lock_and_unlock(m: Memory) -> None:
     with missing_if(errno.ENOMEM, errno.EPERM):
         call("mlock", m.address, m.length)
     call("munlock", m.address, m.length)
+
+
+def protect_parts(m: Memory) -> None:
+    for protection in (mmap.PROT_READ, PROT_NONE, READ_WRITE):
+        call("mprotect", m.at(2) + PAGE, PAGE, protection)
+        call("mprotect", m.at(5), m.unit, protection)
+
+
+def lock_parts(m: Memory) -> None:
+    with missing_if(errno.ENOMEM, errno.EPERM):
+        call("mlock", m.at(2) + PAGE, PAGE)
+        call("mlock", m.at(5), m.unit)
+    call("munlock", m.at(2) + PAGE, PAGE)
+    call("munlock", m.at(5), m.unit)
+
+
+def advise_parts(m: Memory) -> None:
+    for advice in (
+        mmap.MADV_RANDOM,
+        mmap.MADV_NORMAL,
+        mmap.MADV_DONTFORK,
+        mmap.MADV_DOFORK,
+        MADV_WIPEONFORK,
+        MADV_KEEPONFORK,
+        mmap.MADV_DONTDUMP,
+        mmap.MADV_DODUMP,
+        mmap.MADV_NOHUGEPAGE,
+        mmap.MADV_HUGEPAGE,
+    ):
+        with contextlib.suppress(OSError):
+            call("madvise", m.at(2) + PAGE, PAGE, advice)
+            call("madvise", m.at(5), m.unit, advice)
 
 
 def change_neighbours(m: Memory) -> None:
@@ -1041,10 +1139,10 @@ CHANGES = (
     Case("a direct write to the file", disk_file, direct_write, ((3, 4),), False, ALL),
     Case("a direct write by another process", disk_file, in_child(direct_write), ((3, 4),), False, ALL),
     # by copying on write
-    Case("a write after a fork", forked, lambda m: store(m.at(3)), ((3, 4),)),
-    Case("read() after a fork", forked, read_into, ((3, 4),)),
-    Case("a direct read after a fork", forked, direct_read, ((3, 4),)),
-    Case("io_uring reads after a fork", forked, uring_read, ((3, 4),)),
+    Case("a write after a fork", shared_with_child(private), lambda m: store(m.at(3)), ((3, 4),)),
+    Case("read() after a fork", shared_with_child(private), read_into, ((3, 4),)),
+    Case("a direct read after a fork", shared_with_child(private), direct_read, ((3, 4),)),
+    Case("io_uring reads after a fork", shared_with_child(private), uring_read, ((3, 4),)),
     Case(
         "clone writes the child's number",
         private,
@@ -1061,19 +1159,21 @@ CHANGES = (
         False,
         ALL,
     ),
-    Case("process_vm_writev on itself", forked, lambda m: write_to(os.getpid(), m.at(3)), ((3, 4),)),
+    Case(
+        "process_vm_writev on itself", shared_with_child(private), lambda m: write_to(os.getpid(), m.at(3)), ((3, 4),)
+    ),
     Case("process_vm_writev by a child", private, in_child(write_to_parent), ((3, 4),)),
     Case("a debugger's write", private, in_child(poke_parent), ((3, 4),)),
     Case(
         "madvise POPULATE_WRITE after a fork",
-        forked,
+        shared_with_child(private),
         lambda m: madvise(m.at(3), m.unit, MADV_POPULATE_WRITE),
         ((3, 4),),
     ),
-    Case("mlock after a fork", forked, lambda m: void(call("mlock", m.at(3), m.unit)), ((3, 4),)),
+    Case("mlock after a fork", shared_with_child(private), lambda m: void(call("mlock", m.at(3), m.unit)), ((3, 4),)),
     Case(
         "mprotect of locked memory after a fork",
-        locked_forked,
+        shared_with_child(locked_read_only(private)),
         lambda m: void(call("mprotect", m.at(2), 2 * m.unit, READ_WRITE)),
         ((2, 4),),
         exact=False,
@@ -1081,8 +1181,79 @@ CHANGES = (
     Case("the first write to the zero page", zero_page, lambda m: store(m.at(3)), ((3, 4),)),
     Case("the first write to a private mapping", private_file, lambda m: store(m.at(3)), ((3, 4),)),
     # huge pages
+    Case("munmap of a part of a huge page", huge, lambda m: void(call("munmap", m.at(2), m.unit)), ((2, 3),)),
+    Case("mmap over a part of a huge page", huge, lambda m: map_at(m.at(2), m.unit), ((2, 3),)),
+    Case("munmap of a part of large memory", large, lambda m: void(call("munmap", m.at(2), m.unit)), ((2, 3),)),
+    Case("munmap of a part of huge pages", large_huge, lambda m: void(call("munmap", m.at(2), m.unit)), ((2, 3),)),
     Case(
-        "munmap of a part of a huge page", huge, lambda m: void(call("munmap", m.at(2), m.unit)), ((2, 3),), False, ALL
+        "mremap shrinks large memory",
+        large,
+        lambda m: void(call("mremap", m.address, m.length, 5 * m.unit, 0)),
+        ((5, COUNT),),
+    ),
+    Case(
+        "mremap shrinks huge pages",
+        large_huge,
+        lambda m: void(call("mremap", m.address, m.length, 5 * m.unit, 0)),
+        ((5, COUNT),),
+    ),
+    Case(
+        "mremap moves a part of large memory",
+        with_elsewhere(large),
+        lambda m: remap_elsewhere(m, 2, 4),
+        ((2, 4),),
+        exact=False,
+    ),
+    Case(
+        "mremap moves a part of huge pages",
+        with_elsewhere(large_huge),
+        lambda m: remap_elsewhere(m, 2, 4),
+        ((2, 4),),
+        exact=False,
+    ),
+    Case(
+        "mremap moves other memory over a part of huge pages",
+        with_elsewhere(large_huge),
+        lambda m: void(call("mremap", m.elsewhere, 2 * m.unit, 2 * m.unit, MREMAP_MAYMOVE | MREMAP_FIXED, m.at(2))),
+        ((2, 4),),
+    ),
+    Case("brk within a huge page", large_program_break, shrink_heap, ((0, 3),)),
+    Case(
+        "a write to a huge page after a fork",
+        shared_with_child(huge),
+        lambda m: store(m.at(3)),
+        ((3, 4),),
+        False,
+        ALL,  # the kernel reports that it splits the huge page
+    ),
+    Case(
+        "mlock of a part of a huge page after a fork",
+        shared_with_child(huge),
+        lambda m: void(call("mlock", m.at(3), m.unit)),
+        ((3, 4),),
+        exact=False,
+    ),
+    Case(
+        "mlock of a part of huge pages after a fork",
+        shared_with_child(large_huge),
+        lambda m: void(call("mlock", m.at(3), m.unit)),
+        ((3, 4),),
+        exact=False,
+    ),
+    Case(
+        "mlock of a part of the huge zero page",
+        huge_zero_page,
+        lambda m: void(call("mlock", m.at(3), m.unit)),
+        ((3, 4),),
+        False,
+        ALL,  # kernels since 6.14 replace all of it
+    ),
+    Case(
+        "mprotect of a part of a locked huge page after a fork",
+        shared_with_child(locked_read_only(huge)),
+        lambda m: void(call("mprotect", m.at(2), 2 * m.unit, READ_WRITE)),
+        ((2, 4),),
+        exact=False,
     ),
     Case(
         "madvise DONTNEED of a part of a huge page",
@@ -1091,6 +1262,13 @@ CHANGES = (
         ((2, 3),),
         False,
         ALL,
+    ),
+    Case(
+        "mprotect of a part of a huge page of a file",  # the kernel unmaps all of it
+        huge_file,
+        lambda m: void(call("mprotect", m.at(3), m.unit, mmap.PROT_READ)),
+        ALL,
+        exact=False,
     ),
     Case("munmap of a huge page", huge, lambda m: void(call("munmap", m.address, m.length)), ALL),
     Case(
@@ -1106,6 +1284,20 @@ CHANGES = (
         lambda m: madvise(m.at(1), m.unit, mmap.MADV_DONTNEED),
         ((1, 2),),
         exact=False,  # older kernels tell of it twice
+    ),
+    Case(
+        "a write to hugetlb memory after a fork",
+        shared_with_child(hugetlb(ANONYMOUS, spare=1)),
+        lambda m: store(m.at(1)),
+        ((1, 2),),
+        exact=False,
+    ),
+    Case(
+        "mlock of a part of hugetlb memory after a fork",
+        shared_with_child(hugetlb(ANONYMOUS, spare=1)),
+        lambda m: void(call("mlock", m.at(1) + PAGE, PAGE)),
+        ((1, 2),),
+        exact=False,
     ),
     Case(
         "a hole is punched in hugetlb memory",
@@ -1144,6 +1336,15 @@ NO_CHANGES = (
     Case("pkey_mprotect there and back", private, with_key, ()),
     Case("mlock and munlock", private, lock_and_unlock, ()),
     Case("harmless advice", private, advise_harmlessly, ()),
+    Case("mprotect of parts of large memory", large, protect_parts, ()),
+    Case("mprotect of parts of a huge page", huge, protect_parts, ()),
+    Case("mprotect of parts of huge pages", large_huge, protect_parts, ()),
+    Case("mlock and munlock of parts of large memory", large, lock_parts, ()),
+    Case("mlock and munlock of parts of a huge page", huge, lock_parts, ()),
+    Case("mlock and munlock of parts of huge pages", large_huge, lock_parts, ()),
+    Case("harmless advice for parts of large memory", large, advise_parts, ()),
+    Case("harmless advice for parts of a huge page", huge, advise_parts, ()),
+    Case("harmless advice for parts of huge pages", large_huge, advise_parts, ()),
     Case("changes of the neighbours", with_neighbours, change_neighbours, ((-1, 0), (8, 9))),
     Case("calls that fail", with_elsewhere(private), fail, ()),
     Case("free() of a small block", small_block, Memory.end, ()),

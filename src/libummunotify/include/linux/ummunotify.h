@@ -2,7 +2,8 @@
 /*
  * The interface of /dev/ummunotify, as programs know it since 2009. `ummunotify run` provides the device; docs/c.md says how.
  *
- * Not to be included together with <ummunotify.h>, libummunotify's own interface: both have a struct ummunotify_event.
+ * May be included together with <ummunotify.h>, libummunotify's own interface, in any order: struct ummunotify_event is then that
+ * one's, and this one's has only its other name, struct ummunotify_device_event.
  */
 #ifndef _LINUX_UMMUNOTIFY_H
 #define _LINUX_UMMUNOTIFY_H
@@ -37,7 +38,10 @@ enum {
 };
 
 /* What read() gives. */
-struct ummunotify_event {
+#ifndef UMMUNOTIFY_H
+#define ummunotify_event ummunotify_device_event
+#endif
+struct ummunotify_device_event {
 	__u32 type;
 	__u32 flags;
 	__u64 hint_start; /* without the flag: the whole region */

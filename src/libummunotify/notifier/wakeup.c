@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+#define _GNU_SOURCE
+#include "notifier/wakeup.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "process/error.h"
+
+
+static bool add(int epoll, int fd, uint32_t events)
+{
+	struct epoll_event event = {.events = events};
+
+	return !epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+}
+
+/* Is it an epoll that has this end of our pipe? */
+static bool has(int epoll, const struct umn_descriptor *end, uint32_t events)
+{
+	struct epoll_event event = {.events = events};
+	int kept = errno;
+	bool result = epoll >= 0 && umn_descriptor_intact(end) && !epoll_ctl(epoll, EPOLL_CTL_MOD, end->fd, &event);
+
+	errno = kept;
+	return result;
+}
+
+int umn_wakeup_open(struct umn_wakeup *w, struct umn_connection *connection, int epoll)
+{
+	int ends[2];
+
+	*w = (struct umn_wakeup)UMN_NO_WAKEUP;
+	if (pipe2(ends, O_CLOEXEC | O_NONBLOCK))
+		return umn_fail_errno(UMMUNOTIFY_LIMIT, errno, "a descriptor cannot be made");
+	umn_descriptor_set(&w->out, ends[0]);
+	umn_descriptor_set(&w->in, ends[1]);
+	w->is_own = epoll < 0;
+	w->epoll = w->is_own ? epoll_create1(EPOLL_CLOEXEC) : epoll;
+	if (w->epoll < 0 || !add(w->epoll, w->out.fd, EPOLLIN))
+		goto failed;
+	if (w->is_own)
+		return connection->add_wakeup(connection, w->epoll);
+	w->source = epoll_create1(EPOLL_CLOEXEC);
+	if (w->source < 0 || !add(w->source, w->in.fd, 0) || !add(w->epoll, w->source, EPOLLIN))
+		goto failed;
+	return connection->add_wakeup(connection, w->source);
+failed:
+	umn_fail_errno(UMMUNOTIFY_LIMIT, errno, "a descriptor cannot be made");
+	umn_wakeup_close(w);
+	return -EMFILE;
+}
+
+bool umn_wakeup_intact(const struct umn_wakeup *w)
+{
+	if (has(w->epoll, &w->out, EPOLLIN) && umn_descriptor_intact(&w->in))
+		return true;
+	umn_fail(UMMUNOTIFY_DESCRIPTOR, EBADF, "look at it without waiting (changes are still seen), or open a new notifier",
+		 "the program has closed or replaced the descriptor that it would wait for");
+	return false;
+}
+
+void umn_wakeup_set(struct umn_wakeup *w, bool is_set)
+{
+	char byte = 0;
+
+	if (w->is_set == is_set || w->epoll < 0 || !umn_descriptor_intact(is_set ? &w->in : &w->out))
+		return;
+	/* Neither can fail: the pipe holds one byte at most, and nothing else uses it. */
+	if ((is_set ? write(w->in.fd, &byte, 1) : read(w->out.fd, &byte, 1)) == 1)
+		w->is_set = is_set;
+}
+
+void umn_wakeup_close(struct umn_wakeup *w)
+{
+	if (w->is_own && has(w->epoll, &w->out, EPOLLIN))
+		close(w->epoll);
+	if (has(w->source, &w->in, 0))
+		close(w->source);
+	w->epoll = w->source = -1;
+	umn_descriptor_close(&w->out);
+	umn_descriptor_close(&w->in);
+}
