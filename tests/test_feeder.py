@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import mmap
 import operator
 import os
 import random
@@ -24,32 +25,30 @@ from typing import Any
 import pytest
 from support import require
 
-from ummunotify._abi import PAGE, PROTOCOL_VERSION, REPLY_SIZE, SEGMENT_PAGES, Op, Probe, Reply, Request, Status
-from ummunotify._bpf import create_segment
-from ummunotify._core import WatchTable, map_shared, show_secret, unmap
-from ummunotify._core import test_page as make_page
+from ummunotify import Notifier, SourceUnavailableError, TooManyNotifiersError
+from ummunotify._abi import PAGE, PROTOCOL_VERSION, REPLY_SIZE, Header, Op, Probe, Reply, Request, Status, u32
+from ummunotify._bpf import create_segment, read_map
+from ummunotify._core import open_notifier
 from ummunotify.bpf import feeder, program
 from ummunotify.bpf.feeder import FeederConnection
 from ummunotify.errors import DescriptorLostError, UnavailableError
-from ummunotify.sources.client import _create_vm, open_kvm
 
-SEGMENT = SEGMENT_PAGES * PAGE
+SYS_madvise = 28
 HELLO = Request(Op.HELLO).pack()
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def machine() -> Iterator[None]:
-    """Subscribes this process."""
+def possible() -> None:
+    """Also makes what the library keeps for the process: the virtual machine, and what keeps it open."""
     try:
-        feeder.connect(Probe.KVM).disconnect()
-        kvm = open_kvm()
-    except UnavailableError as error:
+        Client().end()
+    except SourceUnavailableError as error:
         require("bpf", str(error))
-        raise
-    vm = _create_vm(kvm)
-    yield
-    os.close(vm)
-    os.close(kvm)
 
 
 @pytest.fixture(autouse=True)
@@ -82,68 +81,93 @@ def ask(connection: FeederConnection, op: Op) -> tuple[Reply, list[int]]:
     return answer, fds
 
 
-class Client(WatchTable):
-    """What the library does with a connection."""
+def show_secret(secret: int) -> None:
+    """As the library does: by a change of a page of our own, in a register that the system call does not use."""
+    page = make_page()
+    _libc.syscall(SYS_madvise, ctypes.c_void_p(page), PAGE, mmap.MADV_DONTNEED, 0, ctypes.c_uint64(secret))
+    unmap(page)
 
-    def __init__(self, connection: FeederConnection | None = None, bind: bool = True) -> None:
-        self.connection = connection or feeder.connect(Probe.KVM)
-        reply, fds = ask(self.connection, Op.HELLO)
-        assert reply.status == Status.OK
-        self.secret = reply.value
-        self.ring, segment, *self.links = fds
-        self._map(segment)
-        if bind:
-            show_secret(self.secret)
-            assert self.settle() == Status.OK
 
-    def _map(self, segment: int) -> None:
-        self._add_segment(map_shared(segment, SEGMENT), SEGMENT_PAGES)
-        os.close(segment)
+def make_page() -> int:
+    page = int(_libc.mmap(None, PAGE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0))
+    ctypes.memset(page, 1, 1)
+    return page
 
-    def _grow(self) -> None:
-        reply, fds = ask(self.connection, Op.GROW)
-        assert reply.status == Status.OK
-        for fd in fds:
-            self._map(fd)
 
-    def settle(self) -> Status:
-        return Status(ask(self.connection, Op.SETTLE)[0].status)
+def unmap(page: int) -> None:
+    _libc.munmap(page, PAGE)
+
+
+class Client:
+    """A notifier of the library's, and the connection that feeds it."""
+
+    def __init__(self) -> None:
+        self.umn = open_notifier(Notifier, "bpf:kvm", None, self)
+
+    def connect(self, probe: int) -> FeederConnection:
+        self.connection = feeder.connect(probe)
+        return self.connection
+
+    def grow(self) -> None:
+        """As often as it takes for the connection to be asked."""
+        segments = self.umn.stats.segments
+        page = make_page()
+        regions = []
+        while self.umn.stats.segments == segments:
+            regions.append(self.umn.watch((page, PAGE)))
+        for region in regions:
+            region.close()
+        unmap(page)
 
     def sees(self) -> bool:
         page = make_page()
-        region = self.watch((page, PAGE))
+        region = self.umn.watch((page, PAGE))
         assert region.valid
-        unmap(page, PAGE)
+        unmap(page)
         seen = not region.valid
         region.close()
         return seen
 
     def end(self) -> None:
-        self._close_table()
-        for fd in (self.ring, *self.links):
-            os.close(fd)
-        self.connection.disconnect()
+        self.umn.close()
 
 
 def test_it_feeds_what_was_bound() -> None:
     client = Client()
     assert client.sees()
+    client.grow()
+    assert client.sees()
     assert not client.connection.may_have_missed()
-    # Closed descriptors of the links do not matter to the feeder, which has its own.
     client.end()
     with pytest.raises(UnavailableError, match="closed"):
         ask(client.connection, Op.GROW)
     client.connection.disconnect()
 
 
-def test_a_secret_that_is_not_shown() -> None:
-    client = Client(bind=False)
-    assert client.settle() == Status.UNSEEN
-    assert not client.sees()
-    # It is used up.
-    show_secret(client.secret)
-    assert ask(client.connection, Op.SETTLE)[0] == Reply(Status.FAILED, probe=Probe.KVM, value=errno.EINVAL)
-    client.end()
+def close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_handshake() -> None:
+    for shown in (True, False):
+        connection = feeder.connect(Probe.KVM)
+        reply, fds = ask(connection, Op.HELLO)
+        assert (reply.status, reply.gives, reply.probe, len(fds)) == (Status.OK, 0, Probe.KVM, 3)
+        assert Header.unpack(read_map(fds[1], u32(0), PAGE)) == (0, 0, 0)
+        for op in (Op.HELLO, Op.GROW):
+            assert ask(connection, op)[0].value == errno.EINVAL
+        if shown:
+            show_secret(reply.value)
+        assert ask(connection, Op.SETTLE)[0].status == (Status.OK if shown else Status.UNSEEN)
+        # The secret is used up.
+        assert ask(connection, Op.SETTLE)[0].value == errno.EINVAL
+        if shown:
+            reply, more = ask(connection, Op.GROW)
+            assert (reply.status, reply.fds) == (Status.OK, 1)
+            close_all(more)
+        close_all(fds)
+        connection.disconnect()
 
 
 def test_requests_in_the_wrong_order() -> None:
@@ -155,30 +179,14 @@ def test_requests_in_the_wrong_order() -> None:
     assert not fds
     with pytest.raises(ValueError, match="8 bytes"):
         connection.exchange(bytes(7))
-    client = Client(connection, bind=False)
-    for op in (Op.HELLO, Op.GROW):
-        assert ask(connection, op)[0].value == errno.EINVAL
-    show_secret(client.secret)
-    assert client.settle() == Status.OK
-    assert client.sees()
-    client.end()
-
-
-def test_it_grows() -> None:
-    client = Client()
-    page = make_page()
-    regions = [client.watch((page, PAGE)) for _ in range(40_000)]
-    assert client.stats["segments"] > 8
-    unmap(page, PAGE)
-    assert not any(region.valid for region in regions)
-    assert client.sees()
-    client.end()
 
 
 def test_there_is_a_limit_and_a_number_is_used_again() -> None:
     clients = [Client() for _ in range(feeder.TABLES)]
     reply, fds = ask(feeder.connect(Probe.KVM), Op.HELLO)
     assert (reply.status, reply.value, fds) == (Status.PROCESS_CLIENTS, feeder.TABLES, [])
+    with pytest.raises(TooManyNotifiersError):
+        Client()
     assert all(client.sees() for client in clients)
     clients[7].end()
     clients[7] = Client()
@@ -198,10 +206,7 @@ def test_all_at_once() -> None:
             for _ in range(5):
                 client = Client()
                 programs.add(feeder._programs[next(iter(feeder._programs))]())
-                page = make_page()
-                regions = [client.watch((page, PAGE)) for _ in range(10_000)]
-                unmap(page, PAGE)
-                assert not any(region.valid for region in regions)
+                client.grow()
                 assert client.sees()
                 client.end()
         except BaseException as error:
@@ -228,14 +233,14 @@ def test_without_a_connection_nothing_is_loaded() -> None:
 # ---- Descriptors that the program closes ----
 
 
-def replace_all(keep: set[int]) -> dict[int, tuple[int, int]]:
-    """Put an innocent file in the place of each descriptor of a BPF object but these. What is where now."""
+def replace_all() -> dict[int, tuple[int, int]]:
+    """Put an innocent file in the place of each descriptor of a BPF object. What is where now."""
     read, write = os.pipe()
     placed = {}
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         try:
-            if "bpf" in os.readlink(f"/proc/self/fd/{fd}") and fd not in keep:
+            if "bpf" in os.readlink(f"/proc/self/fd/{fd}"):
                 os.dup2(read, fd)
                 placed[fd] = identity(fd)
         except FileNotFoundError:
@@ -253,14 +258,14 @@ def identity(fd: int) -> tuple[int, int]:
 @pytest.mark.parametrize("how", ["closed", "replaced"])
 def test_descriptors_are_opened_again_where_that_is_permitted(how: str) -> None:
     client = Client()
-    placed = replace_all({client.ring, *client.links})
+    placed = replace_all()
     assert len(placed) > 5
     if how == "closed":
         for fd in placed:
             os.close(fd)
         placed.clear()
     assert client.sees()
-    client._grow()
+    client.grow()
     assert not client.connection.may_have_missed()
     other = Client()
     assert other.sees()
@@ -280,14 +285,14 @@ def test_descriptors_that_cannot_be_opened_again() -> None:
         from ummunotify.daemon import privileges
         privileges.drop(None)
         client = Client()
-        placed = replace_all({client.ring, *client.links})
+        placed = replace_all()
         assert client.sees()
         for call in (lambda: ask(client.connection, Op.GROW), client.connection.may_have_missed):
             with pytest.raises(DescriptorLostError, match="the program has closed a descriptor"):
                 call()
         other = Client()
         assert other.sees() and client.sees()
-        other._grow()
+        other.grow()
         client.end()
         assert other.sees()
         other.end()
@@ -303,8 +308,6 @@ def run(code: str) -> None:
         import sys
         sys.path[:0] = ["tests", "."]
         from test_feeder import *
-        from test_feeder import _create_vm
-        vm = _create_vm(open_kvm())
     """
     command = [sys.executable, "-c", prologue + code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -313,7 +316,6 @@ def run(code: str) -> None:
 
 # ---- Forks ----
 
-_libc = ctypes.CDLL(None, use_errno=True)
 FORKS: dict[str, Callable[[], int]] = {
     "os.fork": os.fork,
     # ctypes would give the GIL back in the child, to what the parent's other threads left; PyDLL keeps it.
@@ -326,7 +328,7 @@ FORKS: dict[str, Callable[[], int]] = {
 def test_the_child_of_a_fork(how: str) -> None:
     """It can use nothing of its parent's, has a feeder of its own, and disturbs the parent in nothing."""
     client = Client()
-    client._grow()
+    client.grow()
     pid = FORKS[how]()
     if not pid:
         result = 1
@@ -334,20 +336,18 @@ def test_the_child_of_a_fork(how: str) -> None:
             for call in (lambda: ask(client.connection, Op.GROW), client.connection.may_have_missed):
                 with pytest.raises(DescriptorLostError, match="fork"):
                     call()
-            vm = _create_vm(open_kvm())
             mine = Client()
             assert mine.sees()
             mine.end()
             client.connection.disconnect()
             del client
             gc.collect()
-            os.close(vm)
             result = 0
         finally:
             os._exit(result)
     assert os.waitpid(pid, 0)[1] == 0
     assert client.sees()
-    client._grow()
+    client.grow()
     assert client.sees()
     client.end()
 
@@ -373,10 +373,8 @@ def test_fork_while_another_thread_loads() -> None:
     if not pid:
         result = 1
         try:
-            vm = _create_vm(open_kvm())
             client = Client()
             result = 0 if client.sees() else 2
-            os.close(vm)
         finally:
             os._exit(result)
     assert os.waitpid(pid, 0)[1] == 0
@@ -529,9 +527,9 @@ def test_no_descriptors_are_left() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert (reply.status, reply.value, fds) == (Status.FAILED, errno.EMFILE, [])
-    client = Client(connection)
-    assert client.sees()
-    client.end()
+    reply, fds = ask(connection, Op.HELLO)
+    assert reply.status == Status.OK
+    close_all(fds)
 
 
 def test_a_defect_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
