@@ -7,12 +7,14 @@ import gc
 import mmap
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
-from unittest import mock
+from pathlib import Path
 
 import pytest
+from cache_check import wrong
 from registrar import Recorder
 from support import in_child, map_memory, unmap_memory
 
@@ -44,7 +46,7 @@ def registrar() -> Recorder:
 def cache(registrar: Recorder) -> Iterator[RegistrationCache[int]]:
     with RegistrationCache(registrar) as cache:
         yield cache
-        assert cache._check_table() is None
+        assert wrong(cache) is None
     assert registrar.live == {}
 
 
@@ -103,7 +105,7 @@ def test_any_part_of_anything_is_found(cache: RegistrationCache[int], registrar:
     ]
     for what in held:
         cache.acquire(what).release()
-    assert cache._check_table() is None
+    assert wrong(cache) is None
     count = registrar.registered
     for address, length in held:
         for part in [(address, 1), (address + length - 1, 1), (address + length // 3, length - length // 3)]:
@@ -116,10 +118,10 @@ def test_thousands_come_and_go(cache: RegistrationCache[int], registrar: Recorde
     address = map_memory(count * 2 * PAGE)
     handles = [use(cache, address + i * 2 * PAGE) for i in range(count)]
     assert [use(cache, address + i * 2 * PAGE) for i in range(count)] == handles
-    assert cache._check_table() is None
+    assert wrong(cache) is None
     for i in range(0, count, 2):
         cache.invalidate((address + i * 2 * PAGE, 1))
-    assert cache._check_table() is None
+    assert wrong(cache) is None
     assert len(registrar.live) == count / 2
     assert [use(cache, address + i * 2 * PAGE) for i in range(1, count, 2)] == handles[1::2]
     unmap_memory(address, count * 2 * PAGE)
@@ -237,7 +239,7 @@ def test_what_registering_itself_changes(memory: int) -> None:
             assert registration.valid
             assert registrar.live.keys() == {registration.handle}
         assert (cache.stats.retries, cache.stats.in_use, cache.stats.registrations) == (1, 0, 1)
-        assert cache._check_table() is None
+        assert wrong(cache) is None
     assert registrar.live == {}
 
 
@@ -296,7 +298,7 @@ def test_merging(memory: int) -> None:
         use(cache, memory, SIZE)
         assert registrar.ranges == [(memory, SIZE)]
         assert cache.stats.merges == 3
-        assert cache._check_table() is None
+        assert wrong(cache) is None
 
 
 def test_merging_does_not_register_all_that_came_before(memory: int) -> None:
@@ -393,7 +395,7 @@ def test_the_least_recently_used_one_goes(registrar: Recorder, memory: int) -> N
         assert handles[0] not in registrar.live
         assert handles[2] in registrar.live
         assert cache.stats.evictions == 2
-        assert cache._check_table() is None
+        assert wrong(cache) is None
 
 
 def test_the_time_of_use_is_that_of_release(registrar: Recorder, memory: int) -> None:
@@ -555,7 +557,7 @@ def test_ctrl_c_in_the_registrar(cache: RegistrationCache[int], registrar: Recor
     with pytest.raises(KeyboardInterrupt):
         use(cache, memory)
     use(cache, memory)
-    assert cache._check_table() is None
+    assert wrong(cache) is None
     assert cache.stats.registrations == len(registrar.live)
 
 
@@ -658,34 +660,47 @@ def test_a_registration_that_is_dropped_is_released(
 # ---- No source ----
 
 
-def test_without_a_source_each_use_registers(registrar: Recorder, memory: int) -> None:
-    missing = ummunotify.SourceUnavailableError({"bpf": "no permission"})
-    with mock.patch("ummunotify.cache.open_notifier", side_effect=missing):
-        with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*no permission") as warned:
-            cache = RegistrationCache(registrar, max_registrations=2)
-        with cache.acquire((memory, PAGE)) as first, cache.acquire((memory, PAGE)) as second:
-            assert first.handle != second.handle
-            assert not first.valid
-            with pytest.raises(RegistrationLimitError):
-                cache.acquire((memory, PAGE))
-        assert registrar.live == {}
-        use(cache, memory)
-        cache.flush()
+def test_without_a_source_each_use_registers(
+    registrar: Recorder, memory: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UMMUNOTIFY_SOURCE", "daemon")
+    monkeypatch.setenv("UMMUNOTIFY_SOCKET", str(tmp_path / "none"))
+    with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*no daemon runs here") as warned:
+        cache = RegistrationCache(registrar, max_registrations=2)
+    assert [warning.filename for warning in warned] == [__file__]
+    with cache.acquire((memory, PAGE)) as first, cache.acquire((memory, PAGE)) as second:
+        assert first.handle != second.handle
+        assert not first.valid
+        with pytest.raises(RegistrationLimitError):
+            cache.acquire((memory, PAGE))
+    assert registrar.live == {}
+    use(cache, memory)
+    cache.flush()
     assert len(warned) == 1
     assert registrar.live == {}
     assert (cache.stats.uncached, cache.stats.hits, cache.stats.registrations) == (3, 0, 0)
     cache.close()
 
 
-def test_memory_that_cannot_be_watched(registrar: Recorder, memory: int) -> None:
-    refused = ummunotify.UnsupportedMemoryError(memory, PAGE, None, "it is a file's")
-    with RegistrationCache(registrar) as cache, mock.patch.object(Notifier, "watch", side_effect=refused):
-        with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*a file's") as warned:
-            use(cache, memory)
-        use(cache, memory)
+def test_memory_that_cannot_be_watched(registrar: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UMMUNOTIFY_SOURCE", "uffd")
+    with RegistrationCache(registrar) as cache, mmap.mmap(-1, PAGE) as shared:  # which uffd cannot watch
+        with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*") as warned:
+            cache.acquire(shared).release()
+        assert [warning.filename for warning in warned] == [__file__]
+        cache.acquire(shared).release()
         assert len(warned) == 1
         assert cache.stats.uncached == 2
         assert registrar.live == {}
+
+
+def test_a_warning_that_is_an_error_loses_nothing(registrar: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UMMUNOTIFY_SOURCE", "uffd")
+    with RegistrationCache(registrar) as cache, mmap.mmap(-1, PAGE) as shared, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="registered anew"):
+            cache.acquire(shared)
+        assert (cache.stats.in_use, registrar.live) == (0, {})
 
 
 # ---- Threads ----
@@ -797,7 +812,7 @@ def test_the_childs_cache_is_empty_and_works(cache: RegistrationCache[int], regi
         assert cache.stats == ummunotify.CacheStats(*[0] * 13)
         before = set(registrar.live)
         held.release()
-        assert cache._check_table() is None
+        assert wrong(cache) is None
         with cache.acquire((memory, PAGE)) as own:
             assert own.handle not in before
             remap(memory)

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from cache_check import wrong
 from models import run_model
 from support import map_memory, unmap_memory
 
@@ -292,7 +293,7 @@ class CacheModel(RuleBasedStateMachine):
         assert stats.in_use == sum(handle.users > 0 for handle in live)
         assert stats.not_deregistered == sum(handle.failed for handle in live)
         assert stats.hits <= self.acquired
-        assert self.cache._check_table() is None
+        assert wrong(self.cache) is None
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):

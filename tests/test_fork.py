@@ -82,6 +82,7 @@ def check_child(umn: Notifier, region: Region, *more: Any) -> None:
     assert umn.closed
     assert not region.valid
     assert "closed" in repr(umn)
+    assert umn.source
     calls: list[Callable[[], object]] = [
         lambda: umn.watch((region.address, 1)),
         lambda: umn.unwatch(region),

@@ -149,9 +149,9 @@ cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
             address = operator_index((<tuple>what)[0])
             length = operator_index((<tuple>what)[1])
         except OverflowError:
-            address, length = operator_index(what[0]), operator_index(what[1])
+            given, size = operator_index(what[0]), operator_index(what[1])
             raise InvalidRangeError(
-                f"cannot watch {length} bytes at {address:#x}: not an address and a length in 64 bits", address, length
+                f"cannot watch {size} bytes at {given:#x}: not an address and a length in 64 bits", given, size
             ) from None
     else:
         try:
@@ -284,9 +284,6 @@ cdef extern from *:
 
 cdef class _Feeder:
     """A Python feeder as the library calls it. It lives as long as the notifiers that it feeds."""
-
-    cdef ummunotify_feeder _feeder
-    cdef object _python
 
     def __cinit__(self, python):
         self._python = python

@@ -3,6 +3,7 @@
 #include "process/descriptor.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -59,6 +60,10 @@ int umn_descriptors_unshare(int *fds, size_t count)
 			return errno;
 		first = (unsigned int)fds[i] + 1;
 	}
+	/* Another thread may have closed one while this thread still shared its table. */
+	for (size_t i = 0; i < count; i++)
+		if (fcntl(fds[i], F_GETFD) < 0)
+			return errno;
 	return 0;
 }
 
