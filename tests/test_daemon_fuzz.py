@@ -12,11 +12,11 @@ import socket
 import time
 
 from daemons import Daemon, as_nobody, change, connect
+from support import show_secret
 
 import ummunotify
 from ummunotify import _abi
 from ummunotify._abi import Op, Reply, Request, Status
-from ummunotify._core import show_secret
 
 MESSAGES = int(os.environ.get("UMMUNOTIFY_FUZZ_MESSAGES", "5000"))
 SEED = int(os.environ.get("UMMUNOTIFY_FUZZ_SEED", "0")) or time.time_ns()

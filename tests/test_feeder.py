@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support import require
+from support import require, show_secret
 
 from ummunotify import Notifier, SourceUnavailableError, TooManyNotifiersError
 from ummunotify._abi import PAGE, PROTOCOL_VERSION, REPLY_SIZE, Header, Op, Probe, Reply, Request, Status, u32
@@ -33,7 +33,6 @@ from ummunotify.bpf import feeder, program
 from ummunotify.bpf.feeder import FeederConnection
 from ummunotify.errors import DescriptorLostError, UnavailableError
 
-SYS_madvise = 28
 HELLO = Request(Op.HELLO).pack()
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -79,13 +78,6 @@ def ask(connection: FeederConnection, op: Op) -> tuple[Reply, list[int]]:
     assert len(reply) == REPLY_SIZE
     assert answer.fds == len(fds)
     return answer, fds
-
-
-def show_secret(secret: int) -> None:
-    """As the library does: by a change of a page of our own, in a register that the system call does not use."""
-    page = make_page()
-    _libc.syscall(SYS_madvise, ctypes.c_void_p(page), PAGE, mmap.MADV_DONTNEED, 0, ctypes.c_uint64(secret))
-    unmap(page)
 
 
 def make_page() -> int:
