@@ -17,6 +17,8 @@ from ummunotify import Invalidation, Notifier, Region, _core
 from ummunotify.bpf import libbpf
 from ummunotify.selftest.changes import PAGE, Memory, madvise
 
+_SYS_MADVISE = 28
+
 LONG = 60.0
 """Seconds in which everything has happened that is going to."""
 
@@ -162,3 +164,13 @@ def bpf_map() -> int:
     if fd < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return fd
+
+
+def show_secret(secret: int) -> None:
+    """As the library does: by a change of a page of our own, in a register that the system call does not use."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[0] = 1
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        arguments = ctypes.c_void_p(address), PAGE, mmap.MADV_DONTNEED, 0, ctypes.c_uint64(secret)
+        assert libc.syscall(_SYS_MADVISE, *arguments) == 0

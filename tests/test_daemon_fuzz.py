@@ -6,14 +6,13 @@ UMMUNOTIFY_FUZZ_MESSAGES says how many messages (1,000,000 take a quarter of an 
 from __future__ import annotations
 
 import array
-import ctypes
-import mmap
 import os
 import random
 import socket
 import time
 
 from daemons import Daemon, as_nobody, change, connect
+from support import show_secret
 
 import ummunotify
 from ummunotify import _abi
@@ -78,16 +77,6 @@ class Fuzzer:
             reply = self.read(connection, wait=True)
             self.settled += reply is not None and reply.status == Status.OK
         self.sent += 2
-
-
-def show_secret(secret: int) -> None:
-    """As a client does: the system call does not use its fifth argument."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
-        page[0] = 1
-        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-        arguments = (28, address, mmap.PAGESIZE, mmap.MADV_DONTNEED, 0, secret)  # madvise
-        assert libc.syscall(*(ctypes.c_uint64(argument) for argument in arguments)) == 0
 
 
 def resident(pid: int) -> int:

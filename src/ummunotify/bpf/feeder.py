@@ -18,7 +18,7 @@ from typing import Protocol
 from .._abi import Probe
 from .._bpf import Connection, epoch
 from ..errors import DescriptorLostError, UnavailableError
-from .program import Program, attached, why
+from .program import Program, attached
 
 TABLES = 64
 """Notifiers in one process that have the same probe. Each that can be costs 16 KiB of kernel memory, and no time."""
@@ -55,7 +55,7 @@ class _Loading:
         self._key = key
         self._claim = _thread.allocate_lock()
         self._program: Program | None = None
-        self._error: BaseException | None = None
+        self._error: UnavailableError | None = None
         self._done = False
 
     def wait(self) -> Program:
@@ -78,8 +78,12 @@ class _Loading:
             return
         try:
             self._program = self._load()
-        except BaseException as error:
+        except UnavailableError as error:
             self._error = error
+        except BaseException as error:
+            # No signal handler runs here. So this is a defect, for which another source may make up.
+            self._error = UnavailableError(f"{type(error).__name__}: {error}", "please report this")
+            self._error.__cause__ = error
         finally:
             # In this order: a call that comes in between finds the program.
             _loading.pop(self._key, None)
