@@ -46,7 +46,8 @@ def _native(native: hits.Native) -> str:
         )
     rows.append(report.Row("a miss in C, the registrar not counted", "", _ns(native.miss), "", None))
     return (
-        "A hit is `ummunotify_cache_find` and `ummunotify_cache_release`; in UCX, `ucs_rcache_get` and `ucs_rcache_region_put`. "
+        "A hit is `ummunotify_cache_find` and `ummunotify_cache_release`; in UCX, `ucs_rcache_get` and "
+        "`ucs_rcache_region_put`. "
         "The two take turns on the same addresses, each walks all of them once before it is timed, and what counts is "
         "CPU time in blocks that no other process interrupted (the median; the best block in brackets). All that this "
         "section measures runs at real-time priority, if that is allowed.\n\n" + report.table(rows) + "\n" + _LIBFABRIC

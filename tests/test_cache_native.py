@@ -115,15 +115,15 @@ int main(void)
 
 	memset(memory, 1, 8192);
 	if (ummunotify_cache_open(&cache, &registrar, NULL) || ummunotify_cache_uncached(cache) ||
-	    ummunotify_cache_acquire(cache, memory, 8192, NULL, &first) || ummunotify_cache_release(cache, first) ||
-	    ummunotify_cache_acquire(cache, memory + 5, 100, NULL, &second) || second != first ||
-	    second->handle != memory + 1 || !ummunotify_registration_valid(second)) {
+		ummunotify_cache_acquire(cache, memory, 8192, NULL, &first) || ummunotify_cache_release(cache, first) ||
+		ummunotify_cache_acquire(cache, memory + 5, 100, NULL, &second) || second != first ||
+		second->handle != memory + 1 || !ummunotify_registration_valid(second)) {
 		puts(ummunotify_error());
 		return 1;
 	}
 	munmap(memory, 8192);
 	if (ummunotify_registration_valid(second) || ummunotify_cache_find(cache, memory, 1) ||
-	    ummunotify_cache_release(cache, second) != 1 || live != 1 || ummunotify_cache_collect(cache, NULL) || live)
+		ummunotify_cache_release(cache, second) != 1 || live != 1 || ummunotify_cache_collect(cache, NULL) || live)
 		return 2;
 	ummunotify_cache_stats(cache, &stats);
 	if (stats.hits != 1 || stats.misses != 1 || stats.stale != 1 || stats.registrations)

@@ -642,7 +642,7 @@ def test_what_a_client_holds_gives_it_no_power(daemon: Daemon) -> None:
     def program(_: Connection) -> tuple[list[str], list[int]]:
         connection = connect()
         connection.send(Request(Op.HELLO).pack())
-        data, fds, _, _ = socket.recv_fds(connection, 100, 10)
+        data, fds, *_flags = socket.recv_fds(connection, 100, 10)
         gives = Gives(Reply.unpack(data).gives)
         wake, segment, *links = fds
         if Gives.KVM in gives:

@@ -1,4 +1,4 @@
-"""The source `uffd` in a process that closes descriptors, locks its memory, resizes mappings or clones itself: from Python.
+"""The source `uffd` in a process that closes descriptors, locks memory, resizes mappings or clones itself: from Python.
 
 What C can show, tests/core/uffd_process_test.c does.
 """

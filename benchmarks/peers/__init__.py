@@ -68,7 +68,8 @@ class Peer:
         address, length = memory
         number = self.library.peer_watch(ctypes.c_void_p(address), ctypes.c_size_t(length))
         if number < 0:
-            raise UnsupportedMemoryError(address, length, None, f"it cannot be watched: {os.strerror(-number)}")
+            why = f"it cannot be watched: {os.strerror(-number)}"
+            raise UnsupportedMemoryError(why, address, length, None, why)
         self.regions.append(region := _Region(self, number))
         return region
 

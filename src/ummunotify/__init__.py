@@ -68,5 +68,5 @@ __all__ = [
 
 
 def get_include() -> str:
-    """The directory for a C compiler's -I: for `#include <ummunotify.h>`, and for what `cimport ummunotify` includes."""
+    """For a C compiler's -I: `#include <ummunotify.h>`, and what `cimport ummunotify` includes."""
     return __path__[0] + "/include"

@@ -46,7 +46,7 @@ def test_what_a_client_holds_gives_it_no_power(daemon: Daemon) -> None:
     def program(_: Connection) -> list[int]:
         with connect() as connection:
             connection.send(Request(Op.HELLO).pack())
-            data, fds, _, _ = socket.recv_fds(connection, 100, 64)
+            data, fds, *_flags = socket.recv_fds(connection, 100, 64)
         held = fds[2:]
         if Reply.unpack(data).gives & Gives.KVM:
             os.close(held.pop(0))

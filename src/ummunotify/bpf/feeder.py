@@ -18,7 +18,7 @@ from typing import Protocol
 from .._abi import Probe
 from .._bpf import Connection, epoch
 from ..errors import DescriptorLostError, UnavailableError
-from .program import Program, attached
+from .program import Program, attached, why
 
 TABLES = 64
 """Notifiers in one process that have the same probe. Each that can be costs 16 KiB of kernel memory, and no time."""
@@ -126,7 +126,7 @@ def _program(probe: Probe) -> Program:
 def connect(probe: int) -> FeederConnection:
     """Become a notifier's partner, with this probe (enum umn_probe).
 
-    Raises UnavailableError. Anything else is a signal handler's exception, which is not a reason to take another source.
+    Raises UnavailableError. Anything else is a signal handler's exception, and no reason to take another source.
     """
     program = _program(Probe(probe))
     try:
