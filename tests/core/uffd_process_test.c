@@ -187,8 +187,8 @@ static void end_closed(void)
 	struct notifier other;
 
 	check(!umn_region_valid(closed.first) && !umn_region_valid(closed.second) && umn_table_changed(closed.n.table));
-	check(umn_uffd_is_broken(closed.n.uffd));
 	check(try_watch(&closed.n, closed.memory, PAGE, &region) == UMN_UFFD_CLOSED);
+	check(umn_uffd_is_broken(closed.n.uffd));
 	check(umn_table_renew(closed.n.table, closed.second) == UMN_UFFD_CLOSED);
 	check(!umn_region_valid(closed.second));
 	other = opened();
@@ -256,6 +256,7 @@ static void closed_and_reused(void)
 static void closed_and_reused_by_userfaultfd(void)
 {
 	const int flags = O_CLOEXEC | O_NONBLOCK | 1 /* UFFD_USER_MODE_ONLY */;
+	struct umn_region *region;
 	int fd, other;
 
 	begin_closed();
@@ -265,6 +266,7 @@ static void closed_and_reused_by_userfaultfd(void)
 	munmap(closed.memory, PAGE);
 	check(!umn_region_valid(closed.first));
 	check(!umn_uffd_source(closed.n.uffd)->wait_delivered(umn_uffd_source(closed.n.uffd), 100));
+	check(try_watch(&closed.n, closed.memory + 2 * PAGE, PAGE, &region) == UMN_UFFD_CLOSED);
 	end_closed();
 	check(fcntl(fd, F_GETFD) >= 0);
 }
@@ -788,7 +790,8 @@ static void check_shared_table(int number)
 	closefrom(3);
 	check(!umn_region_valid(region));
 	munmap(memory, 4 * PAGE);
-	check(!umn_region_valid(region) && umn_uffd_is_broken(n.uffd));
+	check(!umn_region_valid(region));
+	check(umn_table_renew(n.table, region) == UMN_UFFD_CLOSED && umn_uffd_is_broken(n.uffd));
 	close_notifier(&n);
 	n = opened();
 	check_sees(&n);
