@@ -1307,10 +1307,10 @@ static void end_if_closed(void)
 	stop();
 }
 
-/* Regions that were watched with an instance that has ended are not watched any more. */
+/* Regions that were watched with an instance that has ended are not watched any more; nor is anything fed to a table of the parent's. */
 static bool is_over(const struct umn_uffd *u)
 {
-	return load(&u->broken) || (u->regions && u->instance != uffd_state.instance);
+	return load(&u->broken) || u->forks != uffd_state.forks || (u->regions && u->instance != uffd_state.instance);
 }
 
 static int watch_in(struct umn_uffd *u, uint64_t start_address, uint64_t end)
