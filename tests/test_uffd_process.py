@@ -1,6 +1,6 @@
-"""The source `uffd` in a process that closes descriptors, locks memory, resizes mappings or clones itself: from Python.
+"""The source `uffd` in a process that closes descriptors, locks its memory, resizes mappings or clones itself.
 
-What C can show, tests/core/uffd_process_test.c does.
+From Python; tests/core/uffd_process_test.c has more.
 """
 
 from __future__ import annotations

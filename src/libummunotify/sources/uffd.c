@@ -65,7 +65,8 @@
  * is still seen by the time the call that makes it has returned (b was before that, so ii and iii do not need i); that
  * the addresses are handed out earlier is not.
  *
- * Once a descriptor is found gone, the `instance` (one userfaultfd with its reader) is over: all that was watched with it is invalid for
+ * Where i fails, a region is invalid, by itself: the thread that asked may have a descriptor table of its own. Once watch, renew or unwatch
+ * finds a descriptor gone, the `instance` (one userfaultfd with its reader) is over: all that was watched with it is invalid for
  * good. The next region of another table begins a new one.
  *
  * Forks
@@ -876,14 +877,6 @@ static void pass_cycle(void)
 
 /* ---- Is everything delivered? ---- */
 
-/* The descriptor was not the userfaultfd, though the instance was this one before. That is what stopping it looks like too. But then it was
- * counted up before the descriptor was closed. */
-static void found_closed(uint32_t instance)
-{
-	if (load_after(&uffd_state.instance) == instance)
-		store(&uffd_state.over, instance);
-}
-
 static bool has_ended(const struct umn_uffd *u, uint32_t instance)
 {
 	return load(&u->instance) != instance || load(&uffd_state.over) == instance || load(&u->broken);
@@ -898,16 +891,7 @@ static bool delivered(struct umn_source *source)
 		return true;
 	if (has_ended(u, instance))
 		return false;
-	switch (barrier(load(&uffd_state.uffd.fd))) {
-	case PASSED:
-		return !(load(&uffd_state.cycle) & 1);
-	case NO_UFFD:
-		found_closed(instance);
-		break;
-	case NOT_YET:
-		break;
-	}
-	return false;
+	return barrier(load(&uffd_state.uffd.fd)) == PASSED && !(load(&uffd_state.cycle) & 1);
 }
 
 static uint64_t nanoseconds(void)
@@ -925,27 +909,25 @@ static bool wait_delivered(struct umn_source *source, unsigned int milliseconds)
 	const struct umn_uffd *u = (const struct umn_uffd *)source;
 	const struct timespec interval = {.tv_nsec = 20000};
 	const uint64_t deadline = nanoseconds() + milliseconds * UINT64_C(1000000);
-	uint32_t cycle = 0, instance;
+	uint32_t cycle = 0;
 	bool is_quiet = false;
+	enum barrier result;
 
 	for (uint32_t tries = 0; load(&u->regions); tries++) {
-		instance = load(&uffd_state.instance);
-		if (!tries && !is_ours(&uffd_state.uffd))
-			found_closed(instance);
-		if (has_ended(u, instance))
+		if (has_ended(u, load(&uffd_state.instance)))
 			return false;
-		if (!is_quiet)
-			switch (barrier(load(&uffd_state.uffd.fd))) {
-			case PASSED:
-				is_quiet = true;
-				cycle = load(&uffd_state.cycle);
-				break;
-			case NO_UFFD:
-				found_closed(instance);
-				continue;
-			case NOT_YET:
-				break;
+		if (!is_quiet) {
+			result = tries || is_ours(&uffd_state.uffd) ? barrier(load(&uffd_state.uffd.fd)) : NO_UFFD;
+			if (result == NO_UFFD) {
+				/* The program has closed it; or this thread has a descriptor table of its own; or the last region was
+				 * just unwatched. What woke this thread is fed by the end of that cycle. */
+				pass_cycle();
+				return !load(&u->regions);
 			}
+			is_quiet = result == PASSED;
+			if (is_quiet)
+				cycle = load(&uffd_state.cycle);
+		}
 		/* What was read before that moment is fed by the end of that cycle; later ones do not matter. */
 		if (is_quiet && (!(cycle & 1) || load(&uffd_state.cycle) != cycle))
 			return true;
@@ -1297,7 +1279,6 @@ static void stop(void)
 	struct descriptor uffd = uffd_state.uffd;
 
 	store(&uffd_state.uffd.fd, -1);
-	/* Before it is closed: see found_closed. */
 	__sync_fetch_and_add(&uffd_state.instance, 1);
 	store(&uffd_state.stopping, 1);
 	/* Before the reader ends, as it unregisters what it cannot find by closing. If both have one, it is the reader's to close. */
@@ -1327,10 +1308,10 @@ static void end_if_closed(void)
 	stop();
 }
 
-/* Regions that were watched with an instance that has ended are not watched any more. */
+/* Regions that were watched with an instance that has ended are not watched any more; nor is anything fed to a table of the parent's. */
 static bool is_over(const struct umn_uffd *u)
 {
-	return load(&u->broken) || (u->regions && u->instance != uffd_state.instance);
+	return load(&u->broken) || u->forks != uffd_state.forks || (u->regions && u->instance != uffd_state.instance);
 }
 
 static int watch_in(struct umn_uffd *u, uint64_t start_address, uint64_t end)
