@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import ummunotify
-from ummunotify.bpf import libbpf
-from ummunotify.sources.bpf import BpfFeed
+from ummunotify._abi import Probe
+from ummunotify.bpf import feeder, libbpf
 
 from . import bare
 from .samples import Pairs, Spread, spread
@@ -193,7 +193,7 @@ def added(regions: int, budget: Budget) -> Added:
 
         pairs, noise = in_turns(cases, watching, int(umn.source == "bpf:kvm"), budget)
         program = {name: _program_time(umn, case) for name, case in cases.items()}
-        return Added(regions, pairs, program, int(umn.stats["bytes"]), noise)
+        return Added(regions, pairs, program, int(umn.stats.bytes), noise)
 
 
 def subscribed(budget: Budget) -> Pairs:
@@ -260,7 +260,7 @@ def _settle(umn: ummunotify.Notifier, expected: int) -> None:
 
 
 def _program_time(umn: ummunotify.Notifier, case: Case) -> float:
-    program = cast(BpfFeed, umn._feed)._maps.fds["program"]
+    program = feeder._program(Probe[umn.source.partition(":")[2].upper()]).code.number()
     statistics = libbpf.enable_statistics()
     times = []
     try:

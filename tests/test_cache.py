@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import gc
 import mmap
+import os
+import platform
+import signal
+import subprocess
+import sys
 import threading
 import time
+import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
-from unittest import mock
+from pathlib import Path
 
 import pytest
+from cache_check import wrong
 from registrar import Recorder
 from support import in_child, map_memory, unmap_memory
 
@@ -44,7 +54,7 @@ def registrar() -> Recorder:
 def cache(registrar: Recorder) -> Iterator[RegistrationCache[int]]:
     with RegistrationCache(registrar) as cache:
         yield cache
-        assert cache._check_table() is None
+        assert wrong(cache) is None
     assert registrar.live == {}
 
 
@@ -103,7 +113,7 @@ def test_any_part_of_anything_is_found(cache: RegistrationCache[int], registrar:
     ]
     for what in held:
         cache.acquire(what).release()
-    assert cache._check_table() is None
+    assert wrong(cache) is None
     count = registrar.registered
     for address, length in held:
         for part in [(address, 1), (address + length - 1, 1), (address + length // 3, length - length // 3)]:
@@ -116,10 +126,10 @@ def test_thousands_come_and_go(cache: RegistrationCache[int], registrar: Recorde
     address = map_memory(count * 2 * PAGE)
     handles = [use(cache, address + i * 2 * PAGE) for i in range(count)]
     assert [use(cache, address + i * 2 * PAGE) for i in range(count)] == handles
-    assert cache._check_table() is None
+    assert wrong(cache) is None
     for i in range(0, count, 2):
         cache.invalidate((address + i * 2 * PAGE, 1))
-    assert cache._check_table() is None
+    assert wrong(cache) is None
     assert len(registrar.live) == count / 2
     assert [use(cache, address + i * 2 * PAGE) for i in range(1, count, 2)] == handles[1::2]
     unmap_memory(address, count * 2 * PAGE)
@@ -237,7 +247,7 @@ def test_what_registering_itself_changes(memory: int) -> None:
             assert registration.valid
             assert registrar.live.keys() == {registration.handle}
         assert (cache.stats.retries, cache.stats.in_use, cache.stats.registrations) == (1, 0, 1)
-        assert cache._check_table() is None
+        assert wrong(cache) is None
     assert registrar.live == {}
 
 
@@ -296,7 +306,7 @@ def test_merging(memory: int) -> None:
         use(cache, memory, SIZE)
         assert registrar.ranges == [(memory, SIZE)]
         assert cache.stats.merges == 3
-        assert cache._check_table() is None
+        assert wrong(cache) is None
 
 
 def test_merging_does_not_register_all_that_came_before(memory: int) -> None:
@@ -393,7 +403,7 @@ def test_the_least_recently_used_one_goes(registrar: Recorder, memory: int) -> N
         assert handles[0] not in registrar.live
         assert handles[2] in registrar.live
         assert cache.stats.evictions == 2
-        assert cache._check_table() is None
+        assert wrong(cache) is None
 
 
 def test_the_time_of_use_is_that_of_release(registrar: Recorder, memory: int) -> None:
@@ -555,7 +565,7 @@ def test_ctrl_c_in_the_registrar(cache: RegistrationCache[int], registrar: Recor
     with pytest.raises(KeyboardInterrupt):
         use(cache, memory)
     use(cache, memory)
-    assert cache._check_table() is None
+    assert wrong(cache) is None
     assert cache.stats.registrations == len(registrar.live)
 
 
@@ -655,37 +665,98 @@ def test_a_registration_that_is_dropped_is_released(
     assert registrar.live == {}
 
 
+# ---- One notifier for many ----
+
+
+def test_many_caches_share_one_notifier(registrar: Recorder, memory: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with contextlib.ExitStack() as stack:
+        caches = [stack.enter_context(RegistrationCache(registrar)) for _ in range(100)]
+        after_first = len(os.listdir("/proc/self/fd"))
+        handles = [use(cache, memory) for cache in caches]
+        assert [use(cache, memory) for cache in caches] == handles
+        assert len(os.listdir("/proc/self/fd")) == after_first
+        remap(memory)
+        for cache in caches:
+            assert use(cache, memory) not in handles
+            assert (cache.stats.misses, cache.stats.stale, cache.stats.uncached) == (2, 1, 0)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert registrar.live == {}
+
+
+def test_each_cache_deregisters_its_own(registrar: Recorder, memory: int) -> None:
+    """Whichever cache reads the event."""
+    other = Recorder()
+    with RegistrationCache(registrar) as first, RegistrationCache(other) as second:
+        use(first, memory)
+        use(second, memory)
+        remap(memory)
+        first.collect()
+        assert (registrar.live, len(other.live)) == ({}, 1)
+        second.collect()
+        assert other.live == {}
+
+
+def test_a_cache_that_the_interpreters_end_finds_open() -> None:
+    code = """
+import mmap, ummunotify
+class Registrar:
+    def register(self, address, length):
+        return address
+    def deregister(self, handle):
+        raise OSError("too late")
+cache = ummunotify.RegistrationCache(Registrar())
+memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE)
+cache.acquire(memory).release()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # ---- No source ----
 
 
-def test_without_a_source_each_use_registers(registrar: Recorder, memory: int) -> None:
-    missing = ummunotify.SourceUnavailableError({"bpf": "no permission"})
-    with mock.patch("ummunotify.cache.open_notifier", side_effect=missing):
-        with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*no permission") as warned:
-            cache = RegistrationCache(registrar, max_registrations=2)
-        with cache.acquire((memory, PAGE)) as first, cache.acquire((memory, PAGE)) as second:
-            assert first.handle != second.handle
-            assert not first.valid
-            with pytest.raises(RegistrationLimitError):
-                cache.acquire((memory, PAGE))
-        assert registrar.live == {}
-        use(cache, memory)
-        cache.flush()
+def test_without_a_source_each_use_registers(
+    registrar: Recorder, memory: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UMMUNOTIFY_SOURCE", "daemon")
+    monkeypatch.setenv("UMMUNOTIFY_SOCKET", str(tmp_path / "none"))
+    with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*no daemon runs here") as warned:
+        cache = RegistrationCache(registrar, max_registrations=2)
+    assert [warning.filename for warning in warned] == [__file__]
+    with cache.acquire((memory, PAGE)) as first, cache.acquire((memory, PAGE)) as second:
+        assert first.handle != second.handle
+        assert not first.valid
+        with pytest.raises(RegistrationLimitError):
+            cache.acquire((memory, PAGE))
+    assert registrar.live == {}
+    use(cache, memory)
+    cache.flush()
     assert len(warned) == 1
     assert registrar.live == {}
     assert (cache.stats.uncached, cache.stats.hits, cache.stats.registrations) == (3, 0, 0)
     cache.close()
 
 
-def test_memory_that_cannot_be_watched(registrar: Recorder, memory: int) -> None:
-    refused = ummunotify.UnsupportedMemoryError(memory, PAGE, None, "it is a file's")
-    with RegistrationCache(registrar) as cache, mock.patch.object(Notifier, "watch", side_effect=refused):
-        with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*a file's") as warned:
-            use(cache, memory)
-        use(cache, memory)
+def test_memory_that_cannot_be_watched(registrar: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UMMUNOTIFY_SOURCE", "uffd")
+    with RegistrationCache(registrar) as cache, mmap.mmap(-1, PAGE) as shared:  # which uffd cannot watch
+        with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*") as warned:
+            cache.acquire(shared).release()
+        assert [warning.filename for warning in warned] == [__file__]
+        cache.acquire(shared).release()
         assert len(warned) == 1
         assert cache.stats.uncached == 2
         assert registrar.live == {}
+
+
+def test_a_warning_that_is_an_error_loses_nothing(registrar: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UMMUNOTIFY_SOURCE", "uffd")
+    with RegistrationCache(registrar) as cache, mmap.mmap(-1, PAGE) as shared, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="registered anew"):
+            cache.acquire(shared)
+        assert (cache.stats.in_use, registrar.live) == (0, {})
 
 
 # ---- Threads ----
@@ -797,7 +868,7 @@ def test_the_childs_cache_is_empty_and_works(cache: RegistrationCache[int], regi
         assert cache.stats == ummunotify.CacheStats(*[0] * 13)
         before = set(registrar.live)
         held.release()
-        assert cache._check_table() is None
+        assert wrong(cache) is None
         with cache.acquire((memory, PAGE)) as own:
             assert own.handle not in before
             remap(memory)
@@ -810,6 +881,43 @@ def test_the_childs_cache_is_empty_and_works(cache: RegistrationCache[int], regi
     in_child(child)
     assert registrar.live.keys() == {idle, held.handle}
     assert use(cache, memory) == idle
+    held.release()
+
+
+def clone(function: Callable[[], object]) -> None:
+    """As in_child, but no handler of a fork runs, neither C's nor Python's."""
+    pid = ctypes.CDLL(None).syscall(56, signal.SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of the system call")
+def test_a_child_that_no_handler_knows_of(cache: RegistrationCache[int], registrar: Recorder, memory: int) -> None:
+    idle = use(cache, memory)
+    held = cache.acquire((memory + PAGE, PAGE))
+
+    def child() -> None:
+        before = set(registrar.live)
+        assert not held.valid
+        with pytest.raises(ForkedError):
+            _ = held.handle
+        held.release()
+        assert cache.stats == ummunotify.CacheStats(*[0] * 13)
+        assert use(cache, memory) not in before
+        cache.close()
+        assert registrar.live.keys() == before
+
+    clone(child)
+    assert use(cache, memory) == idle
+    assert held.valid
     held.release()
 
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cache_check import wrong
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -292,7 +293,7 @@ class CacheModel(RuleBasedStateMachine):
         assert stats.in_use == sum(handle.users > 0 for handle in live)
         assert stats.not_deregistered == sum(handle.failed for handle in live)
         assert stats.hits <= self.acquired
-        assert self.cache._check_table() is None
+        assert wrong(self.cache) is None
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):

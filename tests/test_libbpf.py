@@ -7,15 +7,16 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from support import require
 
+from ummunotify._abi import FED_TABLE_SIZE, u32
+from ummunotify._bpf import create_segment, read_map
 from ummunotify.bpf import libbpf
-from ummunotify.bpf.libbpf import BpfError, BpfObject, LibraryMissingError, MapFlag, MapType
+from ummunotify.bpf.libbpf import BpfError, BpfObject, LibraryMissingError
 
 OBJECT = resources.files("ummunotify.bpf").joinpath("watch.bpf.o").read_bytes()
 
@@ -23,44 +24,15 @@ OBJECT = resources.files("ummunotify.bpf").joinpath("watch.bpf.o").read_bytes()
 @pytest.fixture(autouse=True)
 def privileged() -> None:
     try:
-        os.close(libbpf.create_map(MapType.ARRAY, "test", 4, 8, 1))
+        os.close(create_segment())
     except BpfError as error:
         if error.errno == errno.EPERM:
             require("bpf", f"BPF maps cannot be made: {error}")
         raise
 
 
-@pytest.fixture
-def array() -> Iterator[int]:
-    fd = libbpf.create_map(MapType.ARRAY, "test", 4, 8, 4, MapFlag.MMAPABLE)
-    yield fd
-    os.close(fd)
-
-
 def descriptors() -> set[str]:
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
-
-
-def test_maps_hold_what_they_are_given(array: int) -> None:
-    key = (3).to_bytes(4, sys.byteorder)
-    libbpf.map_update(array, key, b"eight by")
-    assert libbpf.map_lookup(array, key, 8) == b"eight by"
-    items = [(i.to_bytes(4, sys.byteorder), bytes([i]) * 8) for i in range(4)]
-    libbpf.map_update_batch(array, items)
-    assert [libbpf.map_lookup(array, k, 8) for k, _ in items] == [value for _, value in items]
-    assert not os.get_inheritable(array)
-
-
-def test_failures_say_what_and_why(array: int) -> None:
-    with pytest.raises(BpfError) as info:
-        libbpf.map_update(array, (4).to_bytes(4, sys.byteorder), bytes(8))
-    assert info.value.errno == errno.E2BIG
-    assert "update a map" in str(info.value)
-    assert "E2BIG" in str(info.value)
-    with pytest.raises(BpfError, match="EINVAL"):
-        libbpf.map_delete(array, bytes(4))
-    copy = pickle.loads(pickle.dumps(info.value))
-    assert (copy.errno, str(copy)) == (info.value.errno, str(info.value))
 
 
 def test_load_and_attach() -> None:
@@ -79,7 +51,13 @@ def test_load_and_attach() -> None:
             loaded.map_fd("no such map")
     # The descriptors outlive the object, and nothing else does.
     assert descriptors() - before == {str(tables), str(program)}
-    libbpf.map_update(tables, (6).to_bytes(4, sys.byteorder), bytes(16))
+    assert read_map(tables, u32(6), FED_TABLE_SIZE) == bytes(FED_TABLE_SIZE)
+    with pytest.raises(BpfError) as info:
+        read_map(tables, u32(7), FED_TABLE_SIZE)
+    assert info.value.errno == errno.ENOENT
+    assert "look up in a map" in str(info.value)
+    copy = pickle.loads(pickle.dumps(info.value))
+    assert (copy.errno, str(copy)) == (info.value.errno, str(info.value))
     assert libbpf.program_info(program).recursion_misses == 0
     with pytest.raises(BpfError) as info:
         libbpf.raw_tracepoint_open("no_such_tracepoint", program)

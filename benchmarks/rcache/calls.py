@@ -22,6 +22,7 @@ ARRAY = "cache.acquire(array).release()"
 WITH_PAIR = "with cache.acquire(pair): pass"
 WITH_ARRAY = "with cache.acquire(array): pass"
 BASELINE = "with lock: pass"
+MISS = "acquire what is not registered"
 _FULL = ("--processes=8", "--values=3", "--min-time=0.03")
 _QUICK = ("--processes=1", "--values=2", "--warmups=0", "--min-time=0.005")
 
@@ -58,6 +59,19 @@ def _main() -> None:
     for statement in (PAIR, ARRAY, WITH_PAIR, WITH_ARRAY, BASELINE):
         runner.bench_time_func(statement, run, statement)
     assert cache.stats.misses == 1
+    places = [(array.ctypes.data + offset, 64) for offset in range(0, 1 << 20, 4096)]
+
+    def miss(loops: int) -> float:
+        total = 0.0
+        for _ in range(loops):
+            with ummunotify.RegistrationCache(_Registrar()) as fresh:
+                begun = time.thread_time()
+                for place in places:
+                    fresh.acquire(place).release()
+                total += time.thread_time() - begun
+        return total
+
+    runner.bench_time_func(MISS, miss, inner_loops=len(places))
 
 
 if __name__ == "__main__":

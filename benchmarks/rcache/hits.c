@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#include "cache/cache.h"
+#include "ummunotify_cache.h"
 
 #ifdef WITH_UCX
 #include <ucm/api/ucm.h>
@@ -28,18 +28,60 @@ static uint64_t now(clockid_t clock)
 /* Each returns the thread's own time in ns, which can be 0 where a hypervisor takes its time back; or NOT_FOUND. */
 #define NOT_FOUND UINT64_MAX
 
-uint64_t bench_hits(struct umn_cache *cache, const uint64_t *addresses, uint32_t n, uint64_t length)
+uint64_t bench_hits(struct ummunotify_cache *cache, const uint64_t *addresses, uint32_t n, uint64_t length)
 {
 	uint64_t begun = now(CLOCK_THREAD_CPUTIME_ID);
-	struct umn_entry *entry;
+	struct ummunotify_registration *registration;
 
 	for (uint32_t i = 0; i < n; i++) {
-		entry = umn_cache_acquire(cache, addresses[i], addresses[i] + length);
-		if (!entry)
+		registration = ummunotify_cache_find(cache, (void *)addresses[i], length);
+		if (!registration)
 			return NOT_FOUND;
-		umn_cache_release(cache, entry);
+		ummunotify_cache_release(cache, registration);
 	}
 	return now(CLOCK_THREAD_CPUTIME_ID) - begun;
+}
+
+/* ---- Misses ---- */
+
+static int register_nothing(void *context, uint64_t address, size_t length, void *argument, void **handle)
+{
+	(void)context, (void)length, (void)argument;
+	*handle = (void *)address;
+	return 0;
+}
+
+static int deregister_nothing(void *context, void *handle, void *argument)
+{
+	(void)context, (void)handle, (void)argument;
+	return 0;
+}
+
+/* Of a cache with the notifier that those of the process share: it registers each of n addresses, and then forgets them. In ns; or
+ * NOT_FOUND. */
+uint64_t bench_misses(const uint64_t *addresses, uint32_t n, uint64_t length, uint32_t rounds)
+{
+	const struct ummunotify_registrar registrar = {
+		.size = sizeof registrar, .register_memory = register_nothing, .deregister = deregister_nothing};
+	struct ummunotify_registration *registration;
+	struct ummunotify_cache *cache;
+	uint64_t total = 0, begun;
+
+	if (ummunotify_cache_open(&cache, &registrar, NULL))
+		return NOT_FOUND;
+	for (uint32_t round = 0; round <= rounds; round++) {
+		begun = now(CLOCK_THREAD_CPUTIME_ID);
+		for (uint32_t i = 0; i < n; i++) {
+			if (ummunotify_cache_acquire(cache, (void *)addresses[i], length, NULL, &registration))
+				return NOT_FOUND;
+			ummunotify_cache_release(cache, registration);
+		}
+		if (round) /* the first is to warm up */
+			total += now(CLOCK_THREAD_CPUTIME_ID) - begun;
+		ummunotify_cache_flush(cache, NULL);
+	}
+	ummunotify_cache_close(cache);
+	return total / rounds;
 }
 
 #ifdef WITH_UCX
@@ -111,7 +153,7 @@ uint64_t bench_ucx_hits(void *rcache, const uint64_t *addresses, uint32_t n, uin
 
 struct worker {
 	pthread_t thread;
-	struct umn_cache *cache;
+	struct ummunotify_cache *cache;
 	void *rcache;
 	const uint64_t *addresses;
 	uint32_t n, rounds;
@@ -133,7 +175,7 @@ static void *work(void *argument)
 
 /* Each thread has its own n addresses, and one of the caches, or all share UCX's. The time that passes until all are done, in ns;
  * or NOT_FOUND. */
-uint64_t bench_threads(struct umn_cache *const *caches, void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length,
+uint64_t bench_threads(struct ummunotify_cache *const *caches, void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length,
 		       uint32_t threads, uint32_t rounds)
 {
 	struct worker *workers = calloc(threads, sizeof *workers);

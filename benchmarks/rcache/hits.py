@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import mmap
 import random
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,10 @@ class Native(NamedTuple):
     """Of a hit, ours and UCX's in ns, by the order of the addresses."""
     threads: dict[str, list[tuple[float, float]]]
     """Of a hit by one thread, and by all of several, in turns."""
+    miss: float
+    """In C, with a registrar that does nothing."""
+    ucx: str
+    """Which it is."""
 
 
 def measure(quick: bool) -> Native:
@@ -52,20 +58,36 @@ class _Registrar:
         pass
 
 
-def _build(folder: str) -> tuple[ctypes.CDLL, bool]:
-    """The library, and whether UCX is in it."""
+def _ucx() -> tuple[str, list[str]] | None:
+    """UCX's newest that there is, and what the compiler needs for it: the wheel libucx-cu12, or Debian's package."""
+    wheel = importlib.util.find_spec("libucx")
+    if wheel is not None and wheel.submodule_search_locations:
+        root = Path(wheel.submodule_search_locations[0])
+        flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}"]
+        return f"UCX {metadata.version('libucx-cu12')} (PyPI's)", flags
+    if Path("/usr/include/ucs/memory/rcache.h").exists():
+        version = subprocess.run(["pkg-config", "--modversion", "ucx"], capture_output=True, text=True).stdout.strip()
+        return f"UCX {version} (the system's)", []
+    return None
+
+
+def _build(folder: str) -> tuple[ctypes.CDLL, str]:
+    """The library, and which UCX is in it."""
     path = f"{folder}/hits.so"
+    libraries = Path(ummunotify.__file__).parent / "lib"
     compile_it = ["gcc", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", f"-I{ummunotify.get_include()}"]
-    compile_it += [str(HERE / "hits.c"), "-o", path]
-    ucx = Path("/usr/include/ucs/memory/rcache.h").exists()
-    subprocess.run([*compile_it, *(["-DWITH_UCX", "-lucs", "-lucm"] if ucx else [])], check=True)
+    compile_it += [str(HERE / "hits.c"), "-o", path, f"-L{libraries}", "-lummunotify", f"-Wl,-rpath,{libraries}"]
+    ucx = _ucx()
+    subprocess.run([*compile_it, *(["-DWITH_UCX", *ucx[1], "-lucs", "-lucm"] if ucx else [])], check=True)
     library = ctypes.CDLL(path)
     pointer, size, count = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32
     library.bench_ucx_new.restype = pointer
     library.bench_hits.argtypes = library.bench_ucx_hits.argtypes = (pointer, pointer, count, size)
+    library.bench_misses.argtypes = (pointer, count, size, count)
     library.bench_threads.argtypes = (pointer, pointer, pointer, count, size, count, count)
-    library.bench_hits.restype = library.bench_ucx_hits.restype = library.bench_threads.restype = size
-    return library, ucx
+    for function in (library.bench_hits, library.bench_ucx_hits, library.bench_misses, library.bench_threads):
+        function.restype = size
+    return library, ucx[0] if ucx else ""
 
 
 def _native_cache(cache: ummunotify.RegistrationCache[int]) -> int:
@@ -140,9 +162,10 @@ def _main(quick: bool) -> None:
                     for count in (1, THREADS)
                 )
                 threads[name].append((one, many))
+        miss = _found(library.bench_misses(addresses, REGISTRATIONS, PAGE, 3)) / REGISTRATIONS
         assert all(cache.stats.misses == REGISTRATIONS for cache in caches)
         del area
-    json.dump(Native(pairs, threads)._asdict(), sys.stdout)
+    json.dump(Native(pairs, threads, miss, ucx)._asdict(), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ with ummunotify.open() as umn:
         ...  # the addresses no longer hold what was registered
 """
 
+from ._cache import Registration, RegistrationCache
 from ._core import Region
 from ._core import version as __version__
 from .errors import (
@@ -23,6 +24,7 @@ from .errors import (
     RegistrationError,
     RegistrationLimitError,
     SourceUnavailableError,
+    TooManyNotifiersError,
     TooManyRegionsError,
     UmmunotifyError,
     UnknownRegionError,
@@ -30,9 +32,10 @@ from .errors import (
     UnsupportedMemoryError,
 )
 from .notifier import Notifier, open
-from .types import Invalidation, NotifierStats
+from .types import CacheStats, Invalidation, NotifierStats
 
 __all__ = [
+    "CacheStats",
     "ClosedError",
     "CookieInUseError",
     "DeregistrationError",
@@ -47,9 +50,12 @@ __all__ = [
     "Region",
     "RegistrarError",
     "RegistrarUnavailableError",
+    "Registration",
+    "RegistrationCache",
     "RegistrationError",
     "RegistrationLimitError",
     "SourceUnavailableError",
+    "TooManyNotifiersError",
     "TooManyRegionsError",
     "UmmunotifyError",
     "UnknownRegionError",
@@ -62,5 +68,5 @@ __all__ = [
 
 
 def get_include() -> str:
-    """The directory for a C compiler's -I: for `#include "cache/cache.h"`, and Cython's `cimport ummunotify`."""
+    """The directory for a C compiler's -I: for `#include <ummunotify.h>`, and for what `cimport ummunotify` includes."""
     return __path__[0] + "/include"

@@ -1,61 +1,73 @@
 # cython: language_level=3
-"""For other Cython modules: `from ummunotify cimport CacheTable, umn_cache_acquire, umn_cache_release`."""
+"""For other Cython modules: `from ummunotify cimport RegistrationCache, ummunotify_cache_find`."""
 
 from libc.stdint cimport uint64_t
 
-from ._core cimport umn_region
+from ._core cimport ummunotify, ummunotify_options
 
-cdef extern from "cache/cache.h" nogil:
-    struct umn_cache:
+cdef extern from "ummunotify_cache.h" nogil:
+    struct ummunotify_cache:
         pass
-    struct umn_entry:
-        uint64_t start, end
-        const umn_region *region
+    struct ummunotify_registration:
         void *handle
-        void *watch
-    struct umn_cache_load:
-        size_t registrations
-        uint64_t bytes
-        size_t leaving, kept
-    struct umn_cache_stats:
-        uint64_t hits, stale, closed
-        size_t in_use
-        uint64_t in_use_bytes
-    umn_entry *umn_cache_acquire(umn_cache *cache, uint64_t start, uint64_t end)
-    bint umn_cache_release(umn_cache *cache, umn_entry *entry)
-    umn_cache *umn_cache_new()
-    void umn_cache_delete(umn_cache *cache)
-    void umn_cache_abandon(umn_cache *cache)
-    umn_entry *umn_cache_reserve(umn_cache *cache, uint64_t start, uint64_t end)
-    void umn_cache_publish(umn_cache *cache, umn_entry *entry, const umn_region *region, void *handle, void *watch,
-                           bint open)
-    umn_entry *umn_cache_find(umn_cache *cache, uint64_t start, uint64_t end)
-    void umn_cache_retire(umn_cache *cache, umn_entry *entry)
-    void umn_cache_retire_range(umn_cache *cache, uint64_t start, uint64_t end)
-    size_t umn_cache_evict(umn_cache *cache, size_t count)
-    size_t umn_cache_merge(umn_cache *cache, uint64_t *start, uint64_t *end, uint64_t max_length, bint all)
-    bint umn_cache_overlaps(umn_cache *cache, uint64_t start, uint64_t end)
-    umn_entry *umn_cache_take(umn_cache *cache)
-    void umn_cache_free(umn_cache *cache, umn_entry *entry)
-    void umn_cache_keep(umn_cache *cache, umn_entry *entry)
-    void umn_cache_retry(umn_cache *cache)
-    void umn_cache_get_load "umn_cache_load"(umn_cache *cache, umn_cache_load *load)
-    void umn_cache_get_stats "umn_cache_stats"(umn_cache *cache, umn_cache_stats *stats)
-    const char *umn_cache_check(umn_cache *cache)
+        uint64_t start, end
+    struct ummunotify_registrar:
+        size_t size
+        int (*register_memory)(void *context, uint64_t address, size_t length, void *argument, void **handle) noexcept
+        int (*deregister)(void *context, void *handle, void *argument) noexcept
+        int (*interrupted)(void *context, void *argument) noexcept
+        void *context
+        size_t granularity, max_length
+        bint merge, no_overlap
+    struct ummunotify_cache_options:
+        size_t size
+        ummunotify *umn
+        const ummunotify_options *shared
+        uint64_t max_bytes, max_registrations
+    struct ummunotify_cache_stats:
+        uint64_t hits, misses, stale, evictions, merges, retries, uncached, failed_deregistrations
+        uint64_t registrations, registered_bytes, in_use, in_use_bytes, not_deregistered
+    int ummunotify_cache_open(ummunotify_cache **cache, const ummunotify_registrar *registrar,
+                              const ummunotify_cache_options *options)
+    int ummunotify_cache_shutdown(ummunotify_cache *cache, void *argument)
+    void ummunotify_cache_close(ummunotify_cache *cache)
+    int ummunotify_cache_acquire(ummunotify_cache *cache, const void *address, size_t length, void *argument,
+                                 ummunotify_registration **registration)
+    ummunotify_registration *ummunotify_cache_find(ummunotify_cache *cache, const void *address, size_t length)
+    int ummunotify_cache_release(ummunotify_cache *cache, ummunotify_registration *registration)
+    bint ummunotify_registration_valid(const ummunotify_registration *registration)
+    int ummunotify_cache_collect(ummunotify_cache *cache, void *argument)
+    int ummunotify_cache_flush(ummunotify_cache *cache, void *argument)
+    int ummunotify_cache_invalidate(ummunotify_cache *cache, const void *address, size_t length, void *argument)
+    const char *ummunotify_cache_uncached(ummunotify_cache *cache)
+    void ummunotify_cache_get_stats "ummunotify_cache_stats"(ummunotify_cache *cache, ummunotify_cache_stats *stats)
 
 
-cdef class CacheTable:
-    cdef umn_cache *_cache
-    cdef object _register, _deregister
-    cdef dict _entries
+cdef struct registrar_calls:
+    void *register
+    void *deregister
+    bint ended  # the interpreter is: what is registered is left to the system
+
+
+cdef class RegistrationCache:
+    cdef ummunotify_cache *_cache  # NULL: never opened
+    cdef registrar_calls _calls  # borrowed from the next two
+    cdef object _registrar, _register, _deregister
+    cdef object _notifier  # that was given, or None
+    cdef bint _closed
+    cdef bint _warned  # that memory is registered for each use
     cdef object __weakref__
 
-    cdef Registration _use(self, umn_entry *entry, uint64_t start, uint64_t end)
+    cdef Registration _miss(self, uint64_t start, uint64_t stop)
+    cdef int _warn(self, list errors) except -1
+    cdef int _left(self, int error, list state) except -1
+    cdef int _check(self) except -1
+    cdef int _collect(self) except -1
 
 
 cdef class Registration:
-    cdef CacheTable _table
-    cdef umn_entry *_entry
+    cdef RegistrationCache _cache
+    cdef ummunotify_registration *_registration  # NULL: released
     cdef uint64_t _start, _end
 
     cdef int _check(self) except -1

@@ -3,12 +3,14 @@
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
+cdef extern from "ummunotify_feeder.h" nogil:
+    struct ummunotify_feeder:
+        pass
+
 cdef extern from "ummunotify.h" nogil:
     struct ummunotify:
         pass
     struct ummunotify_region:
-        pass
-    struct ummunotify_feeder:
         pass
     struct ummunotify_options:
         size_t size
@@ -76,6 +78,12 @@ cdef extern from "ummunotify.h" nogil:
 
 cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1
 cdef object failure(uint64_t start=*, uint64_t length=*)
+cdef int raise_pending() except -1
+
+
+cdef class _Feeder:
+    cdef ummunotify_feeder _feeder
+    cdef object _python
 
 
 cdef class Region:
@@ -95,4 +103,4 @@ cdef class Notifier:
 
     cdef int _check(self) except -1
     cdef int _unwatch(self, Region region) except -1
-    cdef list _read(self)
+    cdef list _read(self, bint one=*)

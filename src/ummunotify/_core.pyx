@@ -20,6 +20,7 @@ import contextlib
 import os
 import sys
 import time
+from io import FileIO
 from threading import get_ident
 
 from .errors import (
@@ -31,8 +32,10 @@ from .errors import (
     InvalidCookieError,
     InvalidRangeError,
     SourceUnavailableError,
+    TooManyNotifiersError,
     TooManyRegionsError,
     UmmunotifyError,
+    UnavailableError,
     UnknownRegionError,
     UnknownSourceError,
     UnsupportedMemoryError,
@@ -50,6 +53,7 @@ cdef extern from "ummunotify_feeder.h" nogil:
         pass
     int ummunotify_failed(const char *why, const char *remedy)
     int ummunotify_daemon_socket()
+    int ummunotify_open_kvm()
 
 cdef extern from *:
     """
@@ -68,6 +72,8 @@ cdef enum:
     FIRST_OWN_COOKIE_BIT = 63
     DL_CPU = 1
     DL_CUDA_HOST = 3
+
+new_tuple = tuple.__new__
 
 cdef str CHANGED = sys.intern("changed")
 cdef str VALID = sys.intern("valid")
@@ -143,9 +149,9 @@ cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
             address = operator_index((<tuple>what)[0])
             length = operator_index((<tuple>what)[1])
         except OverflowError:
-            address, length = operator_index(what[0]), operator_index(what[1])
+            given, size = operator_index(what[0]), operator_index(what[1])
             raise InvalidRangeError(
-                f"cannot watch {length} bytes at {address:#x}: not an address and a length in 64 bits", address, length
+                f"cannot watch {size} bytes at {given:#x}: not an address and a length in 64 bits", given, size
             ) from None
     else:
         try:
@@ -213,9 +219,9 @@ cdef int raise_pending() except -1:
 # ---- The feeder of the source bpf ----
 
 cdef int note(error, int number) noexcept:
-    """Whatever it is, it is why this source does not work; the next may."""
+    """It is why this source does not work; the next may. Other than UnavailableError it is a signal handler's, and passed on."""
     try:
-        if not isinstance(error, Exception):
+        if not isinstance(error, (UnavailableError, OSError)) or getattr(error, "errno", 0) is None:
             raised[get_ident()] = error
         reason = getattr(error, "reason", None)
         if reason is None:
@@ -279,9 +285,6 @@ cdef extern from *:
 cdef class _Feeder:
     """A Python feeder as the library calls it. It lives as long as the notifiers that it feeds."""
 
-    cdef ummunotify_feeder _feeder
-    cdef object _python
-
     def __cinit__(self, python):
         self._python = python
         self._feeder = umn_make_feeder(<void *>feeder_connect, <void *>feeder_exchange, <void *>feeder_may_have_missed,
@@ -304,7 +307,7 @@ def source_names(wanted=None):
 def open_notifier(type kind, source, max_regions, feeder):
     """A notifier of this class, fed by the first source that `source` names and that works.
 
-    Raises SourceUnavailableError, UnknownSourceError, MemoryError, ValueError.
+    Raises SourceUnavailableError, TooManyNotifiersError, UnknownSourceError, MemoryError, ValueError.
     """
     cdef Notifier notifier
     cdef ummunotify_options options
@@ -338,6 +341,8 @@ def open_notifier(type kind, source, max_regions, feeder):
         why, remedy = tried.why.decode(errors="replace"), tried.remedy.decode(errors="replace")
         reasons[tried.source.decode()] = f"{why}; {remedy}" if remedy else why
         i += 1
+    if ummunotify_get_failure().code == UMMUNOTIFY_LIMIT:
+        raise TooManyNotifiersError(message)
     raise SourceUnavailableError(message, reasons)
 
 
@@ -349,6 +354,16 @@ def connect_to_daemon():
     if fd < 0:
         message = ummunotify_error().decode(errors="replace")
         raise SourceUnavailableError(message, {"daemon": message})
+    return fd
+
+
+def open_kvm():
+    """A descriptor of /dev/kvm; UnavailableError."""
+    cdef int fd = ummunotify_open_kvm()
+    if fd < 0:
+        raise UnavailableError(
+            ummunotify_get_failure().why.decode(errors="replace"), ummunotify_get_failure().remedy.decode()
+        )
     return fd
 
 
@@ -482,9 +497,14 @@ cdef inline bint is_same(Region region, ummunotify_region *watched):
 
 
 cdef inline object invalidation(Region region, const ummunotify_event *event):
-    return Invalidation(region, region.cookie, event.start, event.end, event.exact, event.thread, event.syscall)
+    # Not by Invalidation's own __new__, which is Python code: a signal handler could raise in it, and the event would be lost.
+    return new_tuple(
+        Invalidation, (region, region.cookie, event.start, event.end, event.exact, event.thread, event.syscall)
+    )
 
 
+# Never cleared by the garbage collector: closing it calls its feeder. Cycles through its regions are cleared at the dictionary.
+@cython.no_gc_clear
 cdef class Notifier:
     """Tells which of the watched ranges of this process's memory were changed. Made by `ummunotify.open`.
 
@@ -544,24 +564,27 @@ cdef class Notifier:
             ummunotify_unwatch(self._umn, watched)  # it can only fail where everything is unwatched
         return 0
 
-    cdef list _read(self):
+    cdef list _read(self, bint one=False):
+        """What there is, or not more than one. Once an event was taken, nothing is raised that would lose it."""
         cdef ummunotify_event events[ROOM]
-        cdef ptrdiff_t n = ROOM, i
+        cdef ptrdiff_t room = 1 if one else ROOM
+        cdef ptrdiff_t n = room, i
         cdef list result = []
 
-        while n == ROOM:
+        while n == room and not (one and result):
             with nogil:
-                n = ummunotify_read(self._umn, events, ROOM)
+                n = ummunotify_read(self._umn, events, room)
             if n < 0:
-                raise_pending()
                 if result:
                     return result
+                raise_pending()
                 raise failure()
             for i in range(n):
                 region = self._regions.get(events[i].cookie)
                 if region is not None and is_same(<Region>region, events[i].region):
                     result.append(invalidation(<Region>region, &events[i]))
-        raise_pending()
+        if not result:
+            raise_pending()
         return result
 
     @property
@@ -633,19 +656,19 @@ cdef class Notifier:
             except (OverflowError, TypeError):
                 raise InvalidCookieError(cookie) from None
             cookie = number
-            if cookie in self._regions:
-                raise CookieInUseError(number)
         region = Region.__new__(Region, self)
         region.cookie = cookie
         region._start = start
         region._end = end
+        # Now, as making the region may have run the garbage collector, and finalisers that watch something.
+        if cookie in self._regions:
+            raise CookieInUseError(number)
         # Found before it is watched: an event that comes at once has its region.
         self._regions[cookie] = region
         with nogil:
             error = ummunotify_watch(self._umn, <void *>start, end - start, number, &watched)
         if not error:
             region._region = watched
-            raise_pending()
             return region
         self._regions.pop(cookie, None)
         raise_pending()
@@ -689,22 +712,25 @@ cdef class Notifier:
             milliseconds = <int>(min(WAIT_MAX if forever else left, WAIT_MAX) * 1000) + 1
             with nogil:
                 result = ummunotify_wait(self._umn, milliseconds)
-            PyErr_CheckSignals()
             if result < 0 and result != -EINTR:
                 raise failure()
+            PyErr_CheckSignals()
             events = self._read()
+            if events:
+                return events
             if not forever:
                 left = deadline - time.monotonic()
-            if events or (not forever and left <= 0):
-                return events
+                if left <= 0:
+                    return events
 
     def dispatch(self, callback):
         """Call `callback` with each Invalidation there is, one after the other; how many there were.
 
         Unlike `read`, `changed` stays True for every thread until the callbacks are done, and other threads that
         dispatch wait for them. So a thread that has dispatched, or has found `changed` False, uses nothing that was
-        invalidated before. What a callback raises is passed on; what was not delivered stays for the next call. A
-        callback, or a signal handler that interrupts it, may call everything here; a dispatch inside it returns 0 at once.
+        invalidated before. What a callback raises is passed on: it has not acted on its invalidation then, which is the
+        first one of the next call, and `changed` stays True. A callback, or a signal handler that interrupts it, may
+        call everything here; a dispatch inside it returns 0 at once.
 
         Raises ClosedError.
         """
@@ -756,25 +782,32 @@ cdef class Notifier:
 
         Those get ClosedError; regions stay around and are not valid.
         """
+        error = None
         if self._umn is NULL:
             return
         with nogil:
             ummunotify_shutdown(self._umn)
         self._regions = {}
-        while self._waiters:
-            self._waiters.pop()()
+        # They stay there until they have gone themselves: what is interrupted here is done by the next close().
+        for wake in list(self._waiters):
+            try:
+                wake()
+            except BaseException as caught:
+                error = caught  # an event loop that is closed, or a signal handler's; the others are to be woken too
         raise_pending()
+        if error is not None:
+            raise error
 
     # ---- for the subclass ----
 
-    @contextlib.contextmanager
+    def _take_one(self):
+        """A list of one invalidation, or of none."""
+        self._check()
+        return self._read(True)
+
     def _dup(self):
-        """A copy of the descriptor."""
-        fd = os.dup(self.fileno())
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        """A copy of the descriptor, as a file that closes it."""
+        return FileIO(os.dup(self.fileno()))
 
     @contextlib.contextmanager
     def _waiter(self, wake):

@@ -65,6 +65,10 @@ class TooManyRegionsError(UmmunotifyError):
     """A limit is reached: `max_regions` regions are watched, or the table cannot grow (the message says why not)."""
 
 
+class TooManyNotifiersError(UmmunotifyError):
+    """The source works, and has no room for another notifier of this process; a weaker source is not taken instead."""
+
+
 class ClosedError(UmmunotifyError, ValueError):
     """The notifier was closed."""
 
@@ -93,6 +97,19 @@ class SourceUnavailableError(UmmunotifyError, RuntimeError):
     def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
         super().__init__(message)
         self.reasons = dict(reasons)
+
+
+class UnavailableError(Exception):
+    """A source does not work here. Never seen by users: `SourceUnavailableError` collects them."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class DescriptorLostError(UnavailableError):
+    """The program has closed a descriptor of this library's that is needed."""
 
 
 class RegistrarError(UmmunotifyError):

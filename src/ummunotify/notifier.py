@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from . import _core
+from ._core import Notifier as _Notifier
+from ._core import open_notifier, source_names, why_not
+from .bpf import feeder
 from .errors import ClosedError, SourceUnavailableError
-from .sources.feeder import Feeder
 from .types import Invalidation
 
 
-class Notifier(_core.Notifier):
-    __doc__ = _core.Notifier.__doc__
+class Notifier(_Notifier):
+    __doc__ = _Notifier.__doc__
 
     async def __aiter__(self) -> AsyncIterator[Invalidation]:
         """Invalidations as they come, until the notifier is closed."""
@@ -21,25 +22,23 @@ class Notifier(_core.Notifier):
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         # A descriptor of this iteration's own: an event loop knows each once, and several tasks may be iterating.
-        with self._dup() as fd, self._waiter(lambda: loop.call_soon_threadsafe(readable.set)):
+        with self._dup() as copy, self._waiter(lambda: loop.call_soon_threadsafe(readable.set)):
             while True:
                 try:
-                    events = self.read()
+                    # One by one: where the iteration ends, the others are left to the next reader.
+                    events = self._take_one()
                 except ClosedError:
                     return
                 for event in events:
                     yield event
                 if not events:
                     # In between the loop does not look at it, or it would spin while nothing reads.
-                    loop.add_reader(fd, readable.set)
+                    loop.add_reader(copy, readable.set)
                     try:
                         await readable.wait()
                     finally:
-                        loop.remove_reader(fd)
+                        loop.remove_reader(copy)
                     readable.clear()
-
-
-_feeder = Feeder()
 
 
 def open(source: str | None = None, *, probe: str | None = None, max_regions: int | None = None) -> Notifier:
@@ -54,7 +53,7 @@ def open(source: str | None = None, *, probe: str | None = None, max_regions: in
     """
     if probe is not None:
         source = f"{source or 'bpf'}:{probe}"
-    return _core.open_notifier(Notifier, source, max_regions, _feeder)
+    return open_notifier(Notifier, source, max_regions, feeder)
 
 
 class Finding(NamedTuple):
@@ -74,12 +73,12 @@ def survey() -> list[Finding]:
     """Try every source, best first."""
     findings = []
     for name in ("bpf", "daemon", "uffd"):
-        for candidate in _core.source_names(name):
+        for candidate in source_names(name):
             try:
                 with open(candidate) as opened:
                     findings.append(Finding(opened.source, True, "", ""))
             except SourceUnavailableError:
-                findings += [Finding(source, False, why, remedy) for source, why, remedy in _core.why_not()]
+                findings += [Finding(source, False, why, remedy) for source, why, remedy in why_not()]
             except Exception as error:  # a defect of ours, which must not hide the other sources
                 findings.append(Finding(candidate, False, f"{type(error).__name__}: {error}", "please report this"))
     return findings

@@ -1,4 +1,4 @@
-"""What `Notifier.read` returns."""
+"""What `Notifier` and `RegistrationCache` return."""
 
 from __future__ import annotations
 
@@ -42,6 +42,35 @@ class NotifierStats(NamedTuple):
     """Of the index."""
     overflows: int
     """How often everything had to be invalidated."""
+
+
+class CacheStats(NamedTuple):
+    """What a cache has done, and what it holds. Counts begin at 0, also in the child of a fork."""
+
+    hits: int
+    """Calls of `acquire` that were given what was registered already, by Python or C."""
+    misses: int
+    """Calls that had to register."""
+    stale: int
+    """Registrations that were used for nothing new, because their memory had changed."""
+    evictions: int
+    """Registrations that were given up for others, because of a limit."""
+    merges: int
+    """Registrations that became part of a larger one."""
+    retries: int
+    """How often memory changed while it was being registered, and so had to be registered again."""
+    uncached: int
+    """Registrations for one use, because nothing tells of changes of that memory here."""
+    failed_deregistrations: int
+    """How often the registrar failed to deregister."""
+    registrations: int
+    """Registered now, or being registered."""
+    registered_bytes: int
+    in_use: int
+    """Of the registrations."""
+    in_use_bytes: int
+    not_deregistered: int
+    """Of the registrations: those that the registrar failed to deregister."""
 
 
 class Invalidation(NamedTuple):

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
-/* Put before every source file of the stress test: at some accesses to shared memory another thread gets the processor. */
+/* Put before every source file of the stress tests: at some accesses to shared memory another thread gets the processor. */
 #ifndef UMN_CHAOS_H
 #define UMN_CHAOS_H
 

@@ -346,7 +346,7 @@ static void limits(void)
 	check(!memcmp(&before, &after, sizeof before) && before.regions == n);
 	grow(&world);
 	check(umn_table_watch(world.table, 0x1000, 0x2000, 0, NULL, &region) == 0);
-	umn_table_doubt(world.table);
+	umn_table_invalidate_all(world.table);
 	check(!umn_region_valid(first) && umn_table_changed(world.table));
 	check(umn_table_drain(world.table, events, REGIONS_MAX) == n + 1 && !umn_table_changed(world.table));
 	umn_table_renew(world.table, first);

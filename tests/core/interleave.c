@@ -23,8 +23,8 @@ static int lose_chain;
 		for (uint32_t i_ = 0; i_ < ((void *)(f) == (void *)umn_push && lose_chain ? 0 : (n)) && !f(i_, w); i_++) \
 			;                                                                               \
 	} while (0)
-#include "../../src/libummunotify/table/user_feeder.c"
-#include "../../src/libummunotify/table/table.h"
+#include "table/user_feeder.c"
+#include "table_check.h"
 
 #define THREADS 3
 #define STACK 65536

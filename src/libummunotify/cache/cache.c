@@ -1,715 +1,921 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /*
- * The native part of a registration cache, behind the lock.
+ * The registration cache: what a miss does, and all that calls the registrar.
  *
- * A hit (cache.h) takes no lock, so all that is done here is done under its feet. It may meet any entry in any state, but it
- * keeps one only if it has counted itself in and found the entry open in that same atomic operation. Three rules follow:
- *
- * - What an open entry says is written before it is opened, and changes only after it has left.
- * - An entry leaves by one atomic operation that finds no user and makes sure that there will be none: either it takes away
- *   "open", or, if that is gone already, "retired". So it leaves once, whoever tries, and then is its owner's alone.
- * - Entries and indices are memory of their kind until the cache is deleted: a link leads to an entry, be it the wrong one.
- *
- * Which of these happened to an entry is said by its place, for those who hold the lock.
+ * No lock is held while the registrar, the notifier or `interrupted` is called. Each of these may use the cache, may fork, and may
+ * take any time. So before such a call everything is in order, and after it nothing is taken for granted: not that the cache is
+ * open, nor that this is the same process (relock).
  */
-#include "cache/cache.h"
-
-#include <pthread.h>
+#define _GNU_SOURCE
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <time.h>
 
-#define FIRST_SHIFT 56 /* 256 buckets */
-#define ENTRIES_PER_SLAB 31
-#define SLAB 4096
+#include "cache/entries.h"
+#include "process/error.h"
 
-#define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
-#define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
+#define TRIES 16
+#define WAIT_NS 10000000
 
-enum place {
-	FREE,
-	RESERVED,
-	OPEN,	 /* in the index and in the heap */
-	RETIRED, /* in use, or about to leave */
-	LEAVING,
-	KEPT,
-};
+/* How many calls this thread is in that may call the registrar, or a feeder of the notifier. A call within such a call, also by a
+ * signal handler or a green thread, that waited for another thread could wait for itself, or for one that waits for it. */
+static __thread uint32_t depth __attribute__((tls_model("initial-exec")));
 
-struct slab {
-	struct slab *next;
-	struct umn_entry entries[ENTRIES_PER_SLAB]; /* aligned, so there is room for `next` */
-};
-UMN_STATIC_ASSERT(sizeof(struct slab) == SLAB, "31 entries and the link");
-UMN_STATIC_ASSERT(sizeof(struct umn_entry) == 128, "umn_entry_of relies on it");
-UMN_STATIC_ASSERT(offsetof(struct umn_entry, link) == 64, "a hit needs one cache line of the entry");
+/* Held while a cache is found by one of its entries, while one ends, and while one is made this process's. Comes before the caches' own
+ * locks. */
+static pthread_mutex_t caches_lock = PTHREAD_MUTEX_INITIALIZER;
 
-struct cache {
-	struct umn_cache shared;
-	int64_t hits; /* of entries before they were freed, and UMN_MANY_HITS */
+/* Of all caches without a notifier of their own: what is limited, they share. */
+static struct {
+	pthread_mutex_t lock;
+	struct ummunotify *umn;
+	size_t users;
+} shared = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-	pthread_mutex_t lock __attribute__((aligned(128))); /* not on the line that hits read */
-	uint32_t life;					    /* one more in the child of a fork */
-	struct slab *slabs;
-	struct umn_entry *free;
-	struct umn_entry *leaving, **leaving_end; /* first come, first deregistered */
-	struct umn_entry *kept;
-	struct umn_cache_load load; /* leaving: with those that were taken */
-	uint64_t stale, closed;
-	size_t count;		 /* open entries */
-	struct umn_entry **heap; /* of these; on top is that with the oldest key */
-	size_t heap_room, entries;
-	size_t of_order[64];
-};
+/* ---- Processes ---- */
 
-static struct cache *own(struct umn_cache *cache)
+static void in_child(void)
 {
-	return (struct cache *)cache;
+	pthread_mutex_init(&caches_lock, NULL);
+	pthread_mutex_init(&shared.lock, NULL);
+	/* The parent's is not closed: registrations from before the fork still say that they are not valid. */
+	shared.umn = NULL;
+	shared.users = 0;
 }
 
-static uint32_t users(uint64_t state)
+static void start_once(void)
 {
-	return (uint32_t)state;
+	umn_process_add_child(in_child);
+	umn_users_start();
 }
 
-/* ---- The order of use ---- */
-
-/*
- * A heap by `key`, which is what the entry's stamp was when it was last looked at. Stamps only grow, so the entry on top is the
- * least recently used one if its key is still its stamp, and else it has to go where it belongs now.
- */
-static bool older(const struct umn_entry *a, const struct umn_entry *b)
+static void init_locks(struct ummunotify_cache *c)
 {
-	return (int32_t)(a->key - b->key) < 0;
+	pthread_condattr_t monotonic;
+
+	pthread_mutex_init(&c->lock, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&c->changed, &monotonic);
+	pthread_condattr_destroy(&monotonic);
+	c->waiting = 0;
 }
 
-static void heap_set(struct cache *c, size_t i, struct umn_entry *entry)
+/* Every call begins with this: the cache is this process's, and empty if it was another's. Returns the epoch. */
+static uint32_t enter(struct ummunotify_cache *c)
 {
-	c->heap[i] = entry;
-	entry->position = i;
+	uint32_t epoch = umn_process_current();
+
+	if (__atomic_load_n(&c->epoch, __ATOMIC_ACQUIRE) == epoch)
+		return epoch;
+	pthread_mutex_lock(&caches_lock);
+	if (c->epoch != epoch) {
+		init_locks(c);
+		umn_entries_forget(c);
+		c->uncached = NULL;
+		if (!c->given) {
+			c->umn = NULL;
+			c->must_open = true;
+		}
+		__atomic_store_n(&c->epoch, epoch, __ATOMIC_RELEASE);
+	}
+	pthread_mutex_unlock(&caches_lock);
+	return epoch;
 }
 
-static void heap_settle(struct cache *c, size_t i)
+static int forked(void)
 {
-	struct umn_entry *entry = c->heap[i];
-	size_t child;
+	return umn_fail(UMMUNOTIFY_FORKED, EBADF, "use the cache anew in the child", "the process was forked during the call");
+}
 
-	for (; i && older(entry, c->heap[(i - 1) / 2]); i = (i - 1) / 2)
-		heap_set(c, i, c->heap[(i - 1) / 2]);
-	for (; (child = 2 * i + 1) < c->count; i = child) {
-		if (child + 1 < c->count && older(c->heap[child + 1], c->heap[child]))
-			child++;
-		if (!older(c->heap[child], entry))
+/* After a call of a function that may have forked: then the lock may be held by a thread that does not exist here. */
+static bool relock(struct ummunotify_cache *c, uint32_t epoch)
+{
+	if (!umn_process_is(epoch))
+		return false;
+	pthread_mutex_lock(&c->lock);
+	return true;
+}
+
+/* ---- The notifier ---- */
+
+/* One user more, of the one that there is, or else of this. */
+static struct ummunotify *share(struct ummunotify *opened)
+{
+	struct ummunotify *umn;
+
+	pthread_mutex_lock(&shared.lock);
+	if (!shared.umn)
+		shared.umn = opened;
+	umn = shared.umn;
+	shared.users += umn != NULL;
+	pthread_mutex_unlock(&shared.lock);
+	return umn;
+}
+
+static int take_shared(const struct ummunotify_cache *c, struct ummunotify **umn)
+{
+	const struct ummunotify_options defaults = {.size = sizeof defaults};
+	struct ummunotify *opened;
+	int error;
+
+	*umn = share(NULL);
+	if (*umn)
+		return 0;
+	/* Without the lock, as this may call a feeder. */
+	error = ummunotify_open_with(&opened, c->shared ? c->shared : &defaults);
+	if (error)
+		return error;
+	*umn = share(opened);
+	if (*umn != opened) /* another thread was faster */
+		ummunotify_close(opened);
+	return 0;
+}
+
+static void give_shared_back(void)
+{
+	struct ummunotify *unused = NULL;
+
+	pthread_mutex_lock(&shared.lock);
+	if (!--shared.users) {
+		unused = shared.umn;
+		shared.umn = NULL;
+	}
+	pthread_mutex_unlock(&shared.lock);
+	ummunotify_close(unused);
+}
+
+/* Without the lock. Where no source works there is no notifier, and that is no error. */
+static int open_notifier(struct ummunotify_cache *c, uint32_t epoch)
+{
+	struct ummunotify *umn = NULL;
+	bool extra;
+	int error;
+
+	if (!__atomic_load_n(&c->must_open, __ATOMIC_ACQUIRE))
+		return 0;
+	error = take_shared(c, &umn);
+	if (error && error != -ENODEV)
+		return error;
+	if (!relock(c, epoch))
+		return forked();
+	extra = !c->must_open; /* another thread was faster */
+	if (!extra) {
+		if (error)
+			c->uncached = strdup(ummunotify_error());
+		else
+			c->umn = umn;
+		__atomic_store_n(&c->must_open, false, __ATOMIC_RELEASE);
+	}
+	pthread_mutex_unlock(&c->lock);
+	if (extra && !error)
+		give_shared_back();
+	return 0;
+}
+
+/* Once nothing is watched any more, and nothing will be. Called and returns with the lock held. */
+static void drop_notifier(struct ummunotify_cache *c)
+{
+	if (!c->closed || c->given || !c->umn || c->busy || c->stats.registrations)
+		return;
+	c->umn = NULL;
+	pthread_mutex_unlock(&c->lock);
+	give_shared_back();
+	pthread_mutex_lock(&c->lock);
+}
+
+/* The notifier stays open until leave_notifier. False: the cache is closed. Without the lock. */
+static bool use_notifier(struct ummunotify_cache *c)
+{
+	bool open;
+
+	pthread_mutex_lock(&c->lock);
+	open = !c->closed;
+	c->busy += open;
+	pthread_mutex_unlock(&c->lock);
+	return open;
+}
+
+/* With the lock held, as drop_notifier. */
+static void leave_notifier(struct ummunotify_cache *c)
+{
+	c->busy--;
+	drop_notifier(c);
+}
+
+/* The cookie is the entry's number. Others may use the notifier too, with any cookies: so it is the region that decides. */
+static int on_event(const struct ummunotify_event *event, void *context)
+{
+	struct umn_entry *entry = umn_entry_by_number(event->cookie);
+	struct ummunotify_cache *c;
+
+	(void)context;
+	if (!entry)
+		return 0;
+	pthread_mutex_lock(&caches_lock);
+	c = __atomic_load_n(&umn_rest(entry)->cache, __ATOMIC_ACQUIRE);
+	if (c && umn_entry_is_ours(entry)) {
+		pthread_mutex_lock(&c->lock);
+		if (umn_rest(entry)->region == event->region)
+			umn_entry_retire(c, entry);
+		pthread_mutex_unlock(&c->lock);
+	}
+	pthread_mutex_unlock(&caches_lock);
+	return 0;
+}
+
+/* Retires what has changed, in all caches with the same notifier. Without the lock. */
+static int drop_stale(struct ummunotify_cache *c, uint32_t epoch)
+{
+	ptrdiff_t count;
+	int error;
+
+	if (c->given && c->given != epoch)
+		return umn_fail(UMMUNOTIFY_FORKED, EBADF, "open another cache in the child",
+				"this cache's notifier was opened before a fork and watches the parent process");
+	error = open_notifier(c, epoch);
+	if (error || !c->umn || !ummunotify_changed(c->umn))
+		return error;
+	count = ummunotify_dispatch(c->umn, on_event, NULL);
+	return count < 0 ? (int)count : 0;
+}
+
+/* ---- Deregistering ---- */
+
+/* Deregisters what is leaving. Without the lock. `quiet`: the registrar's failures are only counted. */
+static int deregister_leaving(struct ummunotify_cache *c, uint32_t epoch, void *argument, bool quiet)
+{
+	struct umn_entry *entry;
+	int error, last = 0;
+	size_t failed = 0;
+
+	if (!relock(c, epoch))
+		return forked();
+	while ((entry = umn_entry_take(c))) {
+		pthread_mutex_unlock(&c->lock);
+		depth++;
+		error = c->registrar.deregister(c->registrar.context, entry->shown.handle, argument);
+		depth--;
+		if (!error && umn_rest(entry)->region && umn_process_is(epoch))
+			ummunotify_unwatch(c->umn, umn_rest(entry)->region);
+		if (!relock(c, epoch))
+			return forked();
+		if (!error) {
+			umn_entry_free(c, entry);
+			continue;
+		}
+		last = error;
+		if (error > 0) {
+			umn_entry_put_back(c, entry);
 			break;
-		heap_set(c, i, c->heap[child]);
+		}
+		umn_entry_keep(c, entry);
+		c->stats.failed_deregistrations++;
+		failed++;
 	}
-	heap_set(c, i, entry);
+	drop_notifier(c);
+	pthread_mutex_unlock(&c->lock);
+	if (last > 0)
+		return last;
+	if (!failed || quiet)
+		return 0;
+	return umn_fail(UMMUNOTIFY_REGISTRAR, -last, "flush or shut down the cache to try again",
+			"%zu registrations could not be deregistered (%s); they count as registered until it succeeds", failed,
+			strerror(-last));
 }
 
-static void heap_add(struct cache *c, struct umn_entry *entry, uint32_t key)
+/* ---- A miss ---- */
+
+struct miss {
+	struct ummunotify_cache *c;
+	uint32_t epoch;
+	void *argument;
+	struct umn_call *call;
+	bool nested; /* it must not wait */
+	/* The last try's, whose memory changed meanwhile; still in use by this thread. */
+	struct umn_entry *previous;
+};
+
+static int closed(void)
 {
-	entry->key = key;
-	heap_set(c, c->count++, entry);
-	heap_settle(c, entry->position);
+	return umn_fail(UMMUNOTIFY_CLOSED, ESHUTDOWN, "", "this registration cache is closed");
 }
 
-static void heap_remove(struct cache *c, struct umn_entry *entry)
+static int no_memory(void)
 {
-	struct umn_entry *last = c->heap[--c->count];
-
-	if (last == entry)
-		return;
-	heap_set(c, entry->position, last);
-	heap_settle(c, entry->position);
+	return umn_fail(UMMUNOTIFY_NO_MEMORY, ENOMEM, "", "%s", strerror(ENOMEM));
 }
 
-/* ---- The index ---- */
-
-static struct umn_index *new_index(uint32_t shift, struct umn_index *older)
+static int cannot_register(const struct miss *m)
 {
-	struct umn_index *index = calloc(1, sizeof *index + (sizeof *index->bucket << (64 - shift)));
+	return umn_fail_what("cannot register %llu bytes at %#llx", (unsigned long long)(m->call->end - m->call->start),
+			     (unsigned long long)m->call->start);
+}
 
-	if (index) {
-		index->shift = shift;
-		index->older = older;
+static bool is_limit(int error)
+{
+	switch (-error) {
+	case EAGAIN:
+	case EDQUOT:
+	case EMFILE:
+	case ENFILE:
+	case ENOBUFS:
+	case ENOMEM:
+	case ENOSPC:
+		return true;
 	}
-	return index;
+	return false;
 }
 
-static uint64_t block_of(const struct umn_entry *entry, int i)
+/* Until another thread has done something. The lock is held, and again afterwards if this returns 0. */
+static int wait_for_change(struct miss *m)
 {
-	return (i ? entry->end - 1 : entry->start) >> entry->order;
-}
+	struct ummunotify_cache *c = m->c;
+	struct timespec end;
+	int error = 0;
 
-/* How many blocks it touches. */
-static int links_of(const struct umn_entry *entry)
-{
-	return block_of(entry, 0) == block_of(entry, 1) ? 1 : 2;
-}
-
-static void link_entry(struct umn_index *index, struct umn_entry *entry)
-{
-	struct umn_link **bucket;
-
-	for (int i = 0; i < links_of(entry); i++) {
-		bucket = (struct umn_link **)umn_bucket(index, block_of(entry, i), entry->order);
-		store(&entry->link[i].next, *bucket);
-		store(bucket, &entry->link[i]);
+	c->waiting++;
+	if (c->registrar.interrupted) {
+		clock_gettime(CLOCK_MONOTONIC, &end);
+		end.tv_nsec += WAIT_NS;
+		end.tv_sec += end.tv_nsec / 1000000000;
+		end.tv_nsec %= 1000000000;
+		error = pthread_cond_timedwait(&c->changed, &c->lock, &end);
+	} else {
+		pthread_cond_wait(&c->changed, &c->lock);
 	}
+	c->waiting--;
+	if (error != ETIMEDOUT)
+		return 0;
+	pthread_mutex_unlock(&c->lock);
+	error = c->registrar.interrupted(c->registrar.context, m->argument);
+	if (error)
+		return error;
+	return relock(c, m->epoch) ? 0 : forked();
 }
 
-static void unlink_entry(struct umn_index *index, struct umn_entry *entry)
+/* Is another thread about to register what this one needs, or what must not be registered twice? */
+static bool is_being_registered(const struct ummunotify_cache *c, const struct umn_call *wanted, uint64_t start, uint64_t end)
 {
-	struct umn_link **at;
-
-	for (int i = 0; i < links_of(entry); i++) {
-		at = (struct umn_link **)umn_bucket(index, block_of(entry, i), entry->order);
-		while (*at != &entry->link[i])
-			at = &(*at)->next;
-		store(at, entry->link[i].next);
-	}
-}
-
-/* Failing that, chains get longer. The old index stays, as hits may be in it. */
-static void grow_index(struct cache *c)
-{
-	struct umn_index *index = new_index(c->shared.index->shift - 1, c->shared.index);
-
-	if (!index)
-		return;
-	for (size_t i = 0; i < c->count; i++)
-		link_entry(index, c->heap[i]);
-	store(&c->shared.index, index);
-}
-
-static void index_add(struct cache *c, struct umn_entry *entry)
-{
-	entry->place = OPEN;
-	heap_add(c, entry, entry->stamp);
-	if (c->count > UINT64_C(1) << (63 - c->shared.index->shift))
-		grow_index(c); /* links this entry too */
-	else
-		link_entry(c->shared.index, entry);
-	if (!c->of_order[entry->order]++)
-		store(&c->shared.orders, c->shared.orders | UINT64_C(1) << entry->order);
-}
-
-static void index_remove(struct cache *c, struct umn_entry *entry)
-{
-	heap_remove(c, entry);
-	unlink_entry(c->shared.index, entry);
-	if (!--c->of_order[entry->order])
-		store(&c->shared.orders, c->shared.orders & ~(UINT64_C(1) << entry->order));
-}
-
-/* ---- Leaving ---- */
-
-static void push_leaving(struct cache *c, struct umn_entry *entry)
-{
-	entry->place = LEAVING;
-	c->load.leaving++;
-	entry->next = NULL;
-	*c->leaving_end = entry;
-	c->leaving_end = &entry->next;
-}
-
-/* Takes `bit` away if there is no user. Acquire: all that users did is done; see umn_cache_release. */
-static bool claim(struct umn_entry *entry, uint64_t bit)
-{
-	uint64_t state = load(&entry->state);
-
-	while ((state & bit) && !users(state))
-		if (__atomic_compare_exchange_n(&entry->state, &state, state & ~bit, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+	for (const struct umn_call *call = c->calls; call; call = call->next)
+		if (c->registrar.no_overlap ? call->start < wanted->end && wanted->start < call->end
+					    : c->umn && call->start <= start && end <= call->end)
 			return true;
 	return false;
 }
 
-/* An open entry leaves if nobody uses it. */
-static bool leave_if_idle(struct cache *c, struct umn_entry *entry)
+/* Closed meanwhile. With a notifier of the caller's, what was begun is finished. */
+static bool is_closed(const struct ummunotify_cache *c)
 {
-	if (!claim(entry, UMN_OPEN))
+	return !c->given && __atomic_load_n(&c->closed, __ATOMIC_ACQUIRE);
+}
+
+/* Ends the use of the last try's registration. Without the lock. */
+static void release_previous(struct miss *m)
+{
+	if (m->previous && umn_process_is(m->epoch))
+		umn_entry_release(m->c, m->previous);
+	m->previous = NULL;
+}
+
+/* Lets `count` leave that are not in use, or waits for another thread to deregister. True: there may be room now; the lock is held.
+ * False: there is nothing to wait for, and the lock is held; or `error`, which has ended the call. */
+static bool give_way(struct miss *m, size_t count, int *error)
+{
+	size_t evicted = umn_entries_evict(m->c, count);
+
+	*error = 0;
+	m->c->stats.evictions += evicted;
+	if (evicted || m->c->leaving)
+		return true;
+	if (!m->c->leaving_count || m->nested)
 		return false;
-	index_remove(c, entry);
-	push_leaving(c, entry);
-	return true;
+	*error = wait_for_change(m);
+	return !*error;
 }
 
-static void retire(struct cache *c, struct umn_entry *entry)
+/* Waits until the range can be registered, and reserves it. Without the lock. */
+static int make_room(struct miss *m, struct umn_entry **entry)
 {
-	c->stale += !umn_entry_untouched(entry);
-	index_remove(c, entry);
-	entry->place = RETIRED;
-	/* Whoever takes the last user away after this sees that it is retired; if that was before, it leaves here. */
-	__atomic_fetch_xor(&entry->state, UMN_OPEN | UMN_RETIRED, __ATOMIC_ACQ_REL);
-	if (claim(entry, UMN_RETIRED))
-		push_leaving(c, entry);
-}
+	const uint64_t start = m->call->start, end = m->call->end, length = end - start;
+	struct ummunotify_cache *c = m->c;
+	uint64_t registrations, bytes;
+	bool full;
+	int error;
 
-void umn_cache_retire(struct umn_cache *cache, struct umn_entry *entry)
-{
-	struct cache *c = own(cache);
-
-	if (!(load(&entry->state) & UMN_OPEN) || entry->life != c->life)
-		return;
-	pthread_mutex_lock(&c->lock);
-	if (entry->place == OPEN)
-		retire(c, entry);
-	pthread_mutex_unlock(&c->lock);
-}
-
-/* The count went down from that in `state`. */
-static bool left(struct umn_cache *cache, struct umn_entry *entry, uint64_t state)
-{
-	struct cache *c = own(cache);
-	uint64_t now = load(&entry->state);
-
-	while ((int64_t)now >= (int64_t)UMN_MANY_HITS)
-		if (__atomic_compare_exchange_n(&entry->state, &now, now - UMN_MANY_HITS, true, __ATOMIC_RELAXED,
-						__ATOMIC_RELAXED)) {
-			__atomic_fetch_add(&c->hits, UMN_MANY_HITS / UMN_HIT, __ATOMIC_RELAXED);
+	if (length > c->max_bytes) {
+		umn_fail(UMMUNOTIFY_LIMIT, ENOSPC, "", "max_bytes is %llu", (unsigned long long)c->max_bytes);
+		return cannot_register(m);
+	}
+	for (;;) {
+		error = deregister_leaving(c, m->epoch, m->argument, true);
+		if (error)
+			return error;
+		if (!relock(c, m->epoch))
+			return forked();
+		registrations = c->stats.registrations;
+		bytes = c->stats.registered_bytes;
+		full = registrations >= c->max_registrations || bytes > c->max_bytes - length;
+		if (full && m->previous) {
+			pthread_mutex_unlock(&c->lock);
+			release_previous(m);
+			continue;
+		}
+		if (!full && !(c->registrar.no_overlap && umn_entries_overlap(c, start, end))) {
+			*entry = umn_entry_reserve(c, start, end);
+			pthread_mutex_unlock(&c->lock);
+			return *entry ? 0 : no_memory();
+		}
+		if (!give_way(m, full, &error)) {
+			if (error)
+				return error;
 			break;
 		}
-	/* By now it may be another entry. If that has to leave, this is as good a time as any. */
-	if (!(state & UMN_RETIRED) || entry->life != c->life || !claim(entry, UMN_RETIRED))
-		return false;
-	pthread_mutex_lock(&c->lock);
-	push_leaving(c, entry);
+		pthread_mutex_unlock(&c->lock);
+	}
 	pthread_mutex_unlock(&c->lock);
-	return true;
+	if (full)
+		umn_fail(UMMUNOTIFY_LIMIT, ENOSPC, "release some, or raise max_registrations or max_bytes",
+			 "%llu registrations with %llu bytes are in use, and the cache's limits allow for no more",
+			 (unsigned long long)registrations, (unsigned long long)bytes);
+	else
+		umn_fail(UMMUNOTIFY_REGISTRAR, EBUSY, "release that first",
+			 "a part of it is registered and in use, and this registrar cannot register memory twice");
+	return cannot_register(m);
 }
 
-size_t umn_cache_evict(struct umn_cache *cache, size_t count)
+/* Watches and registers what was reserved. On failure it is reserved no more. `limit`: it failed for a limit. */
+static int pin(struct miss *m, struct umn_entry *entry, bool *limit)
 {
-	struct cache *c = own(cache);
-	struct umn_entry *entry, *busy = NULL;
-	uint32_t stamp;
-	size_t n = 0;
+	const uint64_t start = m->call->start, end = m->call->end;
+	struct ummunotify_region *region = NULL;
+	struct ummunotify_cache *c = m->c;
+	char *refusal = NULL;
+	void *handle = NULL;
+	int error = 0;
 
-	pthread_mutex_lock(&c->lock);
-	while (n < count && c->count) {
-		entry = c->heap[0];
-		if (users(load(&entry->state))) {
-			heap_remove(c, entry);
-			entry->next = busy;
-			busy = entry;
-			continue;
+	*limit = false;
+	if (c->umn && ummunotify_watch(c->umn, (void *)(uintptr_t)start, end - start, umn_tally_number(entry->users), &region)) {
+		const struct ummunotify_failure *failure = ummunotify_failure();
+
+		region = NULL;
+		if (failure->code == UMMUNOTIFY_UNSUPPORTED) {
+			refusal = strdup(ummunotify_error());
+		} else {
+			*limit = failure->code == UMMUNOTIFY_LIMIT || failure->code == UMMUNOTIFY_NO_MEMORY;
+			error = cannot_register(m);
 		}
-		stamp = __atomic_load_n(&entry->stamp, __ATOMIC_RELAXED);
-		if (stamp != entry->key) {
-			entry->key = stamp;
-			heap_settle(c, 0);
-			continue;
+	}
+	if (!error) {
+		error = c->registrar.register_memory(c->registrar.context, start, end - start, m->argument, &handle);
+		if (!umn_process_is(m->epoch)) {
+			free(refusal);
+			return forked();
 		}
-		n += leave_if_idle(c, entry);
+		if (error && region)
+			ummunotify_unwatch(c->umn, region);
+		if (error < 0) {
+			*limit = is_limit(error);
+			umn_fail(UMMUNOTIFY_REGISTRAR, -error, "", "%s", strerror(-error));
+			cannot_register(m);
+		}
 	}
-	for (; (entry = busy); heap_add(c, entry, c->shared.clock))
-		busy = entry->next;
-	pthread_mutex_unlock(&c->lock);
-	return n;
-}
-
-struct umn_entry *umn_cache_take(struct umn_cache *cache)
-{
-	struct cache *c = own(cache);
-	struct umn_entry *entry;
-
-	pthread_mutex_lock(&c->lock);
-	entry = c->leaving;
-	if (entry) {
-		c->leaving = entry->next;
-		if (!c->leaving)
-			c->leaving_end = &c->leaving;
-	}
-	pthread_mutex_unlock(&c->lock);
-	return entry;
-}
-
-void umn_cache_keep(struct umn_cache *cache, struct umn_entry *entry)
-{
-	struct cache *c = own(cache);
-
-	pthread_mutex_lock(&c->lock);
-	c->load.leaving--;
-	c->load.kept++;
-	entry->place = KEPT;
-	entry->next = c->kept;
-	c->kept = entry;
-	pthread_mutex_unlock(&c->lock);
-}
-
-void umn_cache_retry(struct umn_cache *cache)
-{
-	struct cache *c = own(cache);
-	struct umn_entry *entry;
-
-	pthread_mutex_lock(&c->lock);
-	while ((entry = c->kept)) {
-		c->kept = entry->next;
-		c->load.kept--;
-		push_leaving(c, entry);
-	}
-	pthread_mutex_unlock(&c->lock);
-}
-
-/* ---- Coming ---- */
-
-static bool add_slab(struct cache *c)
-{
-	struct umn_entry **heap;
-	struct slab *slab;
-
-	if (c->heap_room < c->entries + ENTRIES_PER_SLAB) {
-		heap = realloc(c->heap, (2 * c->entries + ENTRIES_PER_SLAB) * sizeof *heap);
-		if (!heap)
-			return false;
-		c->heap = heap;
-		c->heap_room = 2 * c->entries + ENTRIES_PER_SLAB;
-	}
-	slab = aligned_alloc(SLAB, sizeof *slab);
-	if (!slab)
-		return false;
-	memset(slab, 0, sizeof *slab);
-	slab->next = c->slabs;
-	c->slabs = slab;
-	c->entries += ENTRIES_PER_SLAB;
-	for (int i = ENTRIES_PER_SLAB; i-- > 0;) {
-		slab->entries[i].life = c->life;
-		slab->entries[i].next = c->free;
-		c->free = &slab->entries[i];
-	}
-	return true;
-}
-
-struct umn_entry *umn_cache_reserve(struct umn_cache *cache, uint64_t start, uint64_t end)
-{
-	struct cache *c = own(cache);
-	struct umn_entry *entry = NULL;
-
-	pthread_mutex_lock(&c->lock);
-	if (c->free || add_slab(c)) {
-		entry = c->free;
-		c->free = entry->next;
-		entry->place = RESERVED;
-		entry->order = umn_order(end - start);
-		__atomic_store_n(&entry->start, start, __ATOMIC_RELAXED);
-		__atomic_store_n(&entry->end, end, __ATOMIC_RELAXED);
-		c->load.registrations++;
-		c->load.bytes += end - start;
-	}
-	pthread_mutex_unlock(&c->lock);
-	return entry;
-}
-
-void umn_cache_free(struct umn_cache *cache, struct umn_entry *entry)
-{
-	struct cache *c = own(cache);
-	int64_t hits;
-
-	pthread_mutex_lock(&c->lock);
-	c->load.leaving -= entry->place == LEAVING;
-	c->load.registrations--;
-	c->load.bytes -= entry->end - entry->start;
-	/* Taken out rather than set to 0: a hit that found the wrong entry may be about to take itself back. */
-	hits = (int64_t)load(&entry->state) / (int64_t)UMN_HIT;
-	__atomic_fetch_sub(&entry->state, (uint64_t)hits * UMN_HIT, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&c->hits, hits, __ATOMIC_RELAXED);
-	entry->place = FREE;
-	entry->next = c->free;
-	c->free = entry;
-	pthread_mutex_unlock(&c->lock);
-}
-
-void umn_cache_publish(struct umn_cache *cache, struct umn_entry *entry, const struct umn_region *region, void *handle,
-		       void *watch, bool open)
-{
-	struct cache *c = own(cache);
-
-	pthread_mutex_lock(&c->lock);
-	entry->region = region;
-	__atomic_store_n(&entry->slot, region->slot, __ATOMIC_RELAXED);
-	entry->header = region->header;
-	entry->late = region->source ? region : NULL;
-	entry->overflow = __atomic_load_n(&region->overflow, __ATOMIC_RELAXED);
-	entry->handle = handle;
-	entry->watch = watch;
-	__atomic_store_n(&entry->stamp, c->shared.clock + 1, __ATOMIC_RELAXED);
-	/* What is used from now on is used later than this. */
-	__atomic_store_n(&c->shared.clock, c->shared.clock + 2, __ATOMIC_RELAXED);
-	if (open) {
-		index_add(c, entry);
+	if (!relock(c, m->epoch))
+		return forked();
+	if (error) {
+		umn_entry_free(c, entry);
 	} else {
-		entry->place = RETIRED;
-		c->closed++;
-	}
-	/* Release: whoever finds it open finds the rest. An addition, as a hit that found the wrong entry may be counted in. */
-	__atomic_fetch_add(&entry->state, UMN_USER + (open ? UMN_OPEN : UMN_RETIRED), __ATOMIC_RELEASE);
-	pthread_mutex_unlock(&c->lock);
-}
-
-/* The link after this one, and after the same entry's other link if both are on this chain: they are neighbours then. */
-static struct umn_link *next_link(const struct umn_link *link)
-{
-	struct umn_link *next = link->next;
-
-	return next && umn_entry_of(next) == umn_entry_of(link) ? next->next : next;
-}
-
-struct umn_entry *umn_cache_find(struct umn_cache *cache, uint64_t start, uint64_t end)
-{
-	struct cache *c = own(cache);
-	uint32_t order = umn_order(end - start);
-	struct umn_entry *entry, *found = NULL;
-	struct umn_link *link, *next;
-	uint64_t orders;
-
-	pthread_mutex_lock(&c->lock);
-	for (orders = c->shared.orders >> order << order; orders && !found; orders &= orders - 1) {
-		order = (uint32_t)__builtin_ctzll(orders);
-		for (link = *umn_bucket(c->shared.index, start >> order, order); link && !found; link = next) {
-			next = next_link(link);
-			entry = umn_entry_of(link);
-			if (entry->start > start || entry->end < end)
-				continue;
-			if (umn_entry_valid(entry))
-				found = entry;
-			else
-				retire(c, entry);
+		if (refusal && !c->uncached) {
+			c->uncached = refusal;
+			refusal = NULL;
 		}
+		entry->shown.handle = handle;
+		umn_rest(entry)->region = region;
+		umn_entry_publish(c, entry);
 	}
-	if (found) /* under the lock it stays open */
-		__atomic_fetch_add(&found->state, UMN_USER + UMN_HIT, __ATOMIC_ACQUIRE);
 	pthread_mutex_unlock(&c->lock);
-	return found;
+	free(refusal);
+	return error;
 }
 
-/* ---- Ranges ---- */
-
-static bool overlaps(const struct umn_entry *entry, uint64_t start, uint64_t end)
+/* Registers the range once, whatever has to leave for that. */
+static int register_once(struct miss *m, struct umn_entry **entry)
 {
-	return entry->start < end && entry->end > start;
-}
+	size_t count = 1;
+	bool limit;
+	int error, ended;
 
-#define for_each_entry(c, e)                                                                                                   \
-	for (struct slab *slab = (c)->slabs; slab; slab = slab->next)                                                          \
-		for (struct umn_entry *e = slab->entries; e < slab->entries + ENTRIES_PER_SLAB; e++)
-
-void umn_cache_retire_range(struct umn_cache *cache, uint64_t start, uint64_t end)
-{
-	struct cache *c = own(cache);
-
-	pthread_mutex_lock(&c->lock);
-	for_each_entry(c, e)
-		if (e->place == OPEN && overlaps(e, start, end))
-			retire(c, e);
-	pthread_mutex_unlock(&c->lock);
-}
-
-bool umn_cache_overlaps(struct umn_cache *cache, uint64_t start, uint64_t end)
-{
-	struct cache *c = own(cache);
-	bool found = false;
-
-	pthread_mutex_lock(&c->lock);
-	for_each_entry(c, e)
-		found |= e->place != FREE && overlaps(e, start, end);
-	pthread_mutex_unlock(&c->lock);
-	return found;
-}
-
-struct merge {
-	uint64_t start, end;	       /* asked for */
-	uint64_t low, high, max_length; /* so far */
-	bool all;
-	size_t count;
-};
-
-static void merge_entry(struct cache *c, struct umn_entry *entry, struct merge *m)
-{
-	uint64_t low = entry->start < m->low ? entry->start : m->low;
-	uint64_t high = entry->end > m->high ? entry->end : m->high;
-	/* A stale one may be of memory that is no longer mapped. */
-	bool fits = high - low <= m->max_length && umn_entry_untouched(entry);
-
-	if (!overlaps(entry, m->start, m->end) || !(fits || m->all) || !leave_if_idle(c, entry))
-		return;
-	m->count++;
-	if (fits) {
-		m->low = low;
-		m->high = high;
-	}
-}
-
-size_t umn_cache_merge(struct umn_cache *cache, uint64_t *start, uint64_t *end, uint64_t max_length, bool all)
-{
-	struct merge m = {
-		.start = *start, .end = *end, .low = *start, .high = *end, .max_length = max_length, .all = all};
-	struct cache *c = own(cache);
-	struct umn_link *link, *next;
-	uint64_t orders, block, last;
-	uint32_t order;
-
-	pthread_mutex_lock(&c->lock);
-	for (orders = c->shared.orders; orders; orders &= orders - 1) {
-		order = (uint32_t)__builtin_ctzll(orders);
-		block = m.start >> order;
-		last = (m.end - 1) >> order;
-		if (last - block > c->count) {
-			for_each_entry(c, e)
-				if (e->place == OPEN && e->order == order)
-					merge_entry(c, e, &m);
+	for (;; count *= 2) {
+		error = make_room(m, entry);
+		if (error)
+			return error;
+		error = pin(m, *entry, &limit);
+		if (error >= 0 || !limit)
+			return error;
+		if (m->previous) {
+			release_previous(m);
 			continue;
 		}
-		for (; block <= last; block++)
-			for (link = *umn_bucket(c->shared.index, block, order); link; link = next) {
-				next = next_link(link);
-				merge_entry(c, umn_entry_of(link), &m);
-			}
-	}
-	pthread_mutex_unlock(&c->lock);
-	*start = m.low;
-	*end = m.high;
-	return m.count;
-}
-
-/* ---- The whole ---- */
-
-static void reset(struct cache *c)
-{
-	pthread_mutex_init(&c->lock, NULL);
-	c->leaving = NULL;
-	c->leaving_end = &c->leaving;
-}
-
-struct umn_cache *umn_cache_new(void)
-{
-	struct cache *c = aligned_alloc(128, sizeof *c);
-
-	if (!c)
-		return NULL;
-	memset(c, 0, sizeof *c);
-	c->shared.retire = umn_cache_retire;
-	c->shared.left = left;
-	c->shared.index = new_index(FIRST_SHIFT, NULL);
-	if (!c->shared.index) {
-		free(c);
-		return NULL;
-	}
-	reset(c);
-	return &c->shared;
-}
-
-void umn_cache_delete(struct umn_cache *cache)
-{
-	struct cache *c = own(cache);
-	struct umn_index *index;
-	struct slab *slab;
-
-	while ((index = c->shared.index)) {
-		c->shared.index = index->older;
-		free(index);
-	}
-	while ((slab = c->slabs)) {
-		c->slabs = slab->next;
-		free(slab);
-	}
-	pthread_mutex_destroy(&c->lock);
-	free(c->heap);
-	free(c);
-}
-
-void umn_cache_abandon(struct umn_cache *cache)
-{
-	struct cache *c = own(cache);
-	struct umn_index *index = c->shared.index;
-
-	reset(c);
-	memset(index->bucket, 0, sizeof *index->bucket << (64 - index->shift));
-	memset(c->of_order, 0, sizeof c->of_order);
-	c->shared.orders = 0;
-	c->hits = 0;
-	c->life++;
-	c->slabs = NULL;
-	c->free = c->kept = NULL;
-	c->count = c->entries = 0;
-	c->load = (struct umn_cache_load){0};
-	c->stale = c->closed = 0;
-}
-
-void umn_cache_load(struct umn_cache *cache, struct umn_cache_load *load)
-{
-	struct cache *c = own(cache);
-
-	pthread_mutex_lock(&c->lock);
-	*load = c->load;
-	pthread_mutex_unlock(&c->lock);
-}
-
-void umn_cache_stats(struct umn_cache *cache, struct umn_cache_stats *stats)
-{
-	struct cache *c = own(cache);
-	int64_t hits;
-
-	pthread_mutex_lock(&c->lock);
-	hits = __atomic_load_n(&c->hits, __ATOMIC_RELAXED);
-	*stats = (struct umn_cache_stats){.stale = c->stale, .closed = c->closed};
-	for_each_entry(c, e) {
-		uint64_t state = load(&e->state);
-
-		hits += (int64_t)state / (int64_t)UMN_HIT;
-		if (e->place > RESERVED && users(state)) {
-			stats->in_use++;
-			stats->in_use_bytes += e->end - e->start;
+		if (!relock(m->c, m->epoch))
+			return forked();
+		if (!give_way(m, count, &ended)) {
+			if (ended)
+				return ended;
+			pthread_mutex_unlock(&m->c->lock);
+			umn_fail(ummunotify_failure()->code, -error, "", "%s; all that is registered is in use",
+				 ummunotify_failure()->why);
+			return cannot_register(m);
 		}
+		pthread_mutex_unlock(&m->c->lock);
 	}
-	stats->hits = (uint64_t)hits;
+}
+
+/*
+ * Until the memory did not change while it was registered.
+ *
+ * Registering may itself make the kernel report a change: to lock a part of a huge page splits it. So the last try's
+ * registration stays until the next one is made, if the registrar can overlap: what was split for the first stays split, and the second
+ * changes nothing.
+ */
+static int register_range(struct miss *m, struct umn_entry **entry)
+{
+	struct ummunotify_cache *c = m->c;
+	int error;
+
+	for (int i = 0; i < TRIES; i++) {
+		if (is_closed(c)) {
+			release_previous(m);
+			return closed();
+		}
+		error = register_once(m, entry);
+		release_previous(m);
+		if (error)
+			return error;
+		m->previous = *entry;
+		if (is_closed(c))
+			continue;
+		/* After it was published: an event that came earlier did not find it, one that comes later does. */
+		if (!umn_rest(*entry)->region || umn_entry_valid(*entry)) {
+			m->previous = NULL;
+			return 0;
+		}
+		if (c->registrar.no_overlap)
+			release_previous(m);
+		if (!relock(c, m->epoch))
+			return forked();
+		c->stats.retries++;
+		pthread_mutex_unlock(&c->lock);
+	}
+	release_previous(m);
+	umn_fail(UMMUNOTIFY_REGISTRAR, EBUSY, "do not unmap or move memory while it is being used",
+		 "their mapping changed during each of %d tries", TRIES);
+	return cannot_register(m);
+}
+
+/* Replaces what overlaps the range and is not in use; but where that is up to the cache, by no more than as much again: without a bound,
+ * to use one buffer after the other, each with a page in common with the last, would register all that came before each time. */
+static void widen(struct ummunotify_cache *c, struct umn_call *call)
+{
+	uint64_t limit = c->registrar.max_length < c->max_bytes ? c->registrar.max_length : c->max_bytes;
+	uint64_t twice = 2 * (call->end - call->start);
+
+	if (!c->registrar.no_overlap && limit > twice)
+		limit = twice;
+	c->stats.merges += umn_entries_merge(c, &call->start, &call->end, limit, c->registrar.no_overlap);
+}
+
+/* Finds the bytes after all, waits for another thread that registers them, or begins to. With the lock held if this returns 0; then
+ * there is an entry, or m->call is on the list. */
+static int begin(struct miss *m, uint64_t start, uint64_t end, struct umn_entry **entry)
+{
+	struct ummunotify_cache *c = m->c;
+	const uint64_t mask = c->registrar.granularity - 1;
+	int error;
+
+	*entry = NULL;
+	m->call->start = start & ~mask;
+	m->call->end = (end + mask) & ~mask;
+	for (;;) {
+		if (__atomic_load_n(&c->closed, __ATOMIC_ACQUIRE))
+			return closed();
+		error = drop_stale(c, m->epoch);
+		if (error)
+			return error;
+		if (!relock(c, m->epoch))
+			return forked();
+		*entry = umn_entry_find(c, start, end);
+		if (*entry)
+			return 0;
+		if (!is_being_registered(c, m->call, start, end) || (m->nested && !c->registrar.no_overlap))
+			break;
+		if (m->nested) {
+			pthread_mutex_unlock(&c->lock);
+			umn_fail(UMMUNOTIFY_REGISTRAR, EDEADLK, "do not use the same memory there",
+				 "a part of it is just being registered, and this call comes from within a registrar or a signal "
+				 "handler that has interrupted one");
+			return cannot_register(m);
+		}
+		error = wait_for_change(m);
+		if (error)
+			return error;
+		pthread_mutex_unlock(&c->lock);
+	}
+	c->stats.misses++;
+	m->call->next = c->calls;
+	c->calls = m->call;
+	return 0;
+}
+
+/* Takes m->call off the list. */
+static void end(struct miss *m)
+{
+	struct ummunotify_cache *c = m->c;
+	struct umn_call **link = &c->calls;
+
+	while (*link != m->call)
+		link = &(*link)->next;
+	*link = m->call->next;
+	if (c->closed) /* meanwhile */
+		umn_entries_retire_range(c, 0, UINT64_MAX);
+	if (c->waiting)
+		pthread_cond_broadcast(&c->changed);
+}
+
+static int miss(struct ummunotify_cache *c, uint64_t start, uint64_t end_, void *argument, struct umn_entry **entry)
+{
+	struct miss m = {
+		.c = c, .epoch = enter(c), .argument = argument, .nested = depth > 1, .call = malloc(sizeof *m.call)};
+	uint64_t low, high;
+	int error, later;
+
+	if (!m.call)
+		return no_memory();
+	if (!use_notifier(c)) {
+		free(m.call);
+		return closed();
+	}
+	error = begin(&m, start, end_, entry);
+	if (error || *entry) {
+		free(m.call);
+		if (error && !relock(c, m.epoch))
+			return error;
+		leave_notifier(c);
+		pthread_mutex_unlock(&c->lock);
+		return error;
+	}
+	low = m.call->start;
+	high = m.call->end;
+	if (c->registrar.merge)
+		widen(c, m.call);
 	pthread_mutex_unlock(&c->lock);
+	error = register_range(&m, entry);
+	if (error < 0 && (m.call->start != low || m.call->end != high) && relock(c, m.epoch)) {
+		/* What it was merged with may have been unmapped just now, or be too much for a limit. */
+		m.call->start = low;
+		m.call->end = high;
+		pthread_mutex_unlock(&c->lock);
+		error = register_range(&m, entry);
+	}
+	if (!relock(c, m.epoch)) {
+		/* The list is the parent's, and was forgotten or will be. */
+		return error ? error : forked();
+	}
+	end(&m);
+	leave_notifier(c);
+	pthread_mutex_unlock(&c->lock);
+	free(m.call);
+	later = deregister_leaving(c, m.epoch, argument, true);
+	if (!later)
+		return error;
+	if (!error)
+		umn_entry_release(c, *entry);
+	return error ? error : later;
 }
 
-/* ---- For tests ---- */
+/* ---- For the caller ---- */
 
-static const char *check_entry(struct cache *c, struct umn_entry *e)
+static int check_range(const void *address, size_t length)
 {
-	uint64_t state = load(&e->state);
-	struct umn_link *link;
-	int found = 0;
+	const uint64_t start = (uintptr_t)address, end = start + length;
+	int error = 0;
 
-	if ((e->place == OPEN) != !!(state & UMN_OPEN))
-		return "an entry is open that should not be, or the other way round";
-	if (e->place != RETIRED && (state & UMN_RETIRED))
-		return "an entry is still to be made to leave";
-	if (e->place != OPEN)
+	if (!length)
+		error = umn_fail(UMMUNOTIFY_RANGE, EINVAL, "", "it is empty");
+	else if (!start || end < start || end > UMN_ADDRESS_MAX)
+		error = umn_fail(UMMUNOTIFY_RANGE, EINVAL, "", "it is not in user space");
+	return error ? umn_fail_what("cannot register %zu bytes at %p", length, address) : 0;
+}
+
+/* What is not inline is called last, with all that it needs in registers: see umn_likely. */
+#define NOINLINE __attribute__((noinline))
+
+static NOINLINE struct ummunotify_registration *find_slowly(struct ummunotify_cache *c, const void *address, size_t length,
+							     struct umn_entry *counted)
+{
+	const uint64_t start = (uintptr_t)address;
+
+	if (!counted && (!length || start + length < start))
 		return NULL;
-	if (e->position >= c->count || c->heap[e->position] != e)
-		return "an open entry is not where it should be in the heap";
-	if (e->position && older(e, c->heap[(e->position - 1) / 2]))
-		return "the heap is not in order";
-	for (int i = 0; i < links_of(e); i++)
-		for (link = *umn_bucket(c->shared.index, block_of(e, i), e->order); link; link = link->next)
-			found += link == &e->link[i];
-	return found == links_of(e) ? NULL : "an open entry is not in the index, or more than once";
+	return (struct ummunotify_registration *)umn_entry_hit_slowly(c, start, start + length, counted);
 }
 
-const char *umn_cache_check(struct umn_cache *cache)
+struct ummunotify_registration *ummunotify_cache_find(struct ummunotify_cache *c, const void *address, size_t length)
 {
-	struct cache *c = own(cache);
-	struct umn_cache_load is = {0};
-	size_t open = 0, of_order[64] = {0};
-	const char *wrong = NULL;
+	const uint64_t start = (uintptr_t)address;
+	struct umn_entry *counted, *entry = umn_entry_hit(c, start, start + length, &counted);
+
+	if (!umn_likely(entry))
+		return find_slowly(c, address, length, counted);
+	return (struct ummunotify_registration *)entry;
+}
+
+static NOINLINE int acquire_slowly(struct ummunotify_cache *c, const void *address, size_t length, void *argument,
+				   struct ummunotify_registration **registration, struct umn_entry *counted)
+{
+	const uint64_t start = (uintptr_t)address;
+	int error = counted ? 0 : check_range(address, length);
+	struct umn_entry *entry = error ? NULL : umn_entry_hit_slowly(c, start, start + length, counted);
+
+	if (!entry && !error) {
+		depth++;
+		error = miss(c, start, start + length, argument, &entry);
+		depth--;
+	}
+	*registration = error ? NULL : (struct ummunotify_registration *)entry;
+	return error;
+}
+
+int ummunotify_cache_acquire(struct ummunotify_cache *c, const void *address, size_t length, void *argument,
+			     struct ummunotify_registration **registration)
+{
+	const uint64_t start = (uintptr_t)address;
+	struct umn_entry *counted, *entry = umn_entry_hit(c, start, start + length, &counted);
+
+	if (!umn_likely(entry))
+		return acquire_slowly(c, address, length, argument, registration, counted);
+	*registration = (struct ummunotify_registration *)entry;
+	return 0;
+}
+
+int ummunotify_cache_release(struct ummunotify_cache *c, struct ummunotify_registration *registration)
+{
+	return umn_entry_release(c, umn_entry(registration));
+}
+
+bool ummunotify_registration_valid(const struct ummunotify_registration *registration)
+{
+	const struct umn_entry *entry = (const struct umn_entry *)registration;
+
+	return umn_entry_is_ours(entry) && umn_rest(entry)->region && ummunotify_valid(umn_rest(entry)->region);
+}
+
+int ummunotify_cache_collect(struct ummunotify_cache *c, void *argument)
+{
+	uint32_t epoch = enter(c);
+	int error = 0, later;
+
+	if (use_notifier(c)) {
+		error = drop_stale(c, epoch);
+		if (!relock(c, epoch))
+			return forked();
+		leave_notifier(c);
+		pthread_mutex_unlock(&c->lock);
+	}
+	later = deregister_leaving(c, epoch, argument, error != 0);
+	return error ? error : later;
+}
+
+int ummunotify_cache_flush(struct ummunotify_cache *c, void *argument)
+{
+	uint32_t epoch = enter(c);
 
 	pthread_mutex_lock(&c->lock);
-	for_each_entry(c, e) {
-		if (!wrong)
-			wrong = check_entry(c, e);
-		open += e->place == OPEN;
-		of_order[e->order] += e->place == OPEN;
-		is.kept += e->place == KEPT;
-		is.leaving += e->place == LEAVING;
-		is.registrations += e->place != FREE;
-		is.bytes += e->place == FREE ? 0 : e->end - e->start;
-	}
-	if (!wrong && (open != c->count || memcmp(&is, &c->load, sizeof is)))
-		wrong = "entries are miscounted";
-	for (uint32_t order = 0; order < 64 && !wrong; order++)
-		if (of_order[order] != c->of_order[order] || !of_order[order] != !(c->shared.orders >> order & 1))
-			wrong = "orders are miscounted";
+	umn_entries_retry(c);
+	umn_entries_evict(c, SIZE_MAX);
 	pthread_mutex_unlock(&c->lock);
-	return wrong;
+	return deregister_leaving(c, epoch, argument, false);
+}
+
+int ummunotify_cache_invalidate(struct ummunotify_cache *c, const void *address, size_t length, void *argument)
+{
+	const uint64_t start = (uintptr_t)address;
+	uint32_t epoch = enter(c);
+
+	pthread_mutex_lock(&c->lock);
+	umn_entries_retire_range(c, start, start + length);
+	pthread_mutex_unlock(&c->lock);
+	return deregister_leaving(c, epoch, argument, false);
+}
+
+const char *ummunotify_cache_uncached(struct ummunotify_cache *c)
+{
+	const char *uncached;
+
+	enter(c);
+	pthread_mutex_lock(&c->lock);
+	uncached = c->uncached;
+	pthread_mutex_unlock(&c->lock);
+	return uncached;
+}
+
+void ummunotify_cache_stats(struct ummunotify_cache *c, struct ummunotify_cache_stats *stats)
+{
+	enter(c);
+	pthread_mutex_lock(&c->lock);
+	umn_entries_stats(c, stats);
+	pthread_mutex_unlock(&c->lock);
+}
+
+/* ---- Opening and closing ---- */
+
+/* As much of a caller's struct as both sides know; the rest is zeros. */
+static void copy(void *to, size_t size, const void *from, size_t known)
+{
+	memcpy(to, from, known < size ? known : size);
+}
+
+int ummunotify_cache_open(struct ummunotify_cache **cache, const struct ummunotify_registrar *registrar,
+			  const struct ummunotify_cache_options *options)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	struct ummunotify_cache_options wanted = {0};
+	struct ummunotify_cache *c;
+	int error = umn_process_start();
+
+	*cache = NULL;
+	if (error)
+		return umn_fail_errno(UMMUNOTIFY_NO_MEMORY, -error, "a page cannot be mapped that forks clear");
+	pthread_once(&once, start_once);
+	if (options)
+		copy(&wanted, sizeof wanted, options, options->size);
+	c = umn_wiped_memory(sizeof *c, offsetof(struct ummunotify_cache, epoch));
+	if (!c)
+		return no_memory();
+	copy(&c->registrar, sizeof c->registrar, registrar, registrar->size);
+	if (!c->registrar.granularity)
+		c->registrar.granularity = 1;
+	if (!c->registrar.register_memory || !c->registrar.deregister ||
+	    c->registrar.granularity & (c->registrar.granularity - 1)) {
+		munmap(c, sizeof *c);
+		return umn_fail(UMMUNOTIFY_ARGUMENT, EINVAL, "", "a registrar needs two functions, and its granularity is a power of two");
+	}
+	if (!c->registrar.max_length)
+		c->registrar.max_length = SIZE_MAX;
+	c->registrar.merge |= c->registrar.no_overlap;
+	c->max_bytes = wanted.max_bytes ? wanted.max_bytes : UINT64_MAX;
+	c->max_registrations = wanted.max_registrations ? wanted.max_registrations : UINT64_MAX;
+	c->shared = wanted.shared;
+	c->umn = wanted.umn;
+	c->epoch = umn_process_current();
+	c->given = c->umn ? c->epoch : 0;
+	c->must_open = !c->umn;
+	init_locks(c);
+	if (!umn_entries_start(c)) {
+		munmap(c, sizeof *c);
+		return no_memory();
+	}
+	error = open_notifier(c, c->epoch);
+	if (error) {
+		umn_entries_end(c);
+		munmap(c, sizeof *c);
+		return error;
+	}
+	*cache = c;
+	return 0;
+}
+
+int ummunotify_cache_shutdown(struct ummunotify_cache *c, void *argument)
+{
+	uint32_t epoch = enter(c);
+
+	pthread_mutex_lock(&c->lock);
+	__atomic_store_n(&c->closed, true, __ATOMIC_RELEASE);
+	umn_entries_retry(c);
+	umn_entries_retire_range(c, 0, UINT64_MAX);
+	if (c->waiting)
+		pthread_cond_broadcast(&c->changed);
+	pthread_mutex_unlock(&c->lock);
+	return deregister_leaving(c, epoch, argument, false);
+}
+
+void ummunotify_cache_close(struct ummunotify_cache *c)
+{
+	if (!c)
+		return;
+	ummunotify_cache_shutdown(c, NULL);
+	/* What could not be deregistered, or was not released. */
+	umn_for_each_entry(c, entry)
+		if (umn_rest(entry)->region)
+			ummunotify_unwatch(c->umn, umn_rest(entry)->region);
+	if (c->umn && !c->given)
+		give_shared_back();
+	pthread_mutex_lock(&caches_lock);
+	umn_entries_end(c);
+	pthread_mutex_unlock(&caches_lock);
+	pthread_cond_destroy(&c->changed);
+	pthread_mutex_destroy(&c->lock);
+	free(c->uncached);
+	munmap(c, sizeof *c);
 }

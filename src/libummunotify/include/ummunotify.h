@@ -138,8 +138,9 @@ ptrdiff_t ummunotify_read(struct ummunotify *umn, struct ummunotify_event *event
 
 /* Calls back with each event, until there is none. Other threads that dispatch wait until the callbacks are done, so after this
  * returns every change from before the call has been acted on, by whichever thread. A callback may call everything but
- * ummunotify_close; a dispatch inside it returns at once. It returns 0, or anything else to stop: what was not delivered stays
- * there for the next call. Returns how many were delivered, or -ECANCELED if a callback stopped it. */
+ * ummunotify_close; a dispatch inside it returns at once. It returns 0, or anything else if it could not act on the event: then this
+ * event and what comes after it stay for the next call, ummunotify_changed stays true, and the result is -ECANCELED. Otherwise the
+ * result is how many were delivered. If another thread unwatches a region meanwhile, a callback may just have been given its event. */
 ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const struct ummunotify_event *event, void *context),
 			      void *context);
 

@@ -34,6 +34,9 @@ int ummunotify_failed(const char *why, const char *remedy);
 
 /* A descriptor that is connected to the daemon, for its status; or -errno. */
 int ummunotify_daemon_socket(void);
+
+/* A descriptor of /dev/kvm, for a feeder that hands it over; or -errno. */
+int ummunotify_open_kvm(void);
 #pragma GCC visibility pop
 
 #endif

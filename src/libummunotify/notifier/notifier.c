@@ -19,17 +19,11 @@
 #include "process/process.h"
 #include "sources/connection.h"
 #include "sources/platform.h"
+#include "sources/uffd.h"
 #include "table/table.h"
 
-#define PIECE 64 /* events drained at a time */
-
-/* A lock that is held while code of the program's runs, from which the same thread may come back (a Python signal handler): it then
- * is told so, and does not wait for itself. */
-struct owned_lock {
-	pthread_mutex_t mutex;
-	pthread_t owner; /* if is_owned; atomic */
-	bool is_owned;
-};
+#define PIECE 64   /* events drained at a time */
+#define SLICE 1000 /* milliseconds that are waited at a time */
 
 struct ummunotify {
 	uint32_t epoch; /* of the process that it belongs to */
@@ -45,14 +39,18 @@ struct ummunotify {
 	struct umn_connection *connection;
 	const struct umn_candidate *candidate;
 	uint64_t max_regions;
-	struct owned_lock growing; /* held while the feeder is asked for memory, which may run Python code */
+	/* While this or `dispatching` is held, code of the program's may run, and come back here from a signal handler: both are of
+	 * the kind that fails (EDEADLK) where the thread has it already. */
+	pthread_mutex_t growing;
 
-	pthread_mutex_t lock; /* reading against unwatching: what is unwatched is not reported; and of the next two */
+	pthread_mutex_t lock; /* reading against unwatching: what is unwatched is not reported; and of the next four */
 	bool wakes;	      /* changes send wake-ups */
 	struct umn_wakeup wakeup;
+	struct ummunotify_event taken; /* by dispatch */
+	enum { NONE, CALLING, REFUSED } taken_is;
 
-	uint32_t delivering;	     /* callbacks that are not done, or are about to be called */
-	struct owned_lock dispatching; /* held while they run */
+	uint32_t delivering;	     /* callbacks that are not done, are about to be called, or have refused `taken` */
+	pthread_mutex_t dispatching; /* held while they run */
 
 	struct ummunotify *next;
 };
@@ -75,6 +73,7 @@ static void in_child(void)
 
 static void start(void)
 {
+	umn_uffd_start(); /* in a child it comes before the connections that it serves */
 	umn_process_add_child(in_child);
 }
 
@@ -123,25 +122,6 @@ static bool has_another(enum umn_source_kind kind)
 		found |= umn->candidate->kind == kind;
 	pthread_mutex_unlock(&list_lock);
 	return found;
-}
-
-/* ---- Locks ---- */
-
-/* False: this thread holds it. What it finds there it has written itself, or it is another thread's, and not equal to it. */
-static bool take(struct owned_lock *lock)
-{
-	if (__atomic_load_n(&lock->is_owned, __ATOMIC_ACQUIRE) && __atomic_load_n(&lock->owner, __ATOMIC_RELAXED) == pthread_self())
-		return false;
-	pthread_mutex_lock(&lock->mutex);
-	__atomic_store_n(&lock->owner, pthread_self(), __ATOMIC_RELAXED);
-	__atomic_store_n(&lock->is_owned, true, __ATOMIC_RELEASE);
-	return true;
-}
-
-static void give(struct owned_lock *lock)
-{
-	__atomic_store_n(&lock->is_owned, false, __ATOMIC_RELEASE);
-	pthread_mutex_unlock(&lock->mutex);
 }
 
 /* ---- Calls ---- */
@@ -204,9 +184,10 @@ static int grow(struct ummunotify *umn)
 	void *memory;
 	int error;
 
-	if (!take(&umn->growing))
-		return umn_fail(UMMUNOTIFY_LIMIT, EAGAIN, "watch it later",
-				"the code that this signal handler has interrupted is about to make the table larger");
+	/* The feeder may run Python code, and that a signal handler or a finaliser which watches something itself. */
+	if (pthread_mutex_lock(&umn->growing) == EDEADLK)
+		return umn_fail(UMMUNOTIFY_LIMIT, EDEADLK, "do this outside of signal handlers and finalisers",
+				"the code that this call has interrupted is making the table larger");
 	pages = umn_table_next_pages(umn->table);
 	if (!pages) {
 		error = umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "", "the table is as large as it can be");
@@ -217,7 +198,7 @@ static int grow(struct ummunotify *umn)
 			umn_fail_errno(UMMUNOTIFY_NO_MEMORY, -error, "the table cannot grow");
 		}
 	}
-	give(&umn->growing);
+	pthread_mutex_unlock(&umn->growing);
 	return error;
 }
 
@@ -234,6 +215,7 @@ static void free_notifier(struct ummunotify *umn)
 static struct ummunotify *try_source(const struct umn_candidate *candidate, const struct ummunotify_options *options, int epoll)
 {
 	struct ummunotify *umn = calloc(1, sizeof *umn);
+	pthread_mutexattr_t checked;
 
 	if (umn) {
 		umn->wakeup = (struct umn_wakeup)UMN_NO_WAKEUP;
@@ -248,8 +230,11 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 	umn->epoch = umn_process_current();
 	umn->candidate = candidate;
 	pthread_mutex_init(&umn->lock, NULL);
-	pthread_mutex_init(&umn->growing.mutex, NULL);
-	pthread_mutex_init(&umn->dispatching.mutex, NULL);
+	pthread_mutexattr_init(&checked);
+	pthread_mutexattr_settype(&checked, PTHREAD_MUTEX_ERRORCHECK);
+	pthread_mutex_init(&umn->growing, &checked);
+	pthread_mutex_init(&umn->dispatching, &checked);
+	pthread_mutexattr_destroy(&checked);
 	umn->connection = umn_connect(candidate, options->feeder, epoll >= 0);
 	if (!umn->connection) {
 		free_notifier(umn);
@@ -257,8 +242,8 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 	}
 	if (umn->connection->source)
 		umn_table_set_source(umn->table, umn->connection->source);
-	/* The wake-up first: after it, no descriptor is left that the self-test could depend on. */
-	if (!umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !grow(umn) && !umn->connection->bind(umn->connection) &&
+	/* The wake-up before the test: after it, no descriptor is left that seeing a change could depend on. */
+	if (!grow(umn) && !umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !umn->connection->bind(umn->connection) &&
 	    !umn_prove(umn->table, umn->connection)) {
 		list_add(umn);
 		return umn;
@@ -447,6 +432,14 @@ int ummunotify_watch(struct ummunotify *umn, const void *address, size_t length,
 	return error;
 }
 
+/* The lock is held. What is being called stays counted until the callback returns. */
+static void forget_taken(struct ummunotify *umn)
+{
+	if (umn->taken_is == REFUSED)
+		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
+	umn->taken_is = NONE;
+}
+
 int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
 {
 	int error = enter(umn);
@@ -455,6 +448,8 @@ int ummunotify_unwatch(struct ummunotify *umn, struct ummunotify_region *region)
 		return error;
 	pthread_mutex_lock(&umn->lock);
 	umn_table_unwatch(umn->table, (struct umn_region *)region);
+	if (umn->taken_is != NONE && umn->taken.region == region)
+		forget_taken(umn);
 	pthread_mutex_unlock(&umn->lock);
 	leave(umn);
 	return 0;
@@ -474,7 +469,7 @@ int ummunotify_valid_now(const struct ummunotify_region *region)
 	if (!r->source)
 		return 1;
 	/* In this order: see umn_region_valid. */
-	return r->source->arrived(r->source) ? umn_region_untouched(r) : -EAGAIN;
+	return r->source->delivered(r->source) ? umn_region_untouched(r) : -EAGAIN;
 }
 
 int ummunotify_renew(struct ummunotify *umn, struct ummunotify_region *region)
@@ -549,23 +544,34 @@ static bool is_unseen(const struct ummunotify *umn)
 	return umn_generation(umn_table_header(umn->table)) != umn_table_seen(umn->table);
 }
 
-static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading)
+/* `dispatching`: there is room for one, and a callback will decide whether it is delivered. */
+static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading,
+			     bool dispatching)
 {
 	uint64_t counter = 0;
-	size_t n;
+	size_t n = 0;
 
 	/* Before it is seen to that all changes which it has counted are in the table. */
 	if (umn->connection->counter)
 		counter = __atomic_load_n(umn->connection->counter, __ATOMIC_ACQUIRE);
 	if (umn->connection->may_have_missed(umn->connection))
-		umn_table_doubt(umn->table);
+		umn_table_invalidate_all(umn->table);
 	pthread_mutex_lock(&umn->lock);
 	if (umn->wakes) {
 		/* In this order no wake-up is lost: what hits after arming sends one again. */
 		umn->connection->acknowledge(umn->connection);
 		umn_table_arm(umn->table);
 	}
-	n = drain(umn, events, room);
+	if (umn->taken_is == REFUSED && room) {
+		events[n++] = umn->taken;
+		forget_taken(umn);
+	}
+	if (n < room)
+		n += drain(umn, &events[n], room - n);
+	if (dispatching && n) {
+		umn->taken = *events;
+		umn->taken_is = CALLING;
+	}
 	reading->seen = umn->connection->counter ? counter : umn_table_seen(umn->table);
 	/* Else there was no room to see that the list is empty, or to say so. */
 	reading->unfinished |= n > 0;
@@ -584,7 +590,7 @@ ptrdiff_t umn_read(struct ummunotify *umn, struct ummunotify_event *events, size
 
 	if (result)
 		return result;
-	result = read_events(umn, events, room, reading);
+	result = read_events(umn, events, room, reading, false);
 	leave(umn);
 	return result;
 }
@@ -594,6 +600,21 @@ ptrdiff_t ummunotify_read(struct ummunotify *umn, struct ummunotify_event *event
 	struct umn_reading reading = {0};
 
 	return umn_read(umn, events, room, &reading);
+}
+
+/* After the callback. What it has refused counts as not delivered and is the first to come again, unless it was unwatched meanwhile. */
+static void settle_taken(struct ummunotify *umn, bool refused)
+{
+	pthread_mutex_lock(&umn->lock);
+	if (refused && umn->taken_is == CALLING) {
+		umn->taken_is = REFUSED;
+		if (umn->wakes && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+			umn_wakeup_set(&umn->wakeup, true);
+	} else {
+		umn->taken_is = NONE;
+		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
+	}
+	pthread_mutex_unlock(&umn->lock);
 }
 
 ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const struct ummunotify_event *event, void *context),
@@ -606,21 +627,26 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 
 	if (result)
 		return result;
-	if (!take(&umn->dispatching)) {
+	if (pthread_mutex_lock(&umn->dispatching) == EDEADLK) {
 		leave(umn);
 		return 0;
 	}
 	/* One by one: what was not delivered, because a callback stops, stays in the table. */
 	do {
 		__atomic_add_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
-		n = read_events(umn, &event, 1, &reading);
+		n = read_events(umn, &event, 1, &reading, true);
 		if (n > 0) {
-			result++;
 			stopped = callback(&event, context);
+			/* The callback has forked, and this is the child: other threads of the parent may hold the locks for ever. */
+			if (!umn_process_is(umn->epoch))
+				return fail_forked();
+			result += !stopped;
+			settle_taken(umn, stopped);
+		} else {
+			__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
 		}
-		__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
 	} while (n > 0 && !stopped && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST));
-	give(&umn->dispatching);
+	pthread_mutex_unlock(&umn->dispatching);
 	leave(umn);
 	return stopped ? -ECANCELED : result;
 }
@@ -635,7 +661,7 @@ static void begin_wakeups(struct ummunotify *umn)
 		umn->wakes = true;
 		umn_table_arm(umn->table);
 		/* What has been hit by now sent none. */
-		umn_wakeup_set(&umn->wakeup, umn->wakeup.is_set || is_unseen(umn));
+		umn_wakeup_set(&umn->wakeup, umn->wakeup.is_set || is_unseen(umn) || umn->taken_is == REFUSED);
 	}
 	pthread_mutex_unlock(&umn->lock);
 }
@@ -652,24 +678,34 @@ int ummunotify_fd(struct ummunotify *umn)
 	return result;
 }
 
+static int wait_slice(struct ummunotify *umn, int milliseconds)
+{
+	struct pollfd polled = {.fd = umn->wakeup.epoll, .events = POLLIN};
+	int result;
+
+	if (__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
+		return fail_closed();
+	if (!umn_wakeup_intact(&umn->wakeup))
+		return -EBADF;
+	result = poll(&polled, 1, milliseconds);
+	if (result < 0)
+		return umn_fail_errno(UMMUNOTIFY_DESCRIPTOR, errno, "waiting was interrupted");
+	return __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST) ? fail_closed() : result;
+}
+
 int ummunotify_wait(struct ummunotify *umn, int milliseconds)
 {
-	struct pollfd polled = {.events = POLLIN};
 	int result = enter(umn);
 
 	if (result)
 		return result;
 	begin_wakeups(umn);
-	if (umn_wakeup_intact(&umn->wakeup)) {
-		polled.fd = umn->wakeup.epoll;
-		result = poll(&polled, 1, milliseconds);
-		if (result < 0)
-			result = umn_fail_errno(UMMUNOTIFY_DESCRIPTOR, errno, "waiting was interrupted");
-		else if (__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST))
-			result = fail_closed();
-	} else {
-		result = -EBADF;
-	}
+	/* In slices: where the program has closed the pipe, nothing wakes this thread when the notifier is closed. */
+	do {
+		result = wait_slice(umn, milliseconds < 0 || milliseconds > SLICE ? SLICE : milliseconds);
+		if (milliseconds >= 0)
+			milliseconds -= milliseconds > SLICE ? SLICE : milliseconds;
+	} while (!result && milliseconds);
 	leave(umn);
 	return result;
 }
@@ -705,13 +741,13 @@ void umn_device_next_wakeup(struct ummunotify *umn)
 	bool was_set;
 
 	if (source)
-		source->settle(source, UMN_SETTLE_MILLISECONDS);
+		source->wait_delivered(source, UMN_DELIVERY_MILLISECONDS);
 	pthread_mutex_lock(&umn->lock);
 	was_set = umn->wakeup.is_set;
 	/* It is readable all the time: the thread that made the change may be looking. */
 	umn_wakeup_set(&umn->wakeup, true);
 	umn->connection->acknowledge(umn->connection);
 	umn_table_arm(umn->table);
-	umn_wakeup_set(&umn->wakeup, was_set || is_unseen(umn) || (source && !source->arrived(source)));
+	umn_wakeup_set(&umn->wakeup, was_set || is_unseen(umn) || (source && !source->delivered(source)));
 	pthread_mutex_unlock(&umn->lock);
 }

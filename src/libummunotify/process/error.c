@@ -2,15 +2,64 @@
 #define _GNU_SOURCE
 #include "process/error.h"
 
+#include <errno.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 
-/* One per thread: a signal handler that uses the library replaces what the code that it interrupts would read. */
-static __thread struct {
-	struct ummunotify_failure failure;
-	char what[160], why[1600], remedy[400], mapping[200], text[2400];
-} last;
+#define TRIED_MAX 8
+
+/* One per thread: a signal handler that uses the library replaces what the code that it interrupts would read. Only a pointer to it is
+ * thread-local: the library's thread-local memory has to fit into what the C library keeps for all that are loaded later. */
+struct words {
+	struct {
+		struct ummunotify_failure failure;
+		char what[160], why[1600], remedy[400], mapping[200], text[2400];
+	} last;
+	struct {
+		size_t count;
+		struct ummunotify_tried is[TRIED_MAX];
+		char why[TRIED_MAX][600], remedy[TRIED_MAX][300];
+	} tried;
+};
+
+static __thread struct words *own;
+static pthread_key_t key;
+
+static void free_words(void *words)
+{
+	own = NULL;
+	munmap(words, sizeof(struct words));
+}
+
+static void make_key(void)
+{
+	pthread_key_create(&key, free_words);
+}
+
+/* Without memory all threads share one: their words may be mixed up. */
+static struct words *words(void)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	static struct words shared;
+	int error = errno;
+	void *memory;
+
+	if (own)
+		return own;
+	memory = mmap(NULL, sizeof *own, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	errno = error;
+	if (memory == MAP_FAILED)
+		return &shared;
+	pthread_once(&once, make_key);
+	own = memory;
+	pthread_setspecific(key, own);
+	return own;
+}
+#define last (words()->last)
+#define tried (words()->tried)
 
 const struct ummunotify_failure *ummunotify_failure(void)
 {
@@ -71,14 +120,6 @@ int umn_fail_errno(enum ummunotify_code code, int error, const char *what)
 {
 	return umn_fail(code, error, "", "%s (%s)", what, strerror(error));
 }
-
-#define TRIED_MAX 8
-
-static __thread struct {
-	size_t count;
-	struct ummunotify_tried is[TRIED_MAX];
-	char why[TRIED_MAX][600], remedy[TRIED_MAX][300];
-} tried;
 
 void umn_forget_tried(void)
 {

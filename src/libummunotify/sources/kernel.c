@@ -78,7 +78,7 @@ static void machine_in_child(void)
 	pthread_mutex_init(&machine.lock, NULL);
 }
 
-static int open_kvm(void)
+int ummunotify_open_kvm(void)
 {
 	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 
@@ -95,7 +95,7 @@ static int open_kvm(void)
 /* `machine.lock` is held. `kvm`: /dev/kvm, the caller's; -1: to be opened here. */
 static int make_machine(int kvm)
 {
-	int opened = kvm < 0 ? open_kvm() : -1, vm;
+	int opened = kvm < 0 ? ummunotify_open_kvm() : -1, vm;
 
 	if (kvm < 0 && opened < 0)
 		return opened;

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import enum
 import errno
 import fcntl
 import os
@@ -104,12 +103,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_program__set_autoload": (_INT, _POINTER, _BOOL),
     "bpf_map__fd": (_INT, _POINTER),
     "bpf_map__set_max_entries": (_INT, _POINTER, _U32),
-    "bpf_map_create": (_INT, _INT, _STRING, _U32, _U32, _U32, _POINTER),
-    "bpf_map_update_elem": (_INT, _INT, _STRING, _STRING, _U64),
-    "bpf_map_lookup_elem_flags": (_INT, _INT, _STRING, _POINTER, _U64),
-    "bpf_map_delete_elem": (_INT, _INT, _STRING),
     "bpf_map_freeze": (_INT, _INT),
-    "bpf_map_update_batch": (_INT, _INT, _STRING, _STRING, _POINTER, _POINTER),
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
     "bpf_prog_test_run_opts": (_INT, _INT, _POINTER),
     "bpf_raw_tracepoint_open": (_INT, _STRING, _INT),
@@ -219,15 +213,14 @@ class _Library:
 
 _thread = _Thread()
 _library: _Library | None = None
-_library_lock = threading.Lock()
 
 
 def _load_library() -> _Library:
+    # No lock, which a child of a fork could find locked for good: two threads at once do this twice, and the second log
+    # function passes on to the first.
     global _library
     if _library is None:
-        with _library_lock:
-            if _library is None:
-                _library = _Library()
+        _library = _Library()
     return _library
 
 
@@ -283,102 +276,9 @@ def _c_string(text: str) -> bytes:
     return encoded
 
 
-class MapType(enum.IntEnum):
-    """The kinds of maps that are made one by one; the object file declares the others."""
-
-    ARRAY = 2
-    RINGBUF = 27
-
-
-class MapFlag(enum.IntFlag):
-    """Flags of `create_map`."""
-
-    MMAPABLE = 1 << 10
-
-
-class _MapCreateOpts(ctypes.Structure):
-    _fields_ = (
-        ("sz", _SIZE),
-        ("btf_fd", _U32),
-        ("btf_key_type_id", _U32),
-        ("btf_value_type_id", _U32),
-        ("btf_vmlinux_value_type_id", _U32),
-        ("inner_map_fd", _U32),
-        ("map_flags", _U32),
-        ("map_extra", _U64),
-        ("numa_node", _U32),
-        ("map_ifindex", _U32),
-    )
-
-
-def create_map(
-    map_type: MapType, name: str, key_size: int, value_size: int, max_entries: int, flags: MapFlag | int = 0
-) -> int:
-    """Create a BPF map and return its file descriptor, which the caller closes.
-
-    Raises BpfError: EPERM without CAP_BPF, EINVAL for attributes that make no sense, ENOMEM.
-    """
-    options = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=flags)
-    return _call(
-        f"create map {name!r}",
-        "bpf_map_create",
-        map_type,
-        _c_string(name),
-        key_size,
-        value_size,
-        max_entries,
-        ctypes.byref(options),
-        undo=os.close,
-    )
-
-
-def map_update(fd: int, key: bytes, value: bytes) -> None:
-    """Store `value` under `key`; in a map of maps the value is a map's descriptor as 4 native bytes.
-
-    The sizes have to be the map's. Raises BpfError: E2BIG if the map is full or the array shorter.
-    """
-    _call("update a map", "bpf_map_update_elem", fd, key, value, 0)
-
-
-def map_update_batch(fd: int, items: list[tuple[bytes, bytes]]) -> None:
-    """Store several values in one call; in a map of maps that means one wait for running programs.
-
-    Raises BpfError; some may have been stored then.
-    """
-    count = _U32(len(items))
-    try:
-        _call(
-            "update a map",
-            "bpf_map_update_batch",
-            fd,
-            b"".join(key for key, _ in items),
-            b"".join(value for _, value in items),
-            ctypes.byref(count),
-            None,
-        )
-    except BpfError as error:
-        if error.errno != _ENOTSUPP:
-            raise
-        # Maps of maps can do this since Linux 5.19.
-        for key, value in items:
-            map_update(fd, key, value)
-
-
-def map_lookup(fd: int, key: bytes, value_size: int) -> bytes:
-    """Return the value under `key`. The sizes have to be the map's. Raises BpfError: ENOENT if there is no such key."""
-    value = ctypes.create_string_buffer(value_size)
-    _call("look up in a map", "bpf_map_lookup_elem_flags", fd, key, value, 0)
-    return value.raw
-
-
 def map_freeze(fd: int) -> None:
     """From now on only programs can write it, for good; processes can map it to read it. Raises BpfError."""
     _call("freeze a map", "bpf_map_freeze", fd)
-
-
-def map_delete(fd: int, key: bytes) -> None:
-    """Remove `key`. Raises BpfError: ENOENT if there is no such key."""
-    _call("delete from a map", "bpf_map_delete_elem", fd, key)
 
 
 class _ProgramInfo(ctypes.Structure):

@@ -23,8 +23,9 @@ from ..bpf import libbpf
 from ..daemon import privileges
 from ..daemon.limits import SPARE, Limits
 from ..daemon.loading import load
-from ..daemon.server import SEGMENTS_AT_ONCE, Server, event
-from ..sources.base import UnavailableError
+from ..daemon.log import event
+from ..daemon.server import SEGMENTS_AT_ONCE, Server
+from ..errors import UnavailableError
 
 _LISTEN_FD = 3
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
@@ -230,12 +231,12 @@ def _serve(
             listener = _inherited() or _bind(path, mode, group)
             undo.callback(listener.close)
             # Before that: where kernel.perf_event_paranoid is above 2, as on Debian, kprobes take CAP_SYS_ADMIN.
-            maps, kvm_fd = load(probe, kvm, clients + ready)
-            undo.callback(maps.close)
+            program, kvm_fd = load(probe, kvm, clients + ready)
+            undo.callback(program.close)
             if kvm_fd >= 0:
                 undo.callback(os.close, kvm_fd)
             privileges.drop(user)
-            server = Server(listener, maps, kvm_fd, limits, ready)
+            server = Server(listener, program, kvm_fd, limits, ready)
             undo.callback(server.close)
         except UnavailableError as error:
             raise _fail(str(error)) from None
@@ -254,7 +255,7 @@ def _serve(
             uid=os.geteuid(),
             socket=listener.getsockname(),
             clients=clients,
-            probe=maps.probe,
+            probe=program.probe.label,
         )
         server.run(lambda: _notify("READY=1"))
         _notify("STOPPING=1")

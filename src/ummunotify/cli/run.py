@@ -12,10 +12,9 @@ from pathlib import Path
 import click
 
 from .._abi import SOCKET_ENVIRONMENT
-from .._core import SOURCE_ENVIRONMENT, connect_to_daemon
+from .._core import SOURCE_ENVIRONMENT, connect_to_daemon, source_names
 from ..daemon import private
-from ..errors import SourceUnavailableError
-from ..sources.base import UnavailableError
+from ..errors import SourceUnavailableError, UnavailableError, UnknownSourceError
 
 LIB = Path(__file__).parents[1] / "lib"
 _PT_INTERP = 3
@@ -67,15 +66,20 @@ def _warn_if_deaf(path: str) -> None:
 
 
 def _choose(source: str | None, environment: dict[str, str]) -> None:
-    """See to it that there is a source, if it is up to us. UnavailableError: what was insisted on does not work."""
-    if source in ("daemon", "uffd"):
+    """See to it that there is a source, if it is up to us.
+
+    UnavailableError, SourceUnavailableError: what was insisted on does not work. UnknownSourceError.
+    """
+    if source is not None:
+        source_names(source)
+        kind, _, probe = source.partition(":")
+        if kind == "bpf":
+            environment[SOCKET_ENVIRONMENT] = private.start(probe or None)
+            source = "daemon"
+        elif kind == "daemon":
+            os.close(connect_to_daemon())
         environment[SOURCE_ENVIRONMENT] = source
-    elif source == "bpf":
-        environment[SOURCE_ENVIRONMENT] = "daemon"
-        environment[SOCKET_ENVIRONMENT] = private.start()
-    if source == "daemon":
-        os.close(connect_to_daemon())
-    if source is None and not environment.get(SOURCE_ENVIRONMENT):
+    elif not environment.get(SOURCE_ENVIRONMENT):
         try:
             os.close(connect_to_daemon())
         except SourceUnavailableError:
@@ -87,8 +91,8 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--source",
-    type=click.Choice(["daemon", "bpf", "uffd"]),
-    help="Insist on one. Left out: the daemon if it runs, else bpf if this user may load BPF programs.",
+    help="Insist on one: daemon, bpf or uffd, the first two also with a probe (bpf:kvm). Left out: the daemon if it "
+    "runs, else bpf if this user may load BPF programs.",
 )
 @click.option("--quiet", is_flag=True, help="If there is no device, or no monitor, nobody says why.")
 @click.option("--libfabric", is_flag=True, help="Give libfabric a memory monitor, instead of the program a device.")
@@ -120,6 +124,8 @@ def run(source: str | None, quiet: bool, libfabric: bool, program: str, argument
         environment["UMMUNOTIFY_QUIET"] = "1"
     try:
         _choose(source, environment)
+    except UnknownSourceError as error:
+        raise click.BadParameter(str(error), param_hint="--source") from None
     except (UnavailableError, SourceUnavailableError) as error:
         raise click.ClickException(f"{source} does not work here: {error}") from None
     try:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 
-from ..errors import SourceUnavailableError
+from .._abi import Probe
+from .._core import open_kvm, source_names
+from ..bpf.program import Program, attached
+from ..errors import SourceUnavailableError, UnavailableError
 from ..notifier import open as open_notifier
-from ..sources.base import UnavailableError
-from ..sources.bpf import PROBES, Maps, open_kvm
 from .server import STEPS_FOREIGN, STEPS_OWN
 
 
-def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Maps, int]:
-    """Attach this probe, or else the first that works here. The maps, and /dev/kvm for clients; -1: they get none.
+def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
+    """Attach this probe, or else the first that works here. The program, and /dev/kvm for clients; -1: they get none.
 
     Raises UnavailableError, OSError, with nothing left open.
     """
-    tried = list(PROBES) if probe is None else [probe]
+    tried = [each.partition(":")[2] for each in source_names(f"bpf:{probe}" if probe else "bpf")]
     refusals: list[tuple[str, UnavailableError]] = []
     kvm = -1
     if give_kvm and tried != ["zap"]:
@@ -43,17 +44,11 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Maps, int]:
         raise
 
 
-def _attach(probe: str, tables: int) -> Maps:
+def _attach(probe: str, tables: int) -> Program:
     if probe == "zap":
         # It is at many functions, so many kinds of change are tried. The others clients try by themselves.
         try:
             open_notifier("bpf:zap").close()
         except SourceUnavailableError as error:
             raise UnavailableError(error.reasons.get("bpf:zap", str(error)), "") from None
-    maps = Maps(tables, STEPS_FOREIGN, STEPS_OWN, probe)
-    try:
-        maps.attach()
-    except BaseException:
-        maps.close()
-        raise
-    return maps
+    return attached(Probe[probe.upper()], tables, steps_foreign=STEPS_FOREIGN, steps_own=STEPS_OWN)

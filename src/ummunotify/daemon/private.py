@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 
-from ..sources.base import UnavailableError
+from ..errors import UnavailableError
 from . import privileges
 from .limits import Limits
 from .loading import load
@@ -20,8 +20,10 @@ _LIMITS = Limits(clients=1024, clients_per_user=1024)
 _READY = 2
 
 
-def start() -> str:
+def start(probe: str | None = None) -> str:
     """Start it, for the program that takes this process's place. Its socket, which only this user can connect to.
+
+    `probe`: this one, or else the first that works.
 
     Raises UnavailableError.
     """
@@ -32,7 +34,7 @@ def start() -> str:
     if not between:
         try:
             if not os.fork():
-                _serve(program, say)
+                _serve(program, say, probe)
         finally:
             os._exit(0)
     os.close(program)
@@ -45,7 +47,7 @@ def start() -> str:
     raise UnavailableError(*why) if len(why) == 2 else UnavailableError("the program's own daemon has failed", "")
 
 
-def _serve(program: int, say: int) -> None:
+def _serve(program: int, say: int, probe: str | None) -> None:
     """Until the program ends. Says its path; or three lines: nothing, what is missing, and what to do about it."""
     os.setsid()  # no Ctrl-C
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -61,10 +63,10 @@ def _serve(program: int, say: int) -> None:
             _keep_only({program, say, listener.fileno()})
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            maps, kvm = load(None, True, _LIMITS.clients + _READY)
-            undo.callback(maps.close)
+            loaded, kvm = load(probe, True, _LIMITS.clients + _READY)
+            undo.callback(loaded.close)
             privileges.drop(None)
-            server = Server(listener, maps, kvm, _LIMITS, _READY)
+            server = Server(listener, loaded, kvm, _LIMITS, _READY)
             undo.callback(server.close)
         except UnavailableError as error:
             os.write(say, f"\n{error.reason}\n{error.remedy}".encode())
@@ -72,7 +74,7 @@ def _serve(program: int, say: int) -> None:
         except OSError as error:
             os.write(say, f"\n{error.strerror or error}\n".encode())
             return
-        server.watch(program, server.stop)
+        server.loop.watch(program, server.loop.stop)
 
         def started() -> None:
             os.write(say, path.encode())

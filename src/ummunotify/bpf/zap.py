@@ -8,17 +8,13 @@ what.
 from __future__ import annotations
 
 import functools
-import mmap
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from .._abi import CallType, Extent, call_cookie
-from ..bpf import libbpf
-from .base import UnavailableError
-
-PAGE = mmap.PAGESIZE
-_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+from ..errors import UnavailableError
+from . import libbpf
 
 _TYPES: dict[str, tuple[CallType, tuple[str, ...]]] = {
     "struct mm_struct *": (CallType.MM, ()),

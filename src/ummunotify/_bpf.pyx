@@ -1,0 +1,647 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, autotestdict=False
+"""BPF maps and programs once they are loaded: descriptors, the tables that a program feeds, and a table's connection to its owner.
+
+Native because of signals. A Python signal handler can raise an exception between any two bytecodes, but it does not run inside a
+function of this module. So each function here is done or has failed, and never half done.
+
+The GIL is the lock of everything here. It is released only around system calls that wait for running programs; what other threads
+find then is consistent. No lock is held over a fork: the child of a fork uses nothing of its parent's (epochs), and never writes
+its maps, as those are the parent's.
+"""
+
+cimport cython
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.errno cimport E2BIG, EBADF, ECHILD, EINVAL, ENOENT, ENOMEM, ENOSPC, ESTALE, errno
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+import os
+
+from .bpf.libbpf import BpfError
+from .errors import DescriptorLostError, UnavailableError
+
+cdef extern from "<fcntl.h>" nogil:
+    int fcntl(int fd, int command, int argument)
+    int F_DUPFD_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    int c_close "close"(int fd)
+
+cdef extern from "<sys/random.h>" nogil:
+    ssize_t getrandom(void *buffer, size_t length, unsigned int flags)
+
+cdef extern from "<linux/bpf.h>" nogil:
+    enum:
+        BPF_MAP_TYPE_ARRAY
+        BPF_MAP_TYPE_RINGBUF
+        BPF_F_MMAPABLE
+
+cdef extern from "process/process.h" nogil:
+    uint32_t umn_process_current()
+    bint umn_process_is(uint32_t epoch)
+
+cdef extern from "sources/platform.h" nogil:
+    int64_t umn_skipped_runs(int program_fd)
+
+cdef extern from "bpf/objects.h" nogil:
+    int umn_bpf_create_map(uint32_t type, const char *name, uint32_t key_size, uint32_t value_size, uint32_t entries, uint32_t flags)
+    int umn_bpf_update(int map, const void *key, const void *value)
+    int umn_bpf_lookup(int map, const void *key, void *value)
+    int umn_bpf_delete(int map, const void *key)
+    int umn_bpf_put_maps(int map, const uint32_t *keys, const uint32_t *fds, uint32_t count)
+    int umn_bpf_run(int program, const void *arguments, uint32_t size)
+    enum umn_bpf_kind:
+        UMN_BPF_MAP
+        UMN_BPF_PROGRAM
+        UMN_BPF_LINK
+    struct umn_bpf_object:
+        uint32_t epoch
+    int umn_bpf_objects_start()
+    int umn_bpf_object_take(umn_bpf_object *object, umn_bpf_kind kind, int fd)
+    int umn_bpf_object_fd(umn_bpf_object *object)
+    void umn_bpf_object_close(umn_bpf_object *object)
+
+cdef extern from "abi/protocol.h" nogil:
+    enum:
+        UMN_PROTOCOL_VERSION
+        UMN_FDS_MAX
+        UMN_OP_HELLO
+        UMN_OP_SETTLE
+        UMN_OP_GROW
+        UMN_STATUS_OK
+        UMN_STATUS_VERSION
+        UMN_STATUS_PROCESS_CLIENTS
+        UMN_STATUS_FAILED
+        UMN_STATUS_UNSEEN
+        UMN_GIVES_PROBE_GAPS
+    struct umn_request:
+        uint16_t op, version
+        uint32_t argument
+    struct umn_reply:
+        uint16_t status, fds, gives, probe
+        uint64_t value
+
+cdef extern from "abi/maps.h" nogil:
+    const uint32_t UMN_PAGE
+    const uint32_t UMN_SEGMENT_PAGES
+    const uint32_t UMN_SEGMENTS
+    const uint32_t UMN_CELLS_PER_SEGMENT
+    const uint32_t UMN_TABLES_PER_MM_MAX
+    const uint32_t UMN_RING_BYTES
+    const uint32_t UMN_STEPS_MAX
+    struct umn_fed_table:
+        uint64_t mm
+        uint32_t next, cells
+    struct umn_control:
+        uint32_t tables, handshakes
+        uint64_t mm
+        uint32_t sole_table, steps_foreign
+
+cdef enum:
+    STEPS_LEAST = 32  # enough to invalidate some regions among a million: 3 for each of the 5 levels, 1 for each hit
+
+cdef int start_error = umn_bpf_objects_start()
+if start_error:
+    raise OSError(-start_error, os.strerror(-start_error))
+
+
+def epoch():
+    """Of this process; in the child of a fork it is another one, however the fork was made."""
+    return umn_process_current()
+
+
+cdef int check(int result, str doing) except -1:
+    """Raises BpfError for a negative result."""
+    if result < 0:
+        raise BpfError(-result, doing)
+    return result
+
+
+# ---- Single maps ----
+
+
+def create_segment():
+    """Memory for a table. A map's descriptor, which the caller closes; OSError."""
+    return check(
+        umn_bpf_create_map(BPF_MAP_TYPE_ARRAY, b"umn_segment", 4, UMN_PAGE, UMN_SEGMENT_PAGES, BPF_F_MMAPABLE),
+        "make a segment",
+    )
+
+
+def create_ring():
+    """A wake-up. A map's descriptor, which the caller closes; OSError."""
+    return check(umn_bpf_create_map(BPF_MAP_TYPE_RINGBUF, b"umn_wake", 0, 0, UMN_RING_BYTES, 0), "make a wake-up")
+
+
+def read_map(int fd, bytes key, size_t value_size):
+    """The value under `key`. The sizes have to be the map's. OSError."""
+    cdef bytearray value = bytearray(value_size)
+    check(umn_bpf_lookup(fd, <const char *>key, <char *>value), "look up in a map")
+    return bytes(value)
+
+
+@cython.final
+@cython.no_gc
+cdef class Descriptor:
+    """A map, program or link that stays open until this object is closed or collected.
+
+    The program may close or replace the descriptor (os.closerange, dup2). It is never used nor closed when it leads to something
+    else. In the child of a fork it is closed.
+    """
+
+    cdef umn_bpf_object object
+    cdef readonly str name
+
+    def __cinit__(self, str name not None, int kind, int fd):
+        """Takes `fd` over, of a map (MAP), PROGRAM or LINK; closes it even if it fails. `name`: for errors."""
+        cdef int error = umn_bpf_object_take(&self.object, <umn_bpf_kind>kind, fd)
+        self.name = name
+        if error:
+            c_close(fd)
+            check(error, f"look at {name}")
+
+    def __dealloc__(self):
+        umn_bpf_object_close(&self.object)
+
+    cdef int fd(self) except -1:
+        cdef int fd = umn_bpf_object_fd(&self.object)
+        if fd == -ESTALE:
+            raise DescriptorLostError(
+                f"the program has closed a descriptor of this library's ({self.name})",
+                "close only descriptors that the program has opened; with CAP_SYS_ADMIN the library would open it again",
+            )
+        if fd == -ECHILD:
+            raise DescriptorLostError("it was opened before a fork, by the parent process", "open another one in the child")
+        return check(fd, f"use {self.name}")
+
+    def number(self):
+        """The descriptor, which the caller uses at once and does not close. Raises DescriptorLostError."""
+        return self.fd()
+
+    def duplicate(self):
+        """Another descriptor of the same, which the caller closes. Raises DescriptorLostError, OSError."""
+        return duplicate(self)
+
+    def close(self):
+        """May be called more than once."""
+        umn_bpf_object_close(&self.object)
+
+
+MAP = UMN_BPF_MAP
+PROGRAM = UMN_BPF_PROGRAM
+LINK = UMN_BPF_LINK
+
+
+cdef int duplicate(Descriptor descriptor) except -1:
+    cdef int fd = fcntl(descriptor.fd(), F_DUPFD_CLOEXEC, 3)
+    if fd < 0:
+        raise OSError(errno, os.strerror(errno))
+    return fd
+
+
+def skipped_runs(Descriptor program not None):
+    """How often the kernel skipped a run of it. OSError, DescriptorLostError."""
+    cdef int64_t count = umn_skipped_runs(program.fd())
+    if count < 0:
+        raise OSError(-count, os.strerror(-count))
+    return count
+
+
+# ---- What one loaded program feeds ----
+
+
+@cython.final
+cdef class Tables:
+    """The tables that one loaded program feeds.
+
+    A table is taken (a number), gets segments and a wake-up, and is expected: the address space that shows the secret becomes its
+    own. Then it is bound: fed from now on. At the end it is unlinked, its memory is taken out, and the number is given back.
+
+    `steps_foreign` bounds the work in all tables on behalf of a change that may be another process's; -1: all tables are this
+    process's own, and each may take what it needs. `steps_own` bounds the work in one table on behalf of any change.
+
+    OSError and DescriptorLostError leave everything as it was, if nothing else is said.
+    """
+
+    cdef Descriptor segments, rings, tables, owners, handshakes, control
+    cdef Descriptor blank  # a segment that takes the place of those that are taken out
+    cdef list unused  # numbers
+    cdef dict fed  # table: its address space
+    cdef readonly int capacity, used
+    cdef int open_handshakes
+    cdef int64_t steps_foreign
+    cdef uint32_t steps_own
+
+    def __cinit__(self, dict maps not None, int capacity, *, int64_t steps_foreign=-1, uint32_t steps_own=UMN_STEPS_MAX):
+        """`maps`: the program's, by their names."""
+        self.segments, self.rings, self.tables = maps["segments"], maps["rings"], maps["tables"]
+        self.owners, self.handshakes, self.control = maps["owners"], maps["handshakes"], maps["control"]
+        self.capacity = capacity
+        self.unused = list(range(capacity - 1, -1, -1))
+        self.fed = {}
+        self.steps_foreign = steps_foreign
+        self.steps_own = steps_own
+
+    @property
+    def free(self):
+        """How many can be taken."""
+        return len(self.unused)
+
+    cdef int get_table(self, uint32_t table, umn_fed_table *value) except -1:
+        check(umn_bpf_lookup(self.tables.fd(), &table, value), "look up a table")
+        return 0
+
+    cdef int put_table(self, uint32_t table, uint64_t mm, uint32_t next, uint32_t cells) except -1:
+        cdef umn_fed_table value
+        value.mm, value.next, value.cells = mm, next, cells
+        check(umn_bpf_update(self.tables.fd(), &table, &value), "change a table")
+        return 0
+
+    cdef uint32_t first_of(self, uint64_t mm) except? 0:
+        """The address space's first table, plus 1."""
+        cdef uint32_t table = 0
+        cdef int error = umn_bpf_lookup(self.owners.fd(), &mm, &table)
+        if error != -ENOENT:
+            check(error, "look up an address space")
+        return table
+
+    cdef int put_control(self) except -1:
+        cdef umn_control value
+        cdef uint32_t zero = 0
+        memset(&value, 0, sizeof(value))
+        value.tables = self.used
+        value.handshakes = self.open_handshakes
+        if len(self.fed) == 1:
+            for table, mm in self.fed.items():
+                value.sole_table, value.mm = table + 1, mm
+        value.steps_foreign = UMN_STEPS_MAX
+        if self.steps_foreign >= 0:
+            # Each table has its share, so that none can use up the others'. One that takes more gives up by itself.
+            value.steps_foreign = max(STEPS_LEAST, self.steps_foreign // max(1, len(self.fed)))
+        check(umn_bpf_update(self.control.fd(), &zero, &value), "change the control map")
+        return 0
+
+    def take(self):
+        """A number for a new table. IndexError if there is none."""
+        return self.take_table()
+
+    cdef int take_table(self) except -1:
+        cdef int table = self.unused.pop()
+        cdef int used = self.used
+        try:
+            self.put_table(table, 0, 0, 0)
+            if table >= used:
+                self.used = table + 1
+                self.put_control()
+        except:
+            self.used = used
+            self.unused.append(table)
+            raise
+        return table
+
+    def give_back(self, int table):
+        """The number, of a table whose memory is taken out."""
+        self.unused.append(table)
+
+    def allow(self, int table, int count):
+        """Let a walk of the table take the steps that `count` more segments need; before they are put in."""
+        self.allow_steps(table, count)
+
+    cdef int allow_steps(self, int table, int count) except -1:
+        cdef umn_fed_table value
+        cdef uint64_t cells
+        self.get_table(table, &value)
+        cells = min(value.cells + count * <uint64_t>UMN_CELLS_PER_SEGMENT, <uint64_t>self.steps_own)
+        return self.put_table(table, value.mm, value.next, cells)
+
+    def put_segments(self, list items not None):
+        """Of several tables: (table, number, a map's descriptor), all at the price of one.
+
+        Waits until no program can be using what was there before. After an OSError some may be put in; all may be put in again.
+        """
+        put_maps(self.segments, [(table * UMN_SEGMENTS + number, fd) for table, number, fd in items])
+
+    def put_rings(self, list items not None):
+        """The same for (table, a map's descriptor)."""
+        put_maps(self.rings, items)
+
+    def expect(self, int table):
+        """Open a handshake: the address space that shows the secret returned here becomes the table's."""
+        return self.open_handshake(table)
+
+    cdef object open_handshake(self, uint32_t table):
+        cdef uint64_t secret
+        if getrandom(&secret, sizeof(secret), 0) != sizeof(secret):
+            raise OSError(errno, os.strerror(errno))
+        check(umn_bpf_update(self.handshakes.fd(), &secret, &table), "open a handshake")
+        self.open_handshakes += 1
+        try:
+            self.put_control()
+        except:
+            self.open_handshakes -= 1
+            umn_bpf_delete(self.handshakes.fd(), &secret)
+            raise
+        return secret
+
+    def cancel(self, uint64_t secret):
+        """Close the handshake, whatever came of it."""
+        self.close_handshake(secret)
+
+    cdef int close_handshake(self, uint64_t secret) except -1:
+        check(umn_bpf_delete(self.handshakes.fd(), &secret), "close a handshake")
+        self.open_handshakes -= 1
+        return self.put_control()
+
+    def bind(self, int table, uint64_t secret):
+        """Close the handshake and feed the table from now on. False if the secret was not shown.
+
+        Raises OSError E2BIG if the address space has as many tables as a change looks at.
+        """
+        return self.bind_table(table, secret)
+
+    cdef bint bind_table(self, uint32_t table, uint64_t secret) except -1:
+        cdef umn_fed_table value
+        cdef uint32_t first, number = table + 1
+        self.close_handshake(secret)
+        self.get_table(table, &value)
+        if not value.mm:
+            return False
+        if list(self.fed.values()).count(value.mm) >= <int>UMN_TABLES_PER_MM_MAX:
+            raise OSError(E2BIG, "the process has too many tables")
+        first = self.first_of(value.mm)
+        # In this order: a program that finds the table finds those behind it too.
+        self.put_table(table, value.mm, first, value.cells)
+        check(umn_bpf_update(self.owners.fd(), &value.mm, &number), "change an address space's tables")
+        self.fed[table] = value.mm
+        self.put_control()
+        return True
+
+    def unlink(self, int table):
+        """Stop feeding the table. Programs may be on their way through it until its memory is taken out.
+
+        After an error this may be tried again.
+        """
+        self.unlink_table(table)
+
+    cdef int unlink_table(self, uint32_t table) except -1:
+        cdef umn_fed_table value, before
+        cdef uint32_t first, previous
+        self.get_table(table, &value)
+        if value.mm:
+            first = self.first_of(value.mm)
+            if first == table + 1:
+                if value.next:
+                    check(umn_bpf_update(self.owners.fd(), &value.mm, &value.next), "change an address space's tables")
+                else:
+                    check(umn_bpf_delete(self.owners.fd(), &value.mm), "forget an address space")
+            else:
+                while first:
+                    previous = first - 1
+                    self.get_table(previous, &before)
+                    first = before.next
+                    if first == table + 1:
+                        self.put_table(previous, before.mm, value.next, before.cells)
+                        break
+        self.fed.pop(table, None)
+        self.put_control()
+        # Not `next`: a program may be on its way through it to another table of this address space.
+        return self.put_table(table, 0, value.next, 0)
+
+    def drop(self, int table, int segments):
+        """Stop feeding the table, forget its memory and its wake-up, and give its number back. Waits as put_segments does."""
+        self.drop_table(table, segments)
+
+    cdef int drop_table(self, uint32_t table, int segments) except -1:
+        cdef int fd, error
+        self.unlink_table(table)
+        # One wait for all: they are replaced together, as they cannot be deleted together.
+        if segments > 1:
+            if self.blank is None:
+                fd = umn_bpf_create_map(BPF_MAP_TYPE_ARRAY, b"umn_segment", 4, UMN_PAGE, UMN_SEGMENT_PAGES, BPF_F_MMAPABLE)
+                if fd >= 0:
+                    self.blank = Descriptor("a segment", MAP, fd)
+            if self.blank is not None:
+                try:
+                    fd = self.blank.fd()
+                    put_maps(self.segments, [(table * UMN_SEGMENTS + number, fd) for number in range(segments)])
+                    segments = 0
+                except (DescriptorLostError, OSError):
+                    self.blank = None  # one by one, then
+        for number in range(segments):
+            forget(self.segments, table * UMN_SEGMENTS + number)
+        forget(self.rings, table)
+        self.unused.append(table)
+        return 0
+
+
+cdef int put_maps(Descriptor outer, list items) except -1:
+    """(number, a map's descriptor) into a map of maps."""
+    cdef uint32_t count = len(items)
+    cdef uint32_t *keys
+    cdef int fd = outer.fd(), error
+    if not count:
+        return 0
+    keys = <uint32_t *>PyMem_Malloc(2 * count * sizeof(uint32_t))
+    if keys is NULL:
+        raise MemoryError
+    try:
+        for i, (number, inner) in enumerate(items):
+            keys[i] = number
+            keys[count + i] = inner
+        with nogil:
+            error = umn_bpf_put_maps(fd, keys, keys + count, count)
+    finally:
+        PyMem_Free(keys)
+    check(error, f"put maps into {outer.name}")
+    return 0
+
+
+cdef int forget(Descriptor outer, uint32_t number) except -1:
+    cdef int fd = outer.fd(), error
+    with nogil:
+        error = umn_bpf_delete(fd, &number)
+    if error != -ENOENT:
+        check(error, f"take a map out of {outer.name}")
+    return 0
+
+
+def next_segments(int segments, int most):
+    """How many more a table of this size gets at once: each time waits for running programs, so the steps grow with the table."""
+    return min(max(1, segments // 8), most, <int>UMN_SEGMENTS - segments)
+
+
+# ---- One table's connection to its owner ----
+
+
+@cython.final
+cdef class Connection:
+    """A notifier's partner in this process, for one table: what the daemon is to its clients, in the same messages.
+
+    `program` is the loaded and attached program, kept as long as this is. One thread at a time; not in the child of a fork.
+    """
+
+    cdef object program
+    cdef Tables tables
+    cdef Descriptor code, probe_gaps
+    cdef list links
+    cdef int probe
+    cdef uint32_t made_in
+    cdef int table, segments  # -1: none
+    cdef bint expected, bound
+    cdef uint64_t secret
+    cdef int64_t skipped
+
+    def __cinit__(self, program not None):
+        self.table = -1
+        self.made_in = umn_process_current()
+        self.program = program
+        self.tables, self.code, self.probe_gaps, self.links = program.tables, program.code, program.probe_gaps, program.links
+        self.probe = program.probe
+        try:
+            self.skipped = skipped_runs(self.code)
+        except OSError as error:
+            raise UnavailableError(f"the runs that the kernel skips cannot be counted ({error})", "") from error
+
+    def exchange(self, bytes request not None):
+        """Answer a struct umn_request: a struct umn_reply, and descriptors that the caller closes.
+
+        It either is done or has changed nothing. To be called from native code: an exception that a signal handler raises in
+        Python code before it has noted the descriptors down would lose them.
+
+        Raises UnavailableError: this connection cannot be used any more.
+        """
+        cdef umn_request asked
+        cdef umn_reply reply
+        cdef list fds = []
+        cdef int fd
+        if len(request) != sizeof(asked):
+            raise ValueError(f"a request has {sizeof(asked)} bytes, not {len(request)}")
+        memcpy(&asked, <const char *>request, sizeof(asked))
+        memset(&reply, 0, sizeof(reply))
+        self.check_process()
+        reply.probe = self.probe
+        try:
+            if asked.version != UMN_PROTOCOL_VERSION:
+                reply.status, reply.value = UMN_STATUS_VERSION, UMN_PROTOCOL_VERSION
+            elif asked.op == UMN_OP_HELLO and self.table < 0:
+                self.hello(&reply, fds)
+            elif asked.op == UMN_OP_SETTLE and self.expected:
+                self.settle(&reply)
+            elif asked.op == UMN_OP_GROW and self.bound:
+                self.grow(&reply, fds)
+            else:
+                reply.status, reply.value = UMN_STATUS_FAILED, EINVAL
+            reply.fds = len(fds)
+            return (<const char *>&reply)[:sizeof(reply)], fds
+        except OSError as error:
+            for fd in fds:
+                c_close(fd)
+            memset(&reply, 0, sizeof(reply))
+            reply.status, reply.value = UMN_STATUS_FAILED, error.errno or EINVAL
+            return (<const char *>&reply)[:sizeof(reply)], []
+        except:
+            for fd in fds:
+                c_close(fd)
+            raise
+
+    cdef int check_process(self) except -1:
+        if not umn_process_is(self.made_in):
+            raise DescriptorLostError("it was opened before a fork, by the parent process", "open another one in the child")
+        if self.program is None:
+            raise UnavailableError("this connection is closed", "")
+        return 0
+
+    cdef int hello(self, umn_reply *reply, list fds) except -1:
+        cdef int table
+        cdef Descriptor each
+        if not self.tables.unused:
+            reply.status, reply.value = UMN_STATUS_PROCESS_CLIENTS, self.tables.capacity
+            return 0
+        table = self.tables.take_table()
+        try:
+            fds.append(create_ring())
+            fds.append(create_segment())
+            if self.probe_gaps is not None:
+                reply.gives = UMN_GIVES_PROBE_GAPS
+                fds.append(duplicate(self.probe_gaps))
+            for each in self.links:
+                fds.append(duplicate(each))
+            self.tables.allow_steps(table, 1)
+            put_maps(self.tables.segments, [(table * UMN_SEGMENTS, fds[1])])
+            put_maps(self.tables.rings, [(table, fds[0])])
+            self.secret = self.tables.open_handshake(table)
+        except:
+            # Nothing feeds it yet. What cannot be taken out costs its number.
+            try:
+                self.tables.drop_table(table, 1)
+            except (DescriptorLostError, OSError):
+                pass
+            raise
+        self.table, self.segments, self.expected = table, 1, True
+        reply.status, reply.value = UMN_STATUS_OK, self.secret
+        return 0
+
+    cdef int settle(self, umn_reply *reply) except -1:
+        # Whatever becomes of it, the secret is used up.
+        self.expected = False
+        try:
+            self.bound = self.tables.bind_table(self.table, self.secret)
+        except OSError as error:
+            if error.errno != E2BIG:
+                raise
+            reply.status, reply.value = UMN_STATUS_PROCESS_CLIENTS, UMN_TABLES_PER_MM_MAX
+            return 0
+        reply.status = UMN_STATUS_OK if self.bound else UMN_STATUS_UNSEEN
+        return 0
+
+    cdef int grow(self, umn_reply *reply, list fds) except -1:
+        cdef int count = next_segments(self.segments, UMN_FDS_MAX), i
+        if not count:
+            reply.status, reply.value = UMN_STATUS_FAILED, ENOSPC
+            return 0
+        for i in range(count):
+            fds.append(create_segment())
+        self.tables.allow_steps(self.table, count)
+        put_maps(
+            self.tables.segments,
+            [(self.table * UMN_SEGMENTS + self.segments + i, fd) for i, fd in enumerate(fds)],
+        )
+        self.segments += count
+        reply.status = UMN_STATUS_OK
+        return 0
+
+    def may_have_missed(self):
+        """Has the kernel skipped runs of the program since this was last asked? OSError, UnavailableError: it cannot be known."""
+        cdef int64_t before = self.skipped
+        self.check_process()
+        if self.probe_gaps is not None:
+            return False  # the map says so, earlier
+        self.skipped = skipped_runs(self.code)
+        return self.skipped != before
+
+    def disconnect(self):
+        """The end of the connection: the table is fed no more. May be called more than once; waits for running programs.
+
+        In the child of a fork it only lets go. Nothing is raised: what the kernel does not take back, because the program has
+        closed our descriptors, it takes back when the program is unloaded.
+        """
+        cdef int table = self.table, segments = self.segments
+        cdef Tables tables = self.tables
+        cdef object program = self.program
+        cdef bint expected = self.expected
+        if program is None:
+            return
+        # First of all: no second call, from another thread while this one waits, does the same.
+        self.table, self.expected, self.bound = -1, False, False
+        self.program = self.tables = self.code = self.probe_gaps = self.links = None
+        if table < 0 or not umn_process_is(self.made_in):
+            return
+        try:
+            if expected:
+                tables.close_handshake(self.secret)
+            tables.drop_table(table, segments)
+        except (DescriptorLostError, OSError):
+            pass
+
+    def __del__(self):
+        self.disconnect()

@@ -1,0 +1,235 @@
+"""Loading the BPF program with one of its probes, and attaching it."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+
+from .._abi import SEGMENTS, STEPS_MAX, Probe
+from .._bpf import LINK, MAP, PROGRAM, Descriptor, Tables
+from ..errors import UnavailableError
+from . import libbpf, zap
+
+_NO_USER_READS = "kvm_blind"
+"""The program for the probe kvm where the kernel is locked down."""
+_GAPS = "doubt"
+"""The program that notices where the kernel may skip the others."""
+_TRACEPOINT = "kvm_unmap_hva_range"
+_FUNCTION = "__mmu_notifier_invalidate_range_start"
+_TABLE_MAPS = ("segments", "rings", "tables", "owners", "handshakes", "control")
+
+_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
+_LOCKDOWN = Path("/sys/kernel/security/lockdown")
+_KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+
+
+def _may_load() -> bool:
+    """False if the kernel would refuse in any case: known without loading libbpf, which takes milliseconds."""
+    try:
+        with open("/proc/self/status") as status:
+            capabilities = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    except OSError:  # no /proc: the kernel will say
+        return True
+    return bool(
+        capabilities >> _CAP_SYS_ADMIN & 1 or (capabilities >> _CAP_BPF & 1 and capabilities >> _CAP_PERFMON & 1)
+    )
+
+
+def _not_permitted() -> UnavailableError:
+    return UnavailableError(
+        "loading BPF programs is not permitted",
+        "run as root or with CAP_BPF and CAP_PERFMON, or have an administrator run the daemon",
+    )
+
+
+def _locked_down() -> bool:
+    """Is the kernel's memory closed to all programs, root's too?"""
+    try:
+        return "[confidentiality]" in _LOCKDOWN.read_text()
+    except OSError:  # it is not mounted, or there is no lockdown
+        return False
+
+
+def _switched_off() -> bool:
+    """Are all kprobes switched off? Then they can be made, and are never hit."""
+    try:
+        return _KPROBES.read_text().strip() == "0"
+    except OSError:  # it is not mounted, or for root only; the self-test will tell
+        return False
+
+
+def _may_not_read(error: libbpf.BpfError) -> bool:
+    """Was a program refused because it reads memory, as lockdown refuses it?"""
+    return bool(re.search(r"(unknown func|cannot use helper) bpf_probe_read", error.log))
+
+
+def why(error: OSError) -> UnavailableError:
+    """What an error of loading means."""
+    if isinstance(error, libbpf.LibraryMissingError):
+        return UnavailableError("libbpf is not installed", "install libbpf1 (Debian) or libbpf (Fedora)")
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return _not_permitted()
+    if isinstance(error, libbpf.BpfError) and _may_not_read(error):
+        return UnavailableError(
+            "the kernel does not let BPF read its memory", "use bpf:kvm, or boot with lockdown=integrity"
+        )
+    return UnavailableError(str(error).splitlines()[0], "")
+
+
+def _paranoid() -> int:
+    try:
+        return int(_PARANOID.read_text())
+    except (OSError, ValueError):  # no /proc
+        return 0
+
+
+def _why_not_attached(probe: Probe, error: OSError) -> UnavailableError:
+    if probe == Probe.KVM and error.errno == errno.ENOENT:
+        return UnavailableError(f"the kernel has no tracepoint {_TRACEPOINT}", "load the kvm module (modprobe kvm)")
+    if probe != Probe.KVM and error.errno == errno.EACCES and (paranoid := _paranoid()) > 2:
+        # Debian and Ubuntu have this level.
+        return UnavailableError(
+            f"kprobes are not permitted without CAP_SYS_ADMIN (kernel.perf_event_paranoid is {paranoid})",
+            "set that to 2 (sysctl), or use bpf:kvm",
+        )
+    if probe != Probe.KVM and error.errno == errno.ENOENT:
+        return UnavailableError(str(error), "use another probe")
+    return why(error)
+
+
+def _possible_cpus() -> list[int]:
+    """Those that there are or can be. OSError."""
+    found: list[int] = []
+    for part in Path("/sys/devices/system/cpu/possible").read_text().split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+class Program:
+    """A loaded program with its maps; after `attach` it feeds its tables.
+
+    It is unloaded when this object is gone, and everybody else has closed the links.
+    """
+
+    def __init__(self, probe: Probe, tables: int, *, steps_foreign: int = -1, steps_own: int = STEPS_MAX) -> None:
+        """Load. What `steps_foreign` and `steps_own` bound: see Tables. Raises UnavailableError."""
+        self.probe = probe
+        self.links: list[Descriptor] = []
+        self.probe_gaps: Descriptor | None = None
+        self._gaps_code: Descriptor | None = None
+        _check_kernel(probe)
+        data = Path(libbpf.__file__).with_name("watch.bpf.o").read_bytes()
+        try:
+            # Each function to attach to, with the cookie that the program gets from there.
+            self._functions = zap.attachments() if probe == Probe.ZAP else {_FUNCTION: 0}
+            try:
+                maps = self._load(data, tables, probe.label)
+            except libbpf.BpfError as error:
+                if probe != Probe.KVM or not _may_not_read(error):
+                    raise
+                maps = self._load(data, tables, _NO_USER_READS)
+        except OSError as error:
+            raise why(error) from error
+        self.maps = maps
+        self.tables = Tables(maps, tables, steps_foreign=steps_foreign, steps_own=steps_own)
+
+    def _load(self, data: bytes, tables: int, program: str) -> dict[str, Descriptor]:
+        """The maps. OSError."""
+        kprobe = self.probe != Probe.KVM
+        with libbpf.BpfObject(data, "ummunotify") as loaded:
+            loaded.set_max_entries("segments", tables * SEGMENTS)
+            for name in ("rings", "tables", "owners", "handshakes"):
+                loaded.set_max_entries(name, tables)
+            for name in (*(probe.label for probe in Probe), _NO_USER_READS, _GAPS):
+                loaded.set_autoload(name, name == program or (kprobe and name == _GAPS))
+            loaded.load()
+            maps = {name: Descriptor(f"the map {name}", MAP, loaded.map_fd(name)) for name in _TABLE_MAPS}
+            self.code = Descriptor("the program", PROGRAM, loaded.program_fd(program))
+            if kprobe:
+                self._gaps_code = Descriptor(f"the program {_GAPS}", PROGRAM, loaded.program_fd(_GAPS))
+                self.probe_gaps = Descriptor("the map doubts", MAP, loaded.map_fd("doubts"))
+                libbpf.map_freeze(self.probe_gaps.number())
+        return maps
+
+    def attach(self) -> None:
+        """Attach the probe. Raises UnavailableError."""
+        try:
+            if self.probe == Probe.KVM:
+                self._link(_TRACEPOINT, libbpf.raw_tracepoint_open(_TRACEPOINT, self.code.number()))
+            else:
+                self._notice_gaps()
+                for function, cookie in self._functions.items():
+                    self._link(function, libbpf.kprobe_open(function, self.code.number(), cookie))
+        except OSError as error:
+            raise _why_not_attached(self.probe, error) from error
+
+    def _link(self, name: str, fd: int) -> None:
+        self.links.append(Descriptor(f"the link to {name}", LINK, fd))
+
+    def _notice_gaps(self) -> None:
+        """Notice what the kernel skips at kprobes: see `doubt` in watch.bpf.c. Raises UnavailableError, OSError."""
+        assert self._gaps_code is not None
+        self._link("sched_switch", libbpf.raw_tracepoint_open("sched_switch", self._gaps_code.number()))
+        # Each CPU once: what it runs now may have been there before.
+        for cpu in _possible_cpus():
+            try:
+                able = libbpf.program_run(self._gaps_code.number(), cpu=cpu)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                continue
+            if not able:
+                raise UnavailableError(
+                    "the kernel's types (BTF) lack bpf_prog_active, so skipped runs cannot be noticed",
+                    "use another probe: UMMUNOTIFY_SOURCE=bpf:kvm",
+                )
+
+    def descriptors(self) -> list[Descriptor]:
+        """All of them."""
+        others = [each for each in (self.probe_gaps, self._gaps_code) if each is not None]
+        return [*self.maps.values(), self.code, *others, *self.links]
+
+    def check(self) -> None:
+        """Raises DescriptorLostError if the process has closed descriptors that cannot be opened again."""
+        for descriptor in self.descriptors():
+            descriptor.number()
+
+    def close(self) -> None:
+        """Close all descriptors. May be called more than once."""
+        for descriptor in self.descriptors():
+            descriptor.close()
+
+    def invalidate_all(self) -> None:
+        """Everything of every table may be invalid: to the program `kvm`, a change of all addresses. OSError."""
+        everything = bytes(8) + b"\xff" * 8
+        libbpf.program_run(self.code.number(), everything)
+
+
+def _check_kernel(probe: Probe) -> None:
+    """Raises UnavailableError for what is known without trying."""
+    if not _may_load():
+        raise _not_permitted()
+    if probe != Probe.KVM:
+        if not libbpf.kprobes_available():
+            raise UnavailableError("the kernel has no kprobes", "use one that is built with CONFIG_KPROBE_EVENTS")
+        if _locked_down():
+            raise UnavailableError(
+                "the kernel is locked down (confidentiality): no program may read its memory",
+                "use bpf:kvm, or boot with lockdown=integrity",
+            )
+        if _switched_off():
+            raise UnavailableError(f"kprobes are switched off ({_KPROBES})", "write 1 to that file, or use bpf:kvm")
+    if not libbpf.btf_available():
+        raise UnavailableError(
+            "the kernel's types (BTF) are not available", "use a kernel that is built with CONFIG_DEBUG_INFO_BTF"
+        )
+
+
+def attached(probe: Probe, tables: int, *, steps_foreign: int = -1, steps_own: int = STEPS_MAX) -> Program:
+    """Load and attach. Raises UnavailableError."""
+    program = Program(probe, tables, steps_foreign=steps_foreign, steps_own=steps_own)
+    program.attach()
+    return program
