@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,54 @@ def test_library(program: str, source: str) -> None:
     assert "threads" in says
 
 
+@pytest.fixture(scope="module")
+def processes(public: Path) -> dict[str, str]:
+    """The programs about children and descriptors."""
+    return {name: build(HERE / f"{name}.c", public / name, *flags()) for name in ("forks", "descriptors")}
+
+
+@pytest.mark.parametrize("name", ["forks", "descriptors"])
+def test_processes(name: str, processes: dict[str, str], source: str) -> None:
+    assert "replaced" in run(processes[name], UMMUNOTIFY_SOURCE=source) or name == "forks"
+
+
+def library_sources() -> list[str]:
+    """What builds a program that has the library in itself."""
+    library = Path(__file__).parents[1] / "src" / "libummunotify"
+    folders = ("process", "table", "sources", "notifier")
+    sources = sorted(path for path in library.glob("*/*.c") if path.parent.name in folders)
+    return [*map(str, sources), f"-I{library}", f"-I{library / 'include'}", '-DUMN_VERSION="0.1"', "-ldl"]
+
+
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def sanitized(request: pytest.FixtureRequest, public: Path) -> dict[str, str]:
+    options = [f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
+    return {
+        name: build(HERE / f"{name}.c", public / f"{name}-{request.param}", *library_sources(), *options)
+        for name in ("library", "forks", "descriptors")
+    }
+
+
+@pytest.mark.parametrize("name", ["library", "forks", "descriptors"])
+def test_sanitizers(name: str, sanitized: dict[str, str], source: str) -> None:
+    run(sanitized[name], UMMUNOTIFY_SOURCE=source)
+
+
+def test_both_headers(tmp_path: Path) -> None:
+    """In any order; struct ummunotify_event is then the library's."""
+    headers = ("ummunotify.h", "linux/ummunotify.h")
+    for order in (headers, headers[::-1], headers[1:]):
+        program = tmp_path / "both.c"
+        tag = "ummunotify_device_event"
+        library = "_Static_assert(sizeof(((struct ummunotify_event *)0)->region) == sizeof(void *), "
+        program.write_text(
+            "".join(f"#include <{header}>\n" for header in order)
+            + (f'{library}"");\n' if len(order) == 2 else "struct ummunotify_event event;\n")
+            + f'_Static_assert(sizeof(struct {tag}) == 32, "");\nint main(void) {{ return 0; }}\n'
+        )
+        run(build(program, tmp_path / "both", flags()[0]))
+
+
 def test_as_another_user(program: str, daemon: Daemon) -> None:
     assert run(program, user=NOBODY).startswith("source: daemon:kvm")
 
@@ -119,6 +168,33 @@ def test_pkgconfig(tmp_path: Path) -> None:
     program = tmp_path / "version.c"
     program.write_text("#include <ummunotify.h>\nint main(void) { return !ummunotify_error(); }\n")
     run(build(program, tmp_path / "version", *words))
+
+
+def test_installed_by_itself(tmp_path: Path, source: str) -> None:
+    """Without Python: meson installs it, and pkg-config is all that a program needs."""
+    root = Path(__file__).parents[1]
+    tools = Path(sys.executable).parent
+    if not (tools / "meson").exists() or not shutil.which("pkg-config"):
+        require("meson", "meson or pkg-config is not installed")
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    prefix, build_folder = tmp_path / "prefix", str(tmp_path / "build")
+    for command in (
+        ["meson", "setup", "-Dpython=disabled", f"--prefix={prefix}", build_folder, str(root)],
+        ["meson", "install", "-C", build_folder],
+    ):
+        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert result.returncode == 0, result.stdout
+    assert "python" not in " ".join(str(path) for path in prefix.rglob("*"))
+    [description] = prefix.rglob("ummunotify.pc")
+    words = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "ummunotify"],
+        env=environment | {"PKG_CONFIG_PATH": str(description.parent)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout.split()
+    program = build(HERE / "library.c", tmp_path / "library", *words)
+    assert run(program, "the_case", UMMUNOTIFY_SOURCE=source).endswith("the_case\n")
 
 
 def test_example_in_the_docs(tmp_path: Path, daemon: Daemon) -> None:

@@ -13,11 +13,11 @@
 
 #include "check.h"
 
-#if defined(__SANITIZE_THREAD__)
-#define HAS_TSAN 1
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define HAS_SANITIZER 1
 #elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define HAS_TSAN 1
+#if __has_feature(thread_sanitizer) || __has_feature(address_sanitizer)
+#define HAS_SANITIZER 1
 #endif
 #endif
 
@@ -29,6 +29,7 @@ static char *memory;
 
 /* ---- Kinds of children ---- */
 
+#ifndef HAS_SANITIZER
 static pid_t by_clone(void)
 {
 	return (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL);
@@ -38,6 +39,7 @@ static pid_t by_Fork(void)
 {
 	return _Fork ? _Fork() : by_clone();
 }
+#endif
 
 static const struct kind {
 	const char *name;
@@ -45,7 +47,7 @@ static const struct kind {
 	bool runs_handlers; /* fork's: the child may allocate memory */
 } kinds[] = {
 	{"fork", fork, true},
-#ifndef HAS_TSAN /* whose own locks these do not know */
+#ifndef HAS_SANITIZER /* whose own locks these do not know */
 	{"_Fork", by_Fork, false},
 	{"clone", by_clone, false},
 #endif
@@ -225,6 +227,7 @@ static void test_daemon(void)
 
 /* ---- Children that share the memory ---- */
 
+#ifndef HAS_SANITIZER
 static int shares_memory(void *unused)
 {
 	(void)unused;
@@ -234,6 +237,7 @@ static int shares_memory(void *unused)
 	memory[0] = 1;
 	return ummunotify_valid(region);
 }
+#endif
 
 static void test_shared_memory(void)
 {
@@ -243,15 +247,17 @@ static void test_shared_memory(void)
 	pid_t child;
 
 	begin();
+#ifndef HAS_SANITIZER /* ThreadSanitizer forks where vfork is called */
 	child = vfork();
 	if (!child)
 		_exit(!ummunotify_valid(region));
 	expect_exit(child);
 	parent_goes_on();
+#endif
 	check(!posix_spawnp(&child, "true", NULL, NULL, arguments, environ));
 	expect_exit(child);
 	parent_goes_on();
-#ifndef HAS_TSAN
+#ifndef HAS_SANITIZER
 	child = clone(shares_memory, stack + 16 * PAGE, CLONE_VM | CLONE_VFORK | SIGCHLD, NULL);
 	expect_exit(child);
 	check(!ummunotify_valid(region)); /* what it has changed */

@@ -2,12 +2,12 @@
 /*
  * O_ASYNC. An epoll instance sends no signals, but a pipe does. So a thread waits for the notifier's wake-ups and writes to a pipe,
  * whose owner and signal are those that the program has set for the device. The signal names the descriptor that O_ASYNC was set
- * for, which must be the device's number: so the thread has a descriptor table of its own, in which the pipe has that number.
+ * for, which must be the device's number: so O_ASYNC is set in a descriptor table in which the pipe has that number. That is the
+ * table of another thread, which ends then; the kernel keeps the number until the pipe itself is closed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/futex.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -15,31 +15,32 @@
 
 #include "device/state.h"
 
+static void *set_async(void *argument)
+{
+	const struct signaller *s = argument;
+	int kept[] = {s->out.fd}, fd = s->out.fd;
+
+	/* Fails where close_range is missing (before Linux 5.9) or refused: then the signal names the pipe. */
+	if (!umn_descriptors_unshare(kept, 1))
+		fd = (int)syscall(SYS_dup2, s->out.fd, s->fd);
+	syscall(SYS_fcntl, fd, F_SETFL, O_NONBLOCK | O_ASYNC);
+	return NULL;
+}
+
 static void *send_signals(void *argument)
 {
 	struct device *d = argument;
 	struct signaller *s = &d->signaller;
-	struct pollfd polled[2] = {{.events = POLLIN}, {.fd = s->stop_out.fd, .events = POLLIN}};
-	int kept[UMN_DEVICE_FDS + 3], fd = s->out.fd;
-	size_t count = umn_device_fds(d->umn, kept);
+	struct pollfd polled[2] = {{.fd = umn_device_wake(d->umn), .events = POLLIN}, {.fd = s->stop_out.fd, .events = POLLIN}};
 	char byte = 0;
 
-	polled[0].fd = umn_device_wake(d->umn);
-	kept[count++] = s->stop_out.fd;
-	kept[count++] = s->out.fd;
-	kept[count++] = s->in.fd;
-	/* Fails where close_range is missing (before Linux 5.9) or refused: then the signal names the pipe. */
-	if (!umn_descriptors_unshare(kept, count))
-		fd = (int)syscall(SYS_dup2, s->out.fd, s->fd);
-	next.fcntl(fd, F_SETFL, O_NONBLOCK | O_ASYNC);
-	__atomic_store_n(&s->ready, 1, __ATOMIC_RELEASE);
-	syscall(SYS_futex, &s->ready, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 	while (poll(polled, 2, -1) < 0 || !polled[1].revents) {
 		if (!polled[0].revents)
 			continue;
+		if ((polled[0].revents & POLLNVAL) || !umn_descriptor_intact(&s->in) || !umn_descriptor_intact(&s->out))
+			break; /* the program has closed them by system calls */
 		/* First: what comes after the signal must send another. */
 		umn_device_next_wakeup(d->umn);
-		/* The system calls themselves: the numbers here are not those in the table of devices. */
 		if (syscall(SYS_write, s->in.fd, &byte, 1) < 0 || syscall(SYS_read, s->out.fd, &byte, 1) < 0)
 			break; /* cannot be */
 	}
@@ -79,7 +80,7 @@ bool device_stop_signals(struct device *d)
 	if (!umn_descriptor_intact(&s->stop_in) || write(s->stop_in.fd, &byte, 1) < 0)
 		return false;
 	pthread_join(s->thread, NULL);
-	/* The thread's copy of the reading end may be closed after the writing end, which would send one more signal. */
+	/* A child's copy of the reading end may be closed after the writing end, which would send one more signal. */
 	if (umn_descriptor_intact(&s->out))
 		next.fcntl(s->out.fd, F_SETFL, O_NONBLOCK);
 	close_pipes(s);
@@ -115,14 +116,16 @@ int device_start_signals(struct device *d, int fd)
 	if (!error) {
 		device_copy_owner(d, fd);
 		umn_read(d->umn, NULL, 0, &d->reading); /* what was before this sends no signal */
-		error = pthread_create(&s->thread, NULL, send_signals, d);
+		error = pthread_create(&s->thread, NULL, set_async, s);
+		if (!error)
+			error = pthread_join(s->thread, NULL);
+		if (!error)
+			error = pthread_create(&s->thread, NULL, send_signals, d);
 	}
 	if (error) {
 		close_pipes(s);
 		return error;
 	}
-	while (!__atomic_load_n(&s->ready, __ATOMIC_ACQUIRE))
-		syscall(SYS_futex, &s->ready, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
 	s->on = true;
 	return 0;
 }

@@ -19,7 +19,6 @@ struct signaller {
 	struct umn_descriptor out, in; /* a pipe: the kernel sends the signal for `out`, when something is written to `in` */
 	struct umn_descriptor stop_out, stop_in; /* a pipe that is written to when the thread is to end */
 	int fd;				/* the device's, as it shows in the signal */
-	int ready;			/* the thread has done what setting up is its own */
 };
 
 struct device {

@@ -566,8 +566,9 @@ static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *ev
 		events[n++] = umn->taken;
 		forget_taken(umn);
 	}
-	if (n < room)
-		n += drain(umn, &events[n], room - n);
+	/* With no room too: it finds out whether there is anything. */
+	if (n < room || !room)
+		n += drain(umn, events ? &events[n] : NULL, room - n);
 	if (dispatching && n) {
 		umn->taken = *events;
 		umn->taken_is = CALLING;

@@ -128,7 +128,8 @@ const struct umn_header *umn_table_header(const struct umn_table *t)
 static void forget(struct umn_table *t, struct umn_region *region)
 {
 	umn_index_remove(t, region);
-	store(&t->header->regions, (uint32_t)--t->regions);
+	store(&t->regions, t->regions - 1); /* read without the lock */
+	store(&t->header->regions, (uint32_t)t->regions);
 	__sync_fetch_and_and(&slot_of(region)->state, ~UMN_LIVE);
 	if (region->queued) {
 		queue_remove(region);
@@ -200,7 +201,8 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 	region->overflow = load(&t->header->overflow);
 	store(&slot_of(region)->state, UMN_LIVE);
 	umn_index_insert(t, region);
-	store(&t->header->regions, (uint32_t)++t->regions);
+	store(&t->regions, t->regions + 1);
+	store(&t->header->regions, (uint32_t)t->regions);
 	/* After it can be hit: what changes as soon as the source feeds it is not missed. */
 	if (t->source && (error = t->source->watch(t->source, start, end))) {
 		forget(t, region);
