@@ -99,6 +99,10 @@
 #include "process/process.h"
 #include "table/user_feeder.h"
 
+/* The system call itself. The reader has a descriptor table of its own; in libummunotify-device.so, close() is the device's, whose
+ * account is of the program's table: it would take a device's descriptor of the same number for closed. */
+#define close(fd) syscall(SYS_close, fd)
+
 /* Linux 5.11, 6.1 and 5.18; not in all headers yet. */
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
