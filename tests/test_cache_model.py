@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cache_check import wrong
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,7 +22,6 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from cache_check import wrong
 from models import run_model
 from support import map_memory, unmap_memory
 
