@@ -18,7 +18,7 @@ from pathlib import Path
 import pyperf  # type: ignore[import-untyped]
 
 import ummunotify
-from ummunotify import sources
+from ummunotify._core import SOURCE_ENVIRONMENT
 
 from . import bare
 
@@ -34,11 +34,11 @@ _QUICK = ("--processes=1", "--values=2", "--warmups=0", "--min-time=0.005")
 
 def measure(quick: bool, source: str | None = None) -> dict[str, pyperf.Benchmark]:
     """By the names above."""
-    environment = {**os.environ, **({sources.ENVIRONMENT: source} if source else {})}
+    environment = {**os.environ, **({SOURCE_ENVIRONMENT: source} if source else {})}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "calls.json")
         script = (sys.executable, "-m", __name__, "--quiet", f"--output={result}")
-        inherit = ("--inherit-environ", sources.ENVIRONMENT)
+        inherit = ("--inherit-environ", SOURCE_ENVIRONMENT)
         command = [*script, *inherit, *(_QUICK if quick else _FULL)]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         return {benchmark.get_name(): benchmark for benchmark in pyperf.BenchmarkSuite.load(str(result))}

@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,9 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ummunotify
-from ummunotify import _abi
-from ummunotify.sources import daemon as source
-from ummunotify.sources.base import UnavailableError
+from ummunotify import SourceUnavailableError, _abi, _core
 
 from . import report
 
@@ -104,7 +103,7 @@ def serving() -> Iterator[int]:
 def idle() -> _abi.Summary:
     """When the daemon is there, and has everything ready."""
     while True:
-        with contextlib.suppress(UnavailableError), source.connect() as connection:
+        with contextlib.suppress(SourceUnavailableError), socket.socket(fileno=_core.connect_to_daemon()) as connection:
             connection.send(_abi.Request(_abi.Op.STATUS, argument=_abi.STATUS_SUMMARY).pack())
             summary = _abi.Summary.unpack(connection.recv(_abi.SUMMARY_SIZE))
             if summary.ready == 16:

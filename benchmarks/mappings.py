@@ -193,7 +193,7 @@ def added(regions: int, budget: Budget) -> Added:
 
         pairs, noise = in_turns(cases, watching, int(umn.source == "bpf:kvm"), budget)
         program = {name: _program_time(umn, case) for name, case in cases.items()}
-        return Added(regions, pairs, program, int(umn.stats["bytes"]), noise)
+        return Added(regions, pairs, program, int(umn.stats.bytes), noise)
 
 
 def subscribed(budget: Budget) -> Pairs:

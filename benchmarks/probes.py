@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import ummunotify
-from ummunotify import sources
+from ummunotify import _core
 
 from . import mappings, report
 from .mappings import BETWEEN, BETWEEN_SCATTERED, OUT, Budget, added, other_process
@@ -65,7 +65,7 @@ def _cost(pairs: Pairs) -> Cost:
 
 def _alone(source: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """In a process of its own, whose address space nobody else has used."""
-    os.environ[sources.ENVIRONMENT] = source
+    os.environ[_core.SOURCE_ENVIRONMENT] = source
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
@@ -74,14 +74,14 @@ def measure(quick: bool) -> dict[str, dict[str, Cost]]:
     """Of each probe that works here, by where the changes are; "" is another process's."""
     budget = Budget(0.003, 0, 1) if quick else Budget(0.003, 5, 10)
     found: dict[str, dict[str, Cost]] = {}
-    for candidate in sources.candidates("bpf"):
+    for candidate in _core.source_names("bpf"):
         try:
-            ummunotify.open("bpf", probe=candidate.name.partition(":")[2]).close()
+            ummunotify.open(candidate).close()
         except ummunotify.SourceUnavailableError:
             continue
-        watching = _alone(candidate.name, _watching, budget)
-        others = _alone(candidate.name, _others, budget)
-        found[candidate.name] = {"": _cost(others), **{name: _cost(watching[name]) for name in KINDS}}
+        watching = _alone(candidate, _watching, budget)
+        others = _alone(candidate, _others, budget)
+        found[candidate] = {"": _cost(others), **{name: _cost(watching[name]) for name in KINDS}}
     return found
 
 

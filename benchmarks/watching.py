@@ -79,7 +79,7 @@ def _few() -> int:
     with ummunotify.open() as umn:
         for i in range(10):
             umn.watch((0x1000_0000_0000 + i * 0x4000, 0x1000))
-        return int(umn.stats["bytes"])
+        return int(umn.stats.bytes)
 
 
 def rows(figures: Figures) -> list[Row]:

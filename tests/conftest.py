@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -55,6 +55,13 @@ def tracker() -> None:
     resource_tracker.ensure_running()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def machine() -> None:
+    """What the library makes when it is first needed, and keeps, is there from the beginning."""
+    with contextlib.suppress(ummunotify.SourceUnavailableError):
+        ummunotify.open("bpf").close()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
     """Each test gives back what it took."""
@@ -75,14 +82,14 @@ def nothing_left_over() -> Iterator[None]:
 @pytest.fixture(scope="session", params=probes())
 def keeper(request: pytest.FixtureRequest) -> Iterator[Notifier]:
     """A notifier that stays open, with which opening more takes milliseconds."""
-    source, _, probe = request.param.partition(":")
+    source = request.param
     try:
-        opened = ummunotify.open(source, probe=probe)
+        opened = ummunotify.open(source)
     except ummunotify.SourceUnavailableError as error:
         require("bpf", str(error))
     with opened:
         # A table of several segments leaves something for the next ones to be forgotten sooner.
-        with ummunotify.open(source, probe=probe) as large:
+        with ummunotify.open(source) as large:
             for i in range(5000):
                 large.watch((PAGE + i, 1))
         yield opened
@@ -108,3 +115,17 @@ def memory() -> Iterator[Memory]:
     with Memory() as memory:
         private(memory)
         yield memory
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[Callable[[], None], float], None]]:
+    """Runs something in a signal handler, again and again."""
+    before = signal.getsignal(signal.SIGALRM)
+
+    def start(act: Callable[[], None], seconds: float) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: act())
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+
+    yield start
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)

@@ -26,19 +26,23 @@ import pytest
 from support import map_memory, require, unmap_memory
 
 import ummunotify
-from ummunotify import _abi
-from ummunotify._abi import SEGMENTS, Op, Request, Summary
+from ummunotify import _abi, _core
+from ummunotify._abi import SEGMENTS, Op, Probe, Request, Summary
 from ummunotify._bpf import read_map
+from ummunotify.bpf import feeder
 from ummunotify.daemon.limits import TABLE
-from ummunotify.sources import daemon as source
-from ummunotify.sources.base import UnavailableError
-from ummunotify.sources.bpf import BpfFeed
+from ummunotify.errors import UnavailableError
 
 PAGE = mmap.PAGESIZE
 NOBODY = 65534
 COMMAND = [sys.executable, "-m", "ummunotify"]
 PATIENCE = 30.0
 """Seconds after which something will never happen."""
+
+
+def connect() -> socket.socket:
+    """A client's socket. SourceUnavailableError."""
+    return socket.socket(fileno=_core.connect_to_daemon())
 
 
 class Daemon:
@@ -102,7 +106,7 @@ class Daemon:
         return found
 
     def summary(self) -> Summary:
-        with source.connect() as connection:
+        with connect() as connection:
             connection.send(Request(Op.STATUS, argument=_abi.STATUS_SUMMARY).pack())
             return Summary.unpack(connection.recv(_abi.SUMMARY_SIZE))
 
@@ -165,7 +169,7 @@ def privileged() -> None:
     if os.geteuid():
         require("bpf", "the daemon's tests become another user, which takes root")
     try:
-        BpfFeed().close()
+        feeder.connect(Probe.KVM).disconnect()
     except UnavailableError as error:
         require("bpf", str(error))
 

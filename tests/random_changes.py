@@ -18,6 +18,7 @@ import ummunotify
 
 HERE = Path(__file__).parent
 LIBRARY = HERE.parent / "src/libummunotify"
+PACKAGE = Path(ummunotify.__path__[0])
 
 
 def run(*command: str | Path) -> None:
@@ -32,8 +33,8 @@ def build() -> Path:
     """The module, compiled from these very files, but only once: in a guest it takes minutes, and is there already."""
     if importlib.util.find_spec("Cython") is None:
         require("cython", "it is not installed")
-    sources = [HERE / "core/changes.pyx", HERE / "core/changes.c", LIBRARY / "table/table.c"]
-    headers = [*LIBRARY.glob("*/*.h"), *HERE.glob("core/*.h"), *Path(ummunotify.get_include()).glob("*.h")]
+    sources = [HERE / "core/changes.pyx", HERE / "core/changes.c"]
+    headers = [*LIBRARY.glob("include/*.h"), *HERE.glob("core/*.h"), *PACKAGE.glob("*.pxd")]
     contents = b"".join(path.read_bytes() for path in [Path(__file__), *sources, *sorted(headers)])
     name = f"changes-{hashlib.sha256(contents).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
     library = HERE.parent / "build/tests" / name
@@ -43,16 +44,26 @@ def build() -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         source, made = Path(scratch, "changes.c"), Path(scratch, name)
         run(sys.executable, "-m", "cython", "-3", sources[0], "-o", source)
-        flags = ["-shared", "-fPIC", "-O2", "-g", "-pthread", f"-I{sysconfig.get_path('include')}"]
-        includes = [f"-I{ummunotify.get_include()}", f"-I{LIBRARY}", f"-I{HERE / 'core'}"]
-        run("gcc", *flags, *includes, source, *sources[1:], "-o", made)
+        flags = [
+            "-shared",
+            "-fPIC",
+            "-O2",
+            "-g",
+            "-pthread",
+            "-DCHANGES_NOTIFIER",
+            f"-I{sysconfig.get_path('include')}",
+        ]
+        includes = [f"-I{LIBRARY}", f"-I{LIBRARY / 'include'}", f"-I{HERE / 'core'}"]
+        # The library that the package has loaded.
+        links = [f"-L{PACKAGE / 'lib'}", "-lummunotify", f"-Wl,-rpath,{PACKAGE / 'lib'}"]
+        run("gcc", *flags, *includes, source, *sources[1:], *links, "-o", made)
         made.rename(library)
     return library
 
 
 @pytest.fixture(scope="session")
 def native() -> Any:
-    """The module, with a copy of the owner's side of the table."""
+    """The module, which works on notifiers."""
     spec = importlib.util.spec_from_file_location("changes", build())
     assert spec is not None
     assert spec.loader is not None

@@ -4,6 +4,8 @@ import ctypes
 import mmap
 import os
 import re
+import select
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,17 @@ from typing import NoReturn
 
 import pytest
 
-from ummunotify import _core
+from ummunotify import Invalidation, Notifier, Region, _core
 from ummunotify.bpf import libbpf
+from ummunotify.selftest.changes import PAGE, Memory, madvise
+
+_SYS_MADVISE = 28
+
+LONG = 60.0
+"""Seconds in which everything has happened that is going to."""
+
+SLOW = "UMMUNOTIFY_SLOW" in os.environ
+"""Long modes: hours, not seconds."""
 
 # NumPy's threads would come with the import and go with a fork, and tests count threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -54,8 +65,11 @@ def in_child(function: Callable[[], object]) -> None:
 
 
 def is_ours(name: str) -> bool:
-    """Is this a BPF or KVM object, by its link in /proc/self/fd or its line in /proc/self/maps? (A path may say so.)"""
-    return re.search(r"anon_inode:\[?(bpf|kvm)|/dev/kvm", name) is not None
+    """Is this an object of the library's, by its link in /proc/self/fd or its line in /proc/self/maps?
+
+    BPF's and KVM's, the io_uring that keeps them open, and a userfaultfd. (A path may say so too.)
+    """
+    return re.search(r"anon_inode:\[?(bpf|kvm|io_uring|userfaultfd)|/dev/kvm", name) is not None
 
 
 def open_fds() -> set[str]:
@@ -102,3 +116,61 @@ def unmap_memory(address: int, length: int) -> None:
     if _libc.munmap(address, length) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def hit(memory: Memory, first: int, last: int | None = None) -> None:
+    """Change pages, which stay mapped."""
+    last = first + 1 if last is None else last
+    madvise(memory.at(first), (last - first) * PAGE, mmap.MADV_DONTNEED)
+
+
+def watch(umn: Notifier, memory: Memory, first: int, last: int | None = None) -> Region:
+    last = first + 1 if last is None else last
+    return umn.watch((memory.at(first), (last - first) * PAGE))
+
+
+def ranges(memory: Memory, events: list[Invalidation]) -> list[tuple[float, float, bool]]:
+    """In pages of the memory."""
+    return [
+        ((event.start - memory.address) / PAGE, (event.end - memory.address) / PAGE, event.exact) for event in events
+    ]
+
+
+def later(act: Callable[[], None], seconds: float = 0.1) -> threading.Timer:
+    timer = threading.Timer(seconds, act)
+    timer.start()
+    return timer
+
+
+def readable(fd: int, timeout: float = 0) -> bool:
+    by_select = bool(select.select([fd], [], [], timeout)[0])
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    with select.epoll() as epoll:
+        epoll.register(fd, select.EPOLLIN)
+        answers = {by_select, poll.poll(0) == [(fd, select.POLLIN)], epoll.poll(0) == [(fd, select.EPOLLIN)]}
+    assert len(answers) == 1
+    return answers.pop()
+
+
+class _MapAttribute(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("type", "key_size", "value_size", "max_entries", "flags"))
+
+
+def bpf_map() -> int:
+    """A BPF map of the kind that tables are in, which nothing feeds. Its descriptor."""
+    attribute = _MapAttribute(2, 4, PAGE, 64, 1 << 10)  # BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE
+    fd: int = _libc.syscall(321, 0, ctypes.byref(attribute), ctypes.sizeof(attribute))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd
+
+
+def show_secret(secret: int) -> None:
+    """As the library does: by a change of a page of our own, in a register that the system call does not use."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[0] = 1
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        arguments = ctypes.c_void_p(address), PAGE, mmap.MADV_DONTNEED, 0, ctypes.c_uint64(secret)
+        assert libc.syscall(_SYS_MADVISE, *arguments) == 0

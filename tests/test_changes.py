@@ -156,3 +156,62 @@ def test_reclaim_inside_a_fork(keeper: Notifier, request: pytest.FixtureRequest)
     gone, missed = map(int, result.stdout.split())
     assert gone > 0
     assert missed == 0
+
+
+# The kernel takes the last huge page from an older child, to copy it for its parent, which does what the argument says.
+TAKE_FROM_CHILD = """
+import os, signal, sys, ummunotify
+from pathlib import Path
+from ummunotify.selftest.changes import (
+    ANONYMOUS, CLONE_PARENT_SETTID, HUGE_PAGE, MAP_HUGETLB, PAGE, READ_WRITE, call, clone_exit, load, store,
+)
+
+pool = Path("/proc/sys/vm/nr_hugepages")
+before = pool.read_text()
+pool.write_text("1")
+try:
+    address = call("mmap", 0, HUGE_PAGE, READ_WRITE, ANONYMOUS | MAP_HUGETLB, -1, 0)
+    store(address)
+
+    def present():
+        with open("/proc/self/pagemap", "rb") as pagemap:
+            pagemap.seek(address // PAGE * 8)
+            return pagemap.read(8)[7] >= 0x80
+
+    watched, changed = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        with ummunotify.open() as umn:
+            region = umn.watch((address, HUGE_PAGE))
+            assert region.valid and present()
+            os.write(watched[1], b".")
+            os.read(changed[0], 1)
+            print(present(), region.valid, flush=True)
+        os._exit(0)
+    os.close(watched[1])
+    assert os.read(watched[0], 1) == b"."
+    if sys.argv[1] == "clone":
+        clone_exit(CLONE_PARENT_SETTID, address)
+    else:
+        store(address)
+    os.write(changed[1], b".")
+    os.waitpid(child, 0)
+finally:
+    pool.write_text(before)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can reserve huge pages")
+@pytest.mark.parametrize("how", ["clone", "write"])
+def test_a_huge_page_taken_from_a_child(keeper: Notifier, how: str) -> None:
+    try:
+        reserved = int(Path("/proc/sys/vm/nr_hugepages").read_text())
+    except OSError as error:
+        require("changes", f"there is no hugetlb memory: {error}")
+    if reserved:
+        require("changes", "huge pages are reserved on this machine, which the test would use up")
+    result = subprocess.run(
+        [sys.executable, "-c", TAKE_FROM_CHILD, how], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.stdout.split() == ["False", "False"], result.stderr

@@ -11,13 +11,12 @@ import random
 import socket
 import time
 
-from daemons import Daemon, as_nobody, change
+from daemons import Daemon, as_nobody, change, connect
+from support import show_secret
 
 import ummunotify
 from ummunotify import _abi
 from ummunotify._abi import Op, Reply, Request, Status
-from ummunotify._core import show_secret
-from ummunotify.sources import daemon as source
 
 MESSAGES = int(os.environ.get("UMMUNOTIFY_FUZZ_MESSAGES", "5000"))
 SEED = int(os.environ.get("UMMUNOTIFY_FUZZ_SEED", "0")) or time.time_ns()
@@ -57,7 +56,7 @@ class Fuzzer:
     def converse(self) -> None:
         """Until the daemon has had enough, or this one."""
         rng = self.rng
-        with source.connect() as connection:
+        with connect() as connection:
             try:
                 if rng.random() < 0.2:
                     self.become_a_client(connection)

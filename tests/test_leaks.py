@@ -114,10 +114,10 @@ def test_watch_and_unwatch(source: str) -> None:
 
         for _ in range(1000):
             step()
-        size = umn.stats["bytes"]
+        size = umn.stats.bytes
         check_constant(step, WATCHED)
-        assert umn.stats["bytes"] == size
-        assert umn.stats["regions"] == len(umn.regions) == 16
+        assert umn.stats.bytes == size
+        assert umn.stats.regions == len(umn.regions) == 16
 
 
 def test_changes_that_nobody_reads(source: str) -> None:

@@ -38,7 +38,16 @@ with ummunotify.open(sys.argv[1]) as umn:
 def test_what_the_kernel_is_handed_is_cleared(keeper: Notifier, tmp_path: Path, compiler: str, optimise: str) -> None:
     """The compiler fills with a pattern what the code leaves as it is. The kernel refuses what it does not know."""
     library = tmp_path / "libummunotify.so"
-    flags = ["-std=gnu11", optimise, "-shared", "-fPIC", "-ftrivial-auto-var-init=pattern", "-Wall", "-Wextra", "-Werror"]
+    flags = [
+        "-std=gnu11",
+        optimise,
+        "-shared",
+        "-fPIC",
+        "-ftrivial-auto-var-init=pattern",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     sources = sorted(str(path) for folder in SOURCE_FOLDERS for path in (SOURCES / folder).glob("*.c"))
     sources = [path for path in sources if "preload" not in path]
     includes = [f"-I{SOURCES}", f"-I{SOURCES / 'include'}"]

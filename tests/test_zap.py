@@ -5,23 +5,18 @@ That it sees all changes is shown where it is for all probes: test_changes.py, t
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import require
 
-import ummunotify
-from ummunotify import Notifier, SourceUnavailableError, sources
 from ummunotify._abi import CallType, Extent
-from ummunotify._core import test_page as make_page
+from ummunotify._core import source_names
 from ummunotify.bpf import libbpf, zap
 from ummunotify.bpf.libbpf import KernelTypes
 from ummunotify.bpf.zap import _Call, _Function, _Need
-from ummunotify.sources.base import Exercise, UnavailableError
-from ummunotify.sources.bpf import zap_exercises
+from ummunotify.errors import UnavailableError
 
 FLUSH = _Function("ptep_clear_flush", (_Call("vma", "address", Extent.PAGE),))
 
@@ -139,45 +134,6 @@ def test_a_function_that_the_compiler_took_apart(monkeypatch: pytest.MonkeyPatch
     assert symbol in reason
 
 
-def test_the_exercises_change_what_they_say() -> None:
-    before = set(os.listdir("/proc/self/fd"))
-    names = []
-    for exercise in zap_exercises():
-        names.append(exercise.name)
-        assert exercise.page % 4096 == 0
-        assert mapped(exercise.page)
-        exercise.act()
-        if exercise.name == "a page was moved":
-            assert not mapped(exercise.page)
-    assert len(names) == 5
-    assert set(os.listdir("/proc/self/fd")) == before
-
-
-def test_all_of_them_have_to_be_seen(keeper: Notifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def exercises() -> Iterator[Exercise]:
-        for exercise in zap_exercises():
-            seen.append(exercise.name)
-            yield exercise
-        page = make_page()
-        yield Exercise("nothing was done", page, lambda: None)
-
-    monkeypatch.setattr(type(keeper._feed), "exercises", staticmethod(exercises), raising=False)
-    with pytest.raises(SourceUnavailableError, match="nothing was done and the event did not arrive"):
-        ummunotify.open()
-    assert len(seen) >= 5
-
-
-def mapped(address: int) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(part, 16) for part in line.split()[0].split("-"))
-        if start <= address < end:
-            return True
-    return False
-
-
 def test_it_is_the_last_of_the_probes() -> None:
-    names = [each.name for each in sources.every()]
-    assert names.index("bpf:zap") == names.index("bpf:kvm") + 1
-    assert [each.name for each in sources.candidates("bpf", "zap")] == ["bpf:zap"]
+    assert source_names("bpf")[-1] == "bpf:zap"
+    assert source_names("bpf:zap") == ["bpf:zap"]

@@ -497,7 +497,10 @@ cdef class Connection:
         self.program = program
         self.tables, self.code, self.probe_gaps, self.links = program.tables, program.code, program.probe_gaps, program.links
         self.probe = program.probe
-        self.skipped = skipped_runs(self.code)
+        try:
+            self.skipped = skipped_runs(self.code)
+        except OSError as error:
+            raise UnavailableError(f"the runs that the kernel skips cannot be counted ({error})", "") from error
 
     def exchange(self, bytes request not None):
         """Answer a struct umn_request: a struct umn_reply, and descriptors that the caller closes.

@@ -149,9 +149,9 @@ cdef int range_of(object what, uint64_t *start, uint64_t *end) except -1:
             address = operator_index((<tuple>what)[0])
             length = operator_index((<tuple>what)[1])
         except OverflowError:
-            address, length = operator_index(what[0]), operator_index(what[1])
+            given, size = operator_index(what[0]), operator_index(what[1])
             raise InvalidRangeError(
-                f"cannot watch {length} bytes at {address:#x}: not an address and a length in 64 bits", address, length
+                f"cannot watch {size} bytes at {given:#x}: not an address and a length in 64 bits", given, size
             ) from None
     else:
         try:
@@ -219,9 +219,9 @@ cdef int raise_pending() except -1:
 # ---- The feeder of the source bpf ----
 
 cdef int note(error, int number) noexcept:
-    """Whatever it is, it is why this source does not work; the next may."""
+    """It is why this source does not work; the next may. Other than UnavailableError it is a signal handler's, and passed on."""
     try:
-        if not isinstance(error, Exception):
+        if not isinstance(error, (UnavailableError, OSError)) or getattr(error, "errno", 0) is None:
             raised[get_ident()] = error
         reason = getattr(error, "reason", None)
         if reason is None:

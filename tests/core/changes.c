@@ -36,7 +36,8 @@
 #define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
 
 struct watched {
-	struct umn_region *region;
+	changes_region *region;
+	uint64_t start, end; /* bytes */
 	uint32_t first, last; /* pages */
 	uint64_t since[REGION_PAGES]; /* which change had begun when it was watched */
 	bool disturbed; /* a change was under way then, which could or could not hit it */
@@ -53,7 +54,7 @@ struct worker {
 };
 
 static struct changes_options options;
-static struct umn_table *table;
+static changes_target *target;
 static uint8_t *arena;
 static uint32_t half; /* of the arena, in pages */
 static int file;
@@ -79,6 +80,117 @@ static void changes_fail(const char *format, ...)
 	pthread_mutex_unlock(&lock);
 	store(&stopping, true);
 }
+
+/* ---- What is tested ---- */
+
+struct report {
+	struct watched *watched;
+	uint64_t start, end;
+};
+
+#ifdef CHANGES_NOTIFIER
+
+static int start_watching(struct watched *r)
+{
+	return ummunotify_watch(target, (void *)r->start, r->end - r->start, (uint64_t)r, &r->region);
+}
+
+static void stop_watching(struct watched *r)
+{
+	ummunotify_unwatch(target, r->region);
+}
+
+static int make_valid(struct watched *r)
+{
+	return ummunotify_renew(target, r->region);
+}
+
+static bool is_valid(const struct watched *r)
+{
+	return ummunotify_valid(r->region);
+}
+
+static bool is_changed(void)
+{
+	return ummunotify_changed(target);
+}
+
+static size_t take(struct report *reports, size_t room)
+{
+	struct ummunotify_event events[16];
+	ptrdiff_t n = ummunotify_read(target, events, room);
+
+	for (ptrdiff_t i = 0; i < n; i++)
+		reports[i] = (struct report){(struct watched *)events[i].cookie, events[i].start, events[i].end};
+	return n < 0 ? 0 : (size_t)n;
+}
+
+/* A source whose news come late counts the generation up as long as something may be on its way. */
+static void settle(void)
+{
+	uint64_t before;
+
+	do
+		before = ummunotify_generation(target);
+	while (ummunotify_generation(target) != before);
+}
+
+static const char *check_soundness(void)
+{
+	struct ummunotify_stats stats;
+
+	return ummunotify_stats(target, &stats) || stats.regions ? "regions are left in the table" : NULL;
+}
+
+#else
+
+static int start_watching(struct watched *r)
+{
+	return umn_table_watch(target, r->start, r->end, 0, r, &r->region);
+}
+
+static void stop_watching(struct watched *r)
+{
+	umn_table_unwatch(target, r->region);
+}
+
+static int make_valid(struct watched *r)
+{
+	return umn_table_renew(target, r->region);
+}
+
+static bool is_valid(const struct watched *r)
+{
+	return umn_region_valid(r->region);
+}
+
+static bool is_changed(void)
+{
+	return umn_table_changed(target);
+}
+
+static size_t take(struct report *reports, size_t room)
+{
+	struct umn_event events[16];
+	size_t n = umn_table_drain(target, events, room);
+
+	for (size_t i = 0; i < n; i++)
+		reports[i] = (struct report){events[i].region->user, events[i].start, events[i].end};
+	return n;
+}
+
+static void settle(void)
+{
+	if (options.source && !options.source->settle(options.source, 100000))
+		changes_fail("the source does not settle");
+}
+
+static const char *check_soundness(void)
+{
+	return umn_table_check(target);
+}
+
+#endif
 
 static double seconds(void)
 {
@@ -128,33 +240,27 @@ static bool may_be_invalid(const struct watched *r)
 
 static void drain(struct worker *w, bool all)
 {
-	struct umn_event events[16];
+	struct report reports[16];
 	size_t n;
 
 	do {
-		n = umn_table_drain(table, events, 16);
+		n = take(reports, 16);
 		w->totals.events += n;
 		for (size_t i = 0; i < n; i++) {
-			const struct umn_region *region = events[i].region;
+			struct watched *r = reports[i].watched;
 
-			((struct watched *)region->user)->reports++;
-			if (events[i].start < region->start || events[i].end > region->end || events[i].start >= events[i].end)
+			r->reports++;
+			if (reports[i].start < r->start || reports[i].end > r->end || reports[i].start >= reports[i].end)
 				changes_fail("an event's range is not in its region");
 		}
 	} while (all && n == 16);
-}
-
-static void settle(void)
-{
-	if (options.source && !options.source->settle(options.source, 100000))
-		changes_fail("the source does not settle");
 }
 
 /* It was hit, so there is or was an event. */
 static void check_report(struct worker *w, struct watched *r)
 {
 	pthread_mutex_lock(&draining);
-	if (!r->reports && !umn_table_changed(table))
+	if (!r->reports && !is_changed())
 		changes_fail("a region was changed and not reported, but `changed` is false");
 	settle();
 	drain(w, true);
@@ -175,7 +281,7 @@ static void remember(struct watched *r)
 static void unwatch(struct watched *r)
 {
 	pthread_mutex_lock(&draining);
-	umn_table_unwatch(table, r->region);
+	stop_watching(r);
 	pthread_mutex_unlock(&draining);
 	r->region = NULL;
 }
@@ -191,11 +297,13 @@ static void watch(struct worker *w, struct watched *r)
 	if (length == 1)
 		from = less = 0;
 	start = (uint64_t)place(r->first);
+	r->start = start + from;
+	r->end = start + length * PAGE - less;
 	r->reports = 0;
-	error = umn_table_watch(table, start + from, start + length * PAGE - less, 0, r, &r->region);
+	error = start_watching(r);
 	if (error) {
-		/* A source may refuse a hole; and there is no growing here. */
-		if (error < 0 && error != -ENOSPC)
+		/* A source may refuse a hole; and a table does not grow here. */
+		if (error < 0 && error != -ENOSPC && error != -ENXIO)
 			changes_fail("watch: %s", strerror(-error));
 		r->region = NULL;
 		w->totals.refused++;
@@ -207,7 +315,7 @@ static void watch(struct worker *w, struct watched *r)
 
 static void check(struct worker *w, struct watched *r)
 {
-	bool hit = must_be_invalid(r), valid = umn_region_valid(r->region);
+	bool hit = must_be_invalid(r), valid = is_valid(r);
 
 	w->totals.checks++;
 	w->totals.valid += valid;
@@ -220,7 +328,7 @@ static void check(struct worker *w, struct watched *r)
 			unwatch(r);
 		return;
 	}
-	if (umn_region_valid(r->region))
+	if (is_valid(r))
 		changes_fail("a region is valid again by itself");
 	w->totals.false_alarms += !may_be_invalid(r);
 	if (hit && !pick(w, 8))
@@ -229,8 +337,8 @@ static void check(struct worker *w, struct watched *r)
 		pthread_mutex_lock(&draining);
 		drain(w, true);
 		r->reports = 0;
-		if (umn_table_renew(table, r->region)) {
-			if (umn_region_valid(r->region))
+		if (make_valid(r)) {
+			if (is_valid(r))
 				changes_fail("a region is valid that was not renewed");
 		} else {
 			remember(r);
@@ -255,7 +363,7 @@ static void check_overlapping(struct worker *w, uint32_t first, uint32_t last, u
 			if (r->since[page - r->first] < number) {
 				w->totals.hit++;
 				w->totals.checks++;
-				if (umn_region_valid(r->region))
+				if (is_valid(r))
 					changes_fail("missed: page %u was changed or given away, and a region of it is valid",
 						     page);
 				break;
@@ -427,7 +535,7 @@ static void add(struct changes_totals *totals, const struct changes_totals *more
 		sum[i] += term[i];
 }
 
-const char *changes_run(struct umn_table *of, const struct changes_options *how, struct changes_totals *totals)
+const char *changes_run(changes_target *of, const struct changes_options *how, struct changes_totals *totals)
 {
 	struct worker *workers = calloc(how->threads, sizeof *workers);
 
@@ -435,7 +543,7 @@ const char *changes_run(struct umn_table *of, const struct changes_options *how,
 	if (!workers || how->threads < 1 || how->threads > CHANGES_THREADS_MAX)
 		return "cannot begin";
 	options = *how;
-	table = of;
+	target = of;
 	memset(begun, 0, sizeof begun);
 	memset(done, 0, sizeof done);
 	memset(over, 0, sizeof over);
@@ -461,10 +569,10 @@ const char *changes_run(struct umn_table *of, const struct changes_options *how,
 	}
 	settle();
 	drain(&workers[0], true);
-	if (umn_table_changed(table))
+	if (is_changed())
 		changes_fail("everything was read, but `changed` is true");
-	if (umn_table_check(table))
-		changes_fail("%s", umn_table_check(table));
+	if (check_soundness())
+		changes_fail("%s", check_soundness());
 	munmap(arena, 2 * half * PAGE);
 	if (file >= 0)
 		close(file);

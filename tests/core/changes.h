@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /*
- * Threads that change mappings at random, against an oracle that knows what each of them has changed. For any table that something
- * feeds with the changes of this process.
+ * Threads that change mappings at random, against an oracle that knows what each of them has changed. For a notifier (with
+ * CHANGES_NOTIFIER, in the library's public interface only), or for a table that something feeds with the changes of this process.
  */
 #ifndef CHANGES_H
 #define CHANGES_H
@@ -9,10 +9,20 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#ifdef CHANGES_NOTIFIER
+#include "include/ummunotify.h"
+typedef struct ummunotify changes_target;
+typedef struct ummunotify_region changes_region;
+#else
 #include "table/table.h"
+typedef struct umn_table changes_target;
+typedef struct umn_region changes_region;
+#endif
 
 struct changes_options {
+#ifndef CHANGES_NOTIFIER
 	struct umn_source *source; /* the table's, if it has one */
+#endif
 	uint32_t threads;	   /* at most CHANGES_THREADS_MAX */
 	bool files;		   /* map a file too, and punch holes into it */
 	uint64_t changes;	   /* stop after so many */
@@ -32,6 +42,6 @@ struct changes_totals {
 };
 
 /* NULL, or what went wrong first. */
-const char *changes_run(struct umn_table *table, const struct changes_options *options, struct changes_totals *totals);
+const char *changes_run(changes_target *target, const struct changes_options *options, struct changes_totals *totals);
 
 #endif

@@ -4,11 +4,8 @@
 #define UMN_TEST_COMMON_H
 
 #include <errno.h>
-#include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -22,26 +19,8 @@ static _Thread_local bool lose_chain;
 			;                                                                                 \
 	} while (0)
 #include "table/user_feeder.c"
+#include "check.h"
 #include "table_check.h"
-
-#define LENGTH(array) (sizeof(array) / sizeof *(array))
-
-__attribute__((noreturn, format(printf, 1, 2))) static void fail(const char *format, ...)
-{
-	va_list args;
-
-	va_start(args, format);
-	fflush(stdout);
-	vfprintf(stderr, format, args);
-	fputc('\n', stderr);
-	abort();
-}
-
-#define check(condition)                                                              \
-	do {                                                                          \
-		if (!(condition))                                                     \
-			fail("%s:%d: not true: %s", __FILE__, __LINE__, #condition);  \
-	} while (0)
 
 /* xorshift64*: the same sequence on every run, per thread. */
 static _Thread_local uint64_t random_state = 88172645463325252u;

@@ -191,7 +191,7 @@ static void run_race(uint64_t count)
 		while (load(&race.taken) != round)
 			sched_yield();
 		/* The other thread may have waited in vain, and called the region invalid itself. */
-		check(umn_uffd_source(uffd)->settle(umn_uffd_source(uffd), 100000));
+		check(umn_uffd_source(uffd)->wait_delivered(umn_uffd_source(uffd), 100000));
 		check(umn_table_drain(table, &event, 1) == 1 && event.region == race.region);
 		umn_table_unwatch(table, race.region);
 	}

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import signal
+import socket
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,10 +15,10 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from daemons import Child, Daemon, as_nobody, change, stress
+from daemons import Child, Daemon, as_nobody, change, connect, stress
 
 import ummunotify
-from ummunotify.sources import daemon as source
+from ummunotify._abi import Gives, Op, Reply, Request
 
 PAGE = mmap.PAGESIZE
 CHANGES = 20_000 if "UMMUNOTIFY_SLOW" in os.environ else 300
@@ -43,23 +44,30 @@ def test_what_a_client_holds_gives_it_no_power(daemon: Daemon) -> None:
     """It could keep others in the dark if it could write the map of doubts."""
 
     def program(_: Connection) -> list[int]:
-        feed = source.open_feed()
+        with connect() as connection:
+            connection.send(Request(Op.HELLO).pack())
+            data, fds, _, _ = socket.recv_fds(connection, 100, 64)
+        held = fds[2:]
+        if Reply.unpack(data).gives & Gives.KVM:
+            os.close(held.pop(0))
+        assert Reply.unpack(data).gives & Gives.PROBE_GAPS
         libc = ctypes.CDLL(None, use_errno=True)
         errors = []
-        doubts, *links = feed._links
+        gaps, *links = held
         with pytest.raises(PermissionError) as caught:
-            mmap.mmap(doubts, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            mmap.mmap(gaps, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         errors.append(caught.value.errno or 0)
         key = ctypes.c_uint32(0)
         value = (ctypes.c_uint32 * 2)(1, 1)
-        attribute = (ctypes.c_uint64 * 16)(doubts, ctypes.addressof(key), ctypes.addressof(value))
+        attribute = (ctypes.c_uint64 * 16)(gaps, ctypes.addressof(key), ctypes.addressof(value))
         assert libc.syscall(_BPF, _MAP_UPDATE, attribute, ctypes.sizeof(attribute)) == -1
         errors.append(ctypes.get_errno())
         for link in links:
             for command in (_LINK_UPDATE, _LINK_DETACH):
                 words = (ctypes.c_uint32 * 32)(link, link)
                 assert libc.syscall(_BPF, command, words, ctypes.sizeof(words)) == -1
-        feed.close()
+        for fd in (*fds[:2], *held):
+            os.close(fd)
         return errors
 
     assert as_nobody(program) == [errno.EPERM, errno.EPERM]

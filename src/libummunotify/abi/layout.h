@@ -2,7 +2,7 @@
 /*
  * The watch table's layout in shared memory.
  *
- * This is the one place where the BPF program, the C core and the Cython module meet. A table is a sequence of
+ * One definition for the BPF program, the C library and the Python package. A table is a sequence of
  * segments; a segment is an array of 64 pages of 4096 bytes (a BPF array map, or plain memory). Page 0 of segment 0 is
  * the header; every other 512-byte chunk is a node of the index, or 16 slots, or free.
  *
@@ -24,14 +24,14 @@
 #define UMN_SEGMENTS 2048u /* at most: half a GiB, some six million regions */
 #define UMN_CELLS_PER_SEGMENT (UMN_SEGMENT_PAGES * UMN_CELLS_PER_PAGE)
 
-/* No region ends above, and no change either once it is cut: addresses are compared by the sign of differences. */
+/* No region ends above, and changes are cut to it: addresses are compared by the sign of their difference. */
 #define UMN_ADDRESS_MAX (UINT64_C(1) << 62)
 
 #define UMN_FANOUT 25u
 #define UMN_LEVELS 8u /* a power of two: the BPF program masks with it */
 
-/* Who writes what: `feeder` = whoever calls umn_invalidate, on any CPU; `owner` = the watching process, one thread at a
- * time. Each line of 64 bytes has one kind of writer, except `armed`. */
+/* The writer of each field: `feeder`, any number of calls of umn_invalidate, on any CPUs; `owner`, the watching process, one
+ * thread at a time. A line of 64 bytes has one kind of writer, except for `armed`. */
 struct umn_header {
 	/* feeder: one more per change that hits at least one watched region. First, so that page 0 can be mapped
 	 * read-only as the counter page of the original interface. */
@@ -40,7 +40,7 @@ struct umn_header {
 
 	/* feeder */
 	uint64_t readers[2]; /* feeders inside the index, per phase */
-	uint32_t head;	     /* the list of slots hit since the owner last took it */
+	uint32_t head;	     /* the list of slots that were hit since the owner last took it */
 	uint32_t unused1;
 	uint64_t unused2[5];
 
@@ -53,16 +53,16 @@ struct umn_header {
 	uint32_t unused3[9];
 
 	/* rarely written, by both */
-	uint32_t overflow; /* feeder: one more each time that "everything may be invalid" */
-	uint32_t armed;	   /* owner sets it, the feeder that clears it sends the wake-up */
+	uint32_t overflow; /* one more each time that a change may have been missed: every region is invalid */
+	uint32_t armed;	   /* the owner sets it; the feeder that clears it sends the wake-up */
 	uint64_t unused4[7];
 
-	/* owner, at each watch: not where feeders look */
-	uint32_t regions; /* how many are watched, for whoever looks on */
+	/* owner, at each watch: on a line that feeders do not read */
+	uint32_t regions; /* how many are watched; for statistics only */
 	uint32_t unused5[15];
 };
 
-/* An entry is in use while its ref is not 0. In a leaf (level 0) ref is a slot and the entries are in any order; above,
+/* An entry is in use while its ref is not 0. In a leaf (level 0) ref is a slot, and the entries are in any order. Above,
  * ref is a node, `start` a lower bound of the starts in it and `end` an upper bound of the ends, sorted by start. */
 struct umn_node {
 	uint8_t level;
@@ -77,23 +77,23 @@ struct umn_node {
 
 /* The bits of a slot's state. */
 #define UMN_LIVE 1u	/* owner: a region is watched through this slot */
-#define UMN_INVALID 2u	/* hit since it was watched or renewed: what the holder of the region asks for */
-#define UMN_PENDING 4u	/* hit and not yet reported: on the list, or about to be */
+#define UMN_INVALID 2u	/* hit since the region was watched or renewed: the answer to umn_region_valid */
+#define UMN_PENDING 4u	/* hit and not yet reported: on the list, or about to be pushed */
 #define UMN_MULTIPLE 8u /* hit more than once since it became pending: the hint is not exact */
 
 struct umn_slot {
 	uint32_t state;
-	uint32_t next; /* the next slot on the list; belongs to whoever set UMN_PENDING */
-	uint64_t hint_start; /* these too: the first hit's range ... */
+	uint32_t next; /* the next slot on the list; written by the feeder that set UMN_PENDING, as are ... */
+	uint64_t hint_start; /* ... the first hit's range, ... */
 	uint64_t hint_end;
-	uint32_t thread; /* ... the thread that made it (0: not known) ... */
+	uint32_t thread; /* ... the thread that made it (0: not known), ... */
 	int32_t syscall; /* ... and the system call it was in (-1: a page fault or not known) */
 };
 
-/* For the probes that the kernel may skip: see core/doubt.h. The feeder writes it, for all its tables. */
+/* For the probes that the kernel may skip: see sources/probe_gap.h. The feeder writes it, for all its tables. */
 struct umn_doubts {
-	uint32_t cpus; /* on how many of them the kernel may be skipping the probe now */
-	uint32_t times; /* how often that has begun, counted before; it wraps */
+	uint32_t cpus; /* on how many the kernel may be skipping the probe now */
+	uint32_t times; /* how often that has begun; counted before `cpus`; wraps */
 };
 
 #ifdef __cplusplus

@@ -32,8 +32,10 @@ struct pt_regs {
 	unsigned long r10, r9, r8, ax, cx, dx, si, di, orig_ax;
 };
 struct thread_info {
+	unsigned long syscall_work;
 	unsigned int status;
 };
+enum syscall_work_bit { SYSCALL_WORK_BIT_SECCOMP = 0, SYSCALL_WORK_BIT_SYSCALL_TRACE = 2, SYSCALL_WORK_BIT_SYSCALL_EMU = 3 };
 struct atomic_long {
 	long counter;
 };
@@ -62,6 +64,7 @@ struct mm_struct {
 struct task_struct {
 	struct thread_info thread_info;
 	unsigned int flags;
+	unsigned int ptrace;
 	struct mm_struct *mm;
 };
 enum maple_type { maple_leaf_64 = 1, maple_range_64 = 2, maple_arange_64 = 3 };
@@ -280,7 +283,7 @@ static __always_inline void feed_mm(uint64_t mm, struct change *change)
 
 /* ---- Whose change is it? The kvm probe does not say, so it has to follow from what the current task is doing. ---- */
 
-enum scope { NOBODY, OWN, ANYBODY };
+enum scope { OWN, ANYBODY };
 
 #define PF_IO_WORKER 0x00000010
 #define PF_MEMALLOC 0x00000800 /* reclaiming or compacting memory, anybody's, to get some for itself */
@@ -314,16 +317,13 @@ enum {
 #define MADV_DONTFORK 10
 #define MADV_KEEPONFORK 19
 #define MADV_DONTNEED_LOCKED 24
-#define CLONE_VM 0x100
-#define CLONE_PIDFD 0x1000
-#define CLONE_PARENT_SETTID 0x100000
 
 static __always_inline int within(struct change *change, uint64_t address, uint64_t length)
 {
 	return change->start >= (address & -4096ull) && change->end <= ((address + length + 4095) & -4096ull);
 }
 
-/* ---- The splits of huge pages, in which all pages stay where they are. ---- */
+/* ---- What leaves all pages where they are. ---- */
 
 #define PMD_SIZE (UINT64_C(1) << 21)
 #define VM_WRITE 0x2
@@ -409,18 +409,24 @@ static __always_inline int cut(struct change *change, uint64_t address, uint64_t
 	return (change->start < start && start < change->end) || (change->start < end && end < change->end);
 }
 
+/* mprotect makes locked memory writable, and then breaks copy-on-write at once. */
+static __always_inline int populates(struct task_struct *task, struct pt_regs *regs)
+{
+	return (regs->dx & PROT_WRITE) && task->mm->locked_vm;
+}
+
 /*
  * Is the change just the split of a huge page, which leaves all pages where they are? Where a system call cuts a mapping within an
  * aligned 2 MiB, the kernel reports these 2 MiB, whether there is a huge page or not.
  *
- * The current task is inside the 64-bit system call `change->syscall`. When in doubt: no. docs/architecture.md, "Splits of huge
- * pages", says why nothing else that these calls do passes all tests.
+ * The current task is inside the 64-bit system call `change->syscall`, holds the mmap lock for writing, and does not reclaim memory.
+ * When in doubt: no. docs/architecture.md, "Splits of huge pages", says why nothing else that these calls do passes all tests.
  */
 static __always_inline int splits(struct task_struct *task, struct pt_regs *regs, struct change *change)
 {
 	uint64_t a = regs->di, b = regs->si, c = regs->dx;
 	struct vm_area_struct *mapping;
-	int populates = 0;
+	int populated = 0;
 
 	if (change->end - change->start != PMD_SIZE || change->start & (PMD_SIZE - 1))
 		return 0;
@@ -444,7 +450,7 @@ static __always_inline int splits(struct task_struct *task, struct pt_regs *regs
 		break;
 	case NR_mprotect:
 	case NR_pkey_mprotect:
-		populates = (c & PROT_WRITE) && task->mm->locked_vm;
+		populated = populates(task, regs);
 		break;
 	case NR_munmap:
 	case NR_mlock:
@@ -454,79 +460,97 @@ static __always_inline int splits(struct task_struct *task, struct pt_regs *regs
 	default:
 		return 0;
 	}
-	if (!cut(change, a, b) || !writes_mappings(task) || (task->flags & PF_MEMALLOC))
+	if (!cut(change, a, b))
 		return 0;
 	mapping = mapping_at(task, change->start);
 	if (!mapping || BPF_CORE_READ(mapping, vm_start) > change->start || BPF_CORE_READ(mapping, vm_end) < change->end ||
 	    BPF_CORE_READ(mapping, vm_ops)) /* not anonymous: the split takes a file's pages out */
 		return 0;
-	if (!populates)
+	if (!populated)
 		return 1;
 	/* Once it is both, its pages may be copied. */
 	return bpf_core_field_exists(mapping->vm_flags) &&
 	       (BPF_CORE_READ(mapping, vm_flags) & (VM_LOCKED | VM_WRITE)) != (VM_LOCKED | VM_WRITE);
 }
 
-/* A fork write-protects the parent's pages, which stay where they are. It may also write the child's number through a pointer
- * that it was given, and break copy-on-write there: that is a change. */
-static __always_inline enum scope scope_of_fork(struct change *change, uint64_t flags, uint64_t pidfd, uint64_t parent_tid)
+/*
+ * Does the change leave all pages where they are? A fork write-protects the parent's, and mprotect changes how they may be used. Both do
+ * that with the mmap lock held for writing. What else may happen in these calls, or on the way out of them, does not have it: faults
+ * of the kernel's own accesses to user memory, which break copy-on-write (a fork stores the child's number, a signal its frame).
+ *
+ * The current task is inside the 64-bit system call `change->syscall`. `blind`: memory must not be read but what the verifier
+ * understands.
+ */
+static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs *regs, struct change *change, int blind)
 {
-	if (flags & CLONE_VM)
-		return ANYBODY; /* nothing is copied: so the change is something else */
-	if ((flags & CLONE_PIDFD) && change->start <= pidfd + 3 && change->end > pidfd)
-		return OWN;
-	if ((flags & CLONE_PARENT_SETTID) && change->start <= parent_tid + 3 && change->end > parent_tid)
-		return OWN;
-	return NOBODY;
+	if (!writes_mappings(task) || (task->flags & PF_MEMALLOC))
+		return 0;
+	switch (change->syscall) {
+	case NR_fork:
+	case NR_clone:
+	case NR_clone3:
+		return 1;
+	case NR_mprotect:
+	case NR_pkey_mprotect:
+		if (within(change, regs->di, regs->si))
+			return !populates(task, regs);
+	}
+	return !blind && splits(task, regs, change);
 }
 
 /*
- * OWN and NOBODY must never be wrong; ANYBODY always is right, and only costs time. So the answer is ANYBODY unless the
- * current task is an ordinary one, inside a 64-bit system call that can change no other address space, and the change lies
- * in what that system call was told to change.
+ * Could the result be -ENOSYS already? Only if something has put it there instead of the system call: a seccomp filter or its supervisor,
+ * or a debugger. See docs/architecture.md, "Inside a system call".
+ */
+static __always_inline int may_be_forged(struct task_struct *task)
+{
+	unsigned long forging;
+
+	if (!bpf_core_field_exists(task->thread_info.syscall_work) ||
+	    !bpf_core_enum_value_exists(enum syscall_work_bit, SYSCALL_WORK_BIT_SYSCALL_EMU))
+		return 1;
+	forging = 1ul << bpf_core_enum_value(enum syscall_work_bit, SYSCALL_WORK_BIT_SECCOMP) |
+		  1ul << bpf_core_enum_value(enum syscall_work_bit, SYSCALL_WORK_BIT_SYSCALL_TRACE) |
+		  1ul << bpf_core_enum_value(enum syscall_work_bit, SYSCALL_WORK_BIT_SYSCALL_EMU);
+	return task->ptrace || (task->thread_info.syscall_work & forging);
+}
+
+/*
+ * OWN must never be wrong; ANYBODY always is right, and only costs time. So the answer is ANYBODY unless the current task is an
+ * ordinary one, inside a 64-bit system call that can change no other address space, and the change lies in what that system call was
+ * told to change.
  *
  * The last condition is for what the kernel does on the side: work that other system calls left behind for this task. Any
  * system call may also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside" is
  * pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is done on the way out.
  */
-static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change, int blind)
+static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change)
 {
 	uint64_t a = regs->di, b = regs->si, c = regs->dx;
-	struct {
-		uint64_t flags, pidfd, child_tid, parent_tid;
-	} clone3;
+	int own = 0;
 
 	switch (change->syscall) {
 	case NR_munmap:
-		return within(change, a, b) ? OWN : ANYBODY;
+		own = within(change, a, b);
+		break;
 	case NR_madvise:
-		if (c == MADV_DONTNEED || c == MADV_FREE || c == MADV_DONTNEED_LOCKED)
-			return within(change, a, b) ? OWN : ANYBODY;
-		return ANYBODY;
+		own = (c == MADV_DONTNEED || c == MADV_FREE || c == MADV_DONTNEED_LOCKED) && within(change, a, b);
+		break;
 	case NR_brk:
-		return change->start >= (a & -4096ull) ? OWN : ANYBODY;
+		own = change->start >= (a & -4096ull);
+		break;
 	case NR_mremap:
-		if (within(change, a, b) || ((regs->r10 & MREMAP_FIXED) && within(change, regs->r8, c)))
-			return OWN;
-		return ANYBODY;
+		own = within(change, a, b) || ((regs->r10 & MREMAP_FIXED) && within(change, regs->r8, c));
+		break;
 	case NR_mmap: /* of a file: its filesystem may drop cached pages that others map */
-		return (regs->r10 & MAP_ANONYMOUS) && within(change, a, b) ? OWN : ANYBODY;
+		own = (regs->r10 & MAP_ANONYMOUS) && within(change, a, b) && writes_mappings(task);
+		break;
 	case NR_mprotect:
 	case NR_pkey_mprotect:
-		if (!within(change, a, b))
-			return ANYBODY;
-		/* The pages stay; but making locked memory writable breaks copy-on-write at once. */
-		return (c & PROT_WRITE) && task->mm->locked_vm ? OWN : NOBODY;
-	case NR_fork:
-		return NOBODY;
-	case NR_clone: /* the pidfd is written through the same pointer */
-		return scope_of_fork(change, a, c, c);
-	case NR_clone3:
-		if (blind || bpf_probe_read_user(&clone3, sizeof clone3, (void *)a))
-			return ANYBODY;
-		return scope_of_fork(change, clone3.flags, clone3.pidfd, clone3.parent_tid);
+		own = within(change, a, b) && writes_mappings(task);
+		break;
 	}
-	return ANYBODY;
+	return own ? OWN : ANYBODY;
 }
 
 /* A new owner shows that it is in this address space: it zaps a page of its own with the secret it was given in an argument
@@ -567,12 +591,14 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
-		scope = !blind && splits(task, regs, &change) ? NOBODY : scope_of(task, regs, &change, blind);
+		if (leaves_pages(task, regs, &change, blind))
+			return 0;
+		scope = scope_of(task, regs, &change);
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
+		if (scope == OWN && !writes_mappings(task) && may_be_forged(task))
+			scope = ANYBODY;
 	}
-	if (scope == NOBODY)
-		return 0;
 	if (ctl->sole_table && ctl->mm == mm)
 		return feed(ctl->sole_table - 1, change.start, change.end, change.syscall, UMN_STEPS_MAX);
 	if (scope == OWN)
@@ -588,7 +614,7 @@ int kvm(uint64_t *args)
 	return kvm_change(args, 0);
 }
 
-/* For kernels that are locked down, where nothing may be read but what the verifier understands: a fork by clone3 counts. */
+/* For kernels that are locked down, where nothing may be read but what the verifier understands: the splits of huge pages count. */
 SEC("raw_tp/kvm_unmap_hva_range")
 int kvm_blind(uint64_t *args)
 {
@@ -663,8 +689,8 @@ int doubt(void *unused)
 
 /* ---- The probe mmu_notifier: the function that calls all notifiers. It says whose change it is, and of what kind. ---- */
 
-/* The current task's change of [start, end) in the address space `mm`. `may_split`: it may be just the split of a huge page. */
-static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uint64_t start, uint64_t end, int may_split)
+/* The current task's change of [start, end) in the address space `mm`. `may_stay`: it may leave the pages where they are. */
+static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uint64_t start, uint64_t end, int may_stay)
 {
 	struct change change = {.start = start, .end = end, .syscall = -1};
 	struct task_struct *task;
@@ -679,7 +705,7 @@ static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uin
 		change.syscall = regs->orig_ax;
 		if (ctl->handshakes && change.syscall == NR_madvise)
 			shake_hands(mm, regs->r8);
-		if (may_split && splits(task, regs, &change))
+		if (may_stay && leaves_pages(task, regs, &change, 0))
 			return 0;
 	}
 	if (ctl->sole_table && ctl->mm == mm)

@@ -176,8 +176,12 @@ EXPORT ssize_t readv(int fd, const struct iovec *pieces, int count)
 	ssize_t total = 0, length;
 
 	ready();
-	if (!is_device(fd) || count < 0 || !device_can_read(pieces, (size_t)count * sizeof *pieces))
+	if (!is_device(fd) || count < 0)
 		return also.readv(fd, pieces, count);
+	if (!device_can_read(pieces, (size_t)count * sizeof *pieces)) {
+		errno = EFAULT;
+		return -1;
+	}
 	for (int i = 0; i < count; i++) {
 		length = device_read(fd, pieces[i].iov_base, pieces[i].iov_len);
 		if (length < 0)

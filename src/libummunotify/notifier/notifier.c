@@ -19,6 +19,7 @@
 #include "process/process.h"
 #include "sources/connection.h"
 #include "sources/platform.h"
+#include "sources/uffd.h"
 #include "table/table.h"
 
 #define PIECE 64   /* events drained at a time */
@@ -72,6 +73,7 @@ static void in_child(void)
 
 static void start(void)
 {
+	umn_uffd_start(); /* in a child it comes before the connections that it serves */
 	umn_process_add_child(in_child);
 }
 
@@ -240,8 +242,8 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 	}
 	if (umn->connection->source)
 		umn_table_set_source(umn->table, umn->connection->source);
-	/* The wake-up first: after it, no descriptor is left that the self-test could depend on. */
-	if (!umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !grow(umn) && !umn->connection->bind(umn->connection) &&
+	/* The wake-up before the test: after it, no descriptor is left that seeing a change could depend on. */
+	if (!grow(umn) && !umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !umn->connection->bind(umn->connection) &&
 	    !umn_prove(umn->table, umn->connection)) {
 		list_add(umn);
 		return umn;
@@ -467,7 +469,7 @@ int ummunotify_valid_now(const struct ummunotify_region *region)
 	if (!r->source)
 		return 1;
 	/* In this order: see umn_region_valid. */
-	return r->source->arrived(r->source) ? umn_region_untouched(r) : -EAGAIN;
+	return r->source->delivered(r->source) ? umn_region_untouched(r) : -EAGAIN;
 }
 
 int ummunotify_renew(struct ummunotify *umn, struct ummunotify_region *region)
@@ -739,13 +741,13 @@ void umn_device_next_wakeup(struct ummunotify *umn)
 	bool was_set;
 
 	if (source)
-		source->settle(source, UMN_SETTLE_MILLISECONDS);
+		source->wait_delivered(source, UMN_DELIVERY_MILLISECONDS);
 	pthread_mutex_lock(&umn->lock);
 	was_set = umn->wakeup.is_set;
 	/* It is readable all the time: the thread that made the change may be looking. */
 	umn_wakeup_set(&umn->wakeup, true);
 	umn->connection->acknowledge(umn->connection);
 	umn_table_arm(umn->table);
-	umn_wakeup_set(&umn->wakeup, was_set || is_unseen(umn) || (source && !source->arrived(source)));
+	umn_wakeup_set(&umn->wakeup, was_set || is_unseen(umn) || (source && !source->delivered(source)));
 	pthread_mutex_unlock(&umn->lock);
 }

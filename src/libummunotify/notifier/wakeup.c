@@ -9,7 +9,6 @@
 
 #include "process/error.h"
 
-
 static bool add(int epoll, int fd, uint32_t events)
 {
 	struct epoll_event event = {.events = events};
@@ -30,7 +29,7 @@ static bool has(int epoll, const struct umn_descriptor *end, uint32_t events)
 
 int umn_wakeup_open(struct umn_wakeup *w, struct umn_connection *connection, int epoll)
 {
-	int ends[2];
+	int ends[2], error;
 
 	*w = (struct umn_wakeup)UMN_NO_WAKEUP;
 	if (pipe2(ends, O_CLOEXEC | O_NONBLOCK))
@@ -48,9 +47,9 @@ int umn_wakeup_open(struct umn_wakeup *w, struct umn_connection *connection, int
 		goto failed;
 	return connection->add_wakeup(connection, w->source);
 failed:
-	umn_fail_errno(UMMUNOTIFY_LIMIT, errno, "a descriptor cannot be made");
+	error = umn_fail_errno(UMMUNOTIFY_LIMIT, errno, "a descriptor cannot be made");
 	umn_wakeup_close(w);
-	return -EMFILE;
+	return error;
 }
 
 bool umn_wakeup_intact(const struct umn_wakeup *w)
@@ -66,7 +65,8 @@ void umn_wakeup_set(struct umn_wakeup *w, bool is_set)
 {
 	char byte = 0;
 
-	if (w->is_set == is_set || w->epoll < 0 || !umn_descriptor_intact(is_set ? &w->in : &w->out))
+	/* Both ends: to write to a pipe without a reader raises SIGPIPE. */
+	if (w->is_set == is_set || w->epoll < 0 || !umn_descriptor_intact(&w->in) || !umn_descriptor_intact(&w->out))
 		return;
 	/* Neither can fail: the pipe holds one byte at most, and nothing else uses it. */
 	if ((is_set ? write(w->in.fd, &byte, 1) : read(w->out.fd, &byte, 1)) == 1)

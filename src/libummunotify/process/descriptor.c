@@ -49,6 +49,7 @@ static int ascending(const void *a, const void *b)
 int umn_descriptors_unshare(int *fds, size_t count)
 {
 	unsigned int first = 0;
+	struct stat status;
 
 	qsort(fds, count, sizeof *fds, ascending);
 	/* The end first: only the call that unshares the table can fail. */
@@ -59,6 +60,11 @@ int umn_descriptors_unshare(int *fds, size_t count)
 			return errno;
 		first = (unsigned int)fds[i] + 1;
 	}
+	/* Another thread may have closed one while this thread still shared its table. (Not fcntl: the device's library stands before
+	 * that, and its numbers are the program's.) */
+	for (size_t i = 0; i < count; i++)
+		if (fstat(fds[i], &status))
+			return errno;
 	return 0;
 }
 

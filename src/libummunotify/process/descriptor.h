@@ -31,7 +31,8 @@ bool umn_descriptor_intact(const struct umn_descriptor *descriptor);
 void umn_descriptor_close(struct umn_descriptor *descriptor);
 
 /* Leaves this thread a descriptor table of its own, with these and no others: what the program closes is then closed. `fds` are
- * sorted. 0, or an errno: the kernel (before Linux 5.9) or a sandbox does not allow it. */
+ * sorted. 0, or an errno: the kernel (before Linux 5.9) or a sandbox does not allow it, or one of `fds`
+ * is closed (EBADF). */
 int umn_descriptors_unshare(int *fds, size_t count);
 
 /* Closes a descriptor that has never left the function that made it. */

@@ -3,6 +3,7 @@
 #include "process/keeper.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
@@ -28,7 +29,7 @@ struct umn_keeper {
 	pthread_t thread;
 	uint32_t state;
 	int error;
-	int fds[KEPT_MAX + 1];
+	int fds[KEPT_MAX];
 	size_t count;
 };
 enum { STARTING, KEEPING, FAILED, ENDING };
@@ -100,22 +101,34 @@ static void *keep(void *argument)
 }
 
 /* 0 or an errno. */
-static int keep_by_thread(struct umn_keeper *keeper, const int *fds, size_t count)
+static int start_thread(struct umn_keeper *keeper)
 {
 	pthread_attr_t attributes;
 	sigset_t all, before;
 	int error;
 
-	keeper->count = count;
-	memcpy(keeper->fds, fds, count * sizeof *fds);
 	sigfillset(&all);
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, STACK);
 	/* The thread inherits the mask: the program's signal handlers never run on it. */
 	pthread_sigmask(SIG_BLOCK, &all, &before);
 	error = pthread_create(&keeper->thread, &attributes, keep, keeper);
+	/* The C library takes the program's static thread-local memory from the stack, so this one may be too small. */
+	if (error == EINVAL)
+		error = pthread_create(&keeper->thread, NULL, keep, keeper);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attributes);
+	return error;
+}
+
+/* 0 or an errno. */
+static int keep_by_thread(struct umn_keeper *keeper, const int *fds, size_t count)
+{
+	int error;
+
+	keeper->count = count;
+	memcpy(keeper->fds, fds, count * sizeof *fds);
+	error = start_thread(keeper);
 	if (error)
 		return error;
 	if (wait_while(keeper, STARTING) == KEEPING)
@@ -128,11 +141,15 @@ static int keep_by_thread(struct umn_keeper *keeper, const int *fds, size_t coun
 
 struct umn_keeper *umn_keeper_new(const int *fds, size_t count)
 {
-	struct umn_keeper *keeper = calloc(1, sizeof *keeper);
+	struct umn_keeper *keeper;
 	int ring_error, error;
 
-	if (!keeper || count > KEPT_MAX || !count) {
-		free(keeper);
+	if (!count || count > KEPT_MAX) {
+		umn_fail(UMMUNOTIFY_UNAVAILABLE, EINVAL, "", "%zu files cannot be kept open, only 1 to %d", count, KEPT_MAX);
+		return NULL;
+	}
+	keeper = calloc(1, sizeof *keeper);
+	if (!keeper) {
 		umn_fail_errno(UMMUNOTIFY_NO_MEMORY, ENOMEM, "no memory");
 		return NULL;
 	}

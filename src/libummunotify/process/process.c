@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -19,9 +20,7 @@ struct page {
 
 static struct page *page;
 static uint32_t last = 1; /* the epoch of this process, or of its parent until it has its own */
-static void (*modules[MODULES_MAX])(void);
-static unsigned int module_count;
-static pthread_mutex_t adding = PTHREAD_MUTEX_INITIALIZER;
+static void (*modules[MODULES_MAX])(void); /* the first NULL ends them */
 static int start_error;
 
 static const uint32_t unstarted; /* 0: nothing is of this process before umn_process_start */
@@ -37,8 +36,7 @@ static void begin_child(void)
 	while (__atomic_exchange_n(&page->lock, 1, __ATOMIC_ACQUIRE))
 		sched_yield();
 	if (!__atomic_load_n(&page->epoch, __ATOMIC_RELAXED)) {
-		pthread_mutex_init(&adding, NULL);
-		for (unsigned int i = 0; i < module_count; i++)
+		for (unsigned int i = 0; i < MODULES_MAX && modules[i]; i++)
 			modules[i]();
 		if (!++last)
 			last = 1;
@@ -96,14 +94,12 @@ int umn_process_start(void)
 
 void umn_process_add_child(void (*in_child)(void))
 {
-	unsigned int i;
+	/* By one atomic operation: two threads may add a module each, and a child may be made at any moment. */
+	for (unsigned int i = 0; i < MODULES_MAX; i++) {
+		void (*none)(void) = NULL;
 
-	/* The lock is among threads that add. A child may be made at any step: the entry comes before the count. */
-	pthread_mutex_lock(&adding);
-	i = module_count;
-	if (i < MODULES_MAX) {
-		__atomic_store_n(&modules[i], in_child, __ATOMIC_RELEASE);
-		__atomic_store_n(&module_count, i + 1, __ATOMIC_RELEASE);
+		if (__atomic_compare_exchange_n(&modules[i], &none, in_child, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+			return;
 	}
-	pthread_mutex_unlock(&adding);
+	abort(); /* MODULES_MAX is too small */
 }

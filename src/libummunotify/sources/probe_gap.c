@@ -8,30 +8,30 @@
 #include <sys/mman.h>
 #include <time.h>
 
-/* The acquire: what the feeder did to the tables before it took the doubt back is seen after. */
-static bool arrived(struct umn_source *source)
+/* The acquire: what the feeder did to the tables before it ended the gap is seen after. */
+static bool delivered(struct umn_source *source)
 {
 	return !__atomic_load_n(&((struct umn_probe_gap *)source)->shared->cpus, __ATOMIC_ACQUIRE);
 }
 
-static bool settle(struct umn_source *source, unsigned int milliseconds)
+static bool wait_delivered(struct umn_source *source, unsigned int milliseconds)
 {
 	const struct timespec step = {.tv_nsec = 100000};
 
-	for (unsigned int i = 0; i < 10 * milliseconds && !arrived(source); i++)
+	for (unsigned int i = 0; i < 10 * milliseconds && !delivered(source); i++)
 		nanosleep(&step, NULL);
-	return arrived(source);
+	return delivered(source);
 }
 
-static int watch(struct umn_source *source, uint64_t start, uint64_t end, uint8_t *granule)
+static int watch(struct umn_source *source, uint64_t start, uint64_t end)
 {
-	(void)source, (void)start, (void)end, (void)granule;
+	(void)source, (void)start, (void)end;
 	return 0;
 }
 
-static void unwatch(struct umn_source *source, uint64_t start, uint64_t end, uint8_t granule, bool invalid)
+static void unwatch(struct umn_source *source, uint64_t start, uint64_t end)
 {
-	(void)source, (void)start, (void)end, (void)granule, (void)invalid;
+	(void)source, (void)start, (void)end;
 }
 
 static void stop(struct umn_source *source)
@@ -47,7 +47,7 @@ int umn_probe_gap_open(struct umn_probe_gap *gap, int fd)
 		return -errno;
 	madvise(shared, UMN_PAGE, MADV_DONTFORK);
 	*gap = (struct umn_probe_gap){
-		.source = {.watch = watch, .unwatch = unwatch, .arrived = arrived, .settle = settle, .stop = stop},
+		.source = {.watch = watch, .unwatch = unwatch, .delivered = delivered, .wait_delivered = wait_delivered, .stop = stop},
 		.shared = shared,
 	};
 	return 0;
@@ -65,7 +65,7 @@ int umn_probe_gap_show_secret(struct umn_probe_gap *gap, uint64_t secret)
 		 */
 		uint32_t times = __atomic_load_n(&gap->shared->times, __ATOMIC_SEQ_CST);
 
-		certain = settle(&gap->source, 10);
+		certain = wait_delivered(&gap->source, 10);
 		error = umn_show_secret(secret);
 		certain = certain && __atomic_load_n(&gap->shared->times, __ATOMIC_SEQ_CST) == times;
 	}

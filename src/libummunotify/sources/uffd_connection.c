@@ -47,8 +47,8 @@ static void explain_failure(const struct umn_uffd_failure *failure)
 		umn_fail(code, ENODEV, "use Linux 5.18 or later, on an architecture with write-protecting userfaultfd (x86-64, arm64)",
 			 "this kernel's userfaultfd cannot watch memory without protecting it, or not reliably");
 		return;
-	case UMN_UFFD_MAPS:
-		umn_fail(code, ENODEV, "mount /proc", "/proc/self/maps cannot be read (%s)", error);
+	case UMN_UFFD_IOCTL:
+		umn_fail(code, ENODEV, "allow ioctl in the seccomp filter", "the ioctl of a userfaultfd is refused (%s)", error);
 		return;
 	case UMN_UFFD_PROOF:
 		umn_fail(code, ENODEV, "please report this with the kernel's version",
@@ -59,7 +59,17 @@ static void explain_failure(const struct umn_uffd_failure *failure)
 			 "this process has %d notifiers, as many as it can have", UMN_UFFD_TABLES_MAX);
 		return;
 	case UMN_UFFD_MEMORY:
-		umn_fail_errno(UMMUNOTIFY_NO_MEMORY, ENOMEM, "no memory");
+		umn_fail(code, ENODEV, "raise RLIMIT_AS, or after mlockall(MCL_FUTURE) RLIMIT_MEMLOCK: it needs some 2 MiB",
+			 "there is no memory for userfaultfd's reader (%s)", error);
+		return;
+	case UMN_UFFD_THREAD:
+		umn_fail(code, ENODEV,
+			 "raise RLIMIT_NPROC (ulimit -u) and the cgroup's pids.max; a seccomp filter that refuses clone3 must do so with ENOSYS",
+			 "the thread that reads userfaultfd's events cannot be started (%s)", error);
+		return;
+	case UMN_UFFD_READER:
+		umn_fail(code, ENODEV, "allow pidfd_open and pidfd_getfd in the seccomp filter, or refuse close_range too",
+			 "the thread that reads the events did not get its copy of the userfaultfd (%s)", error);
 	}
 }
 
@@ -161,8 +171,21 @@ static int refused(struct umn_connection *connection, int error, uint64_t start,
 		return umn_fail(UMMUNOTIFY_UNSUPPORTED, error, "", "some of it is what ummunotify itself works with");
 	case UMN_UFFD_MAPPINGS:
 		return umn_fail(UMMUNOTIFY_LIMIT, error, "raise the sysctl vm.max_map_count",
-				"the kernel has no memory for another region, or the process too many mappings (each range that is "
-				"watched by itself takes two more)");
+				"the kernel has no memory for another region, or the process too many mappings");
+	case UMN_UFFD_NO_PROC:
+		return umn_fail(UMMUNOTIFY_UNSUPPORTED, error, "mount /proc",
+				"it is huge pages, and without /proc it cannot be told of which kind");
+	case UMN_UFFD_CLOSED:
+		return umn_fail(UMMUNOTIFY_DESCRIPTOR, error, "close this notifier, and open another after descriptors were closed",
+				"the program has closed or replaced a descriptor of the source uffd, which sees no more changes: all regions "
+				"are invalid");
+	case UMN_UFFD_START: {
+		struct umn_uffd_failure failure;
+
+		umn_uffd_start_failure(&failure);
+		explain_failure(&failure);
+		return -error;
+	}
 	}
 	return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, error, "userfaultfd cannot begin to watch");
 }
@@ -199,7 +222,7 @@ static void acknowledge(struct umn_connection *connection)
 
 static bool may_have_missed(struct umn_connection *connection)
 {
-	return !connection->source->settle(connection->source, WAIT_MILLISECONDS);
+	return !connection->source->wait_delivered(connection->source, WAIT_MILLISECONDS);
 }
 
 static int open_counter(struct umn_connection *connection)
@@ -237,6 +260,7 @@ static void release(struct umn_connection *connection)
 	connection->counter = NULL;
 }
 
+/* The module has let go of what all its tables share (umn_uffd_in_child). */
 static void in_child(struct umn_connection *connection)
 {
 	umn_uffd_close(uffd_of(connection));
@@ -251,7 +275,7 @@ static void free_connection(struct umn_connection *connection)
 struct umn_connection *umn_connect_uffd(void)
 {
 	struct uffd_connection *c = calloc(1, sizeof *c);
-	struct umn_uffd_failure failure = {.step = UMN_UFFD_MEMORY};
+	struct umn_uffd_failure failure = {.step = UMN_UFFD_MEMORY, .error = ENOMEM};
 
 	if (!c || !(c->uffd = umn_uffd_new(&failure))) {
 		explain_failure(&failure);

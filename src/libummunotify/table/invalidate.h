@@ -2,24 +2,24 @@
 /*
  * What a feeder does with a change: find the watched regions that it overlaps and invalidate them.
  *
- * One source for the BPF program and for user-space feeders. Whoever includes it defines
+ * One source for the BPF program and for user-space feeders. The file that includes it defines
  *
  *	UMN_WALK_FIELDS			a field or more of struct umn_walk, for the two functions below
  *	struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref)	NULL if there is no such chunk
  *	struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref)
- *	UMN_LOAD(p), UMN_STORE(p, v)	single-copy atomic, no order
+ *	UMN_LOAD(p), UMN_STORE(p, v)	single-copy atomic; in BPF without order
  *	UMN_OPAQUE(v)			hides from the compiler what it knows of v
  *	UMN_REPEAT(n, f, w)		calls f(i, w) for i = 0, 1, ... until it returns 1, at most n times
  *	UMN_INLINE, UMN_UNROLL		on functions that are to be inlined, loops that are to be unrolled
  *
  * with the declarations of the two functions before the include (struct umn_walk is incomplete there).
  *
- * Nothing here waits or allocates, and every loop is bounded: a feeder may hold any kernel lock, and the table may belong to
- * an untrusted process. Where a bound is hit or a reference leads nowhere, the walk gives up, and giving up means "everything
- * may be invalid" (header.overflow), never nothing.
+ * Nothing here waits or allocates, and every loop is bounded: a feeder may hold any kernel lock, and the table may belong to an
+ * untrusted process. At a bound, or where a reference leads nowhere, the walk gives up: header.overflow makes every region invalid.
  *
- * The __sync builtins are full barriers in C, and in BPF fully ordered atomic operations as long as their result is used.
- * Each place that needs the order says so.
+ * The __sync builtins are full barriers: on x86 locked instructions; on Arm an atomic instruction that acquires and releases, or
+ * a barrier after the loop. In BPF they are fully ordered if their result is used, and without order if not. Each place that needs
+ * the order says what breaks without it.
  */
 #ifndef UMN_FEEDER_H
 #define UMN_FEEDER_H
@@ -34,19 +34,19 @@ struct umn_walk {
 	uint64_t start, end; /* the change: whole pages */
 	uint32_t thread;
 	int32_t syscall;
-	uint32_t hit; /* something was */
-	uint32_t first, last; /* the slots that this walk made pending, chained, the last one hit first */
-	uint32_t done;	      /* of each UMN_REPEAT: it came to its end */
+	uint32_t hit; /* at least one slot was */
+	uint32_t first, last; /* the chain of slots that this walk made pending, the last hit first */
+	uint32_t done;	      /* the last UMN_REPEAT finished, rather than reaching its bound */
 	uint32_t gave_up;
-	uint32_t enter;		    /* the node to go on with; 0: the last of those entered */
+	uint32_t enter;		    /* the node to enter next; 0: go on with the last one entered */
 	uint32_t depth;		    /* how many nodes were entered and not left */
-	uint32_t zero;		    /* 0; but the BPF verifier does not know: see umn_invalidate */
-	uint32_t node[UMN_LEVELS];  /* these */
-	uint32_t left[UMN_LEVELS];  /* and their entries that overlap and are still to be followed, one bit each */
+	uint32_t zero;		    /* 0, unknown to the BPF verifier: see umn_invalidate */
+	uint32_t node[UMN_LEVELS];  /* the nodes that were entered */
+	uint32_t left[UMN_LEVELS];  /* of each: the entries that overlap and are still to be followed, one bit each */
 };
 
-/* Invalidates one slot. Coalesces: only who sets UMN_PENDING chains the slot, so it is on the list at most once and the
- * list cannot overflow. */
+/* Invalidates one slot. Coalesces hits: only the feeder whose operation sets UMN_PENDING chains the slot, so it is on the list at
+ * most once, and the list cannot overflow. */
 static UMN_INLINE void umn_hit(struct umn_walk *w, struct umn_slot *slot, uint32_t ref)
 {
 	const uint32_t all = UMN_INVALID | UMN_PENDING | UMN_MULTIPLE;
@@ -55,19 +55,19 @@ static UMN_INLINE void umn_hit(struct umn_walk *w, struct umn_slot *slot, uint32
 	if (!(state & UMN_LIVE))
 		return; /* unwatched meanwhile */
 	w->hit = 1;
-	/* Nothing to set. If the owner clears these bits right after this load, then it reports the region after this
-	 * change has begun, which is all that this change asks for. */
+	/* All bits are set already. If the owner clears them after this load, it reports the region after this change has begun: the
+	 * report covers this change too. (One location: its modification order is enough, on Arm too.) */
 	if ((state & all) == all)
 		return;
 	state = __sync_fetch_and_or(&slot->state, UMN_INVALID | UMN_PENDING);
-	/* If the owner reports the first hit between these two operations, as an exact one, then this is again a first hit (and
-	 * MULTIPLE, although needless then, stays until it is reported). */
+	/* The owner may report the first hit between these two operations, as an exact one. The second operation then finds the slot
+	 * not pending, and this is a first hit again; its range is reported as not exact, which is allowed. */
 	if ((state & (UMN_PENDING | UMN_MULTIPLE)) == UMN_PENDING)
 		state = __sync_fetch_and_or(&slot->state, all);
 	if (state & UMN_PENDING)
 		return;
-	/* From here to the push the rest of the slot is this walk's alone: a second feeder only sets UMN_MULTIPLE, so two
-	 * hints cannot mix, and the owner reads it only once it finds the slot on the list. */
+	/* From here to the push the rest of the slot belongs to this walk: a second feeder only sets UMN_MULTIPLE, so two hints cannot
+	 * mix. The owner reads it after it found the slot on the list; the push orders these stores before that. */
 	UMN_STORE(&slot->hint_start, w->start);
 	UMN_STORE(&slot->hint_end, w->end);
 	UMN_STORE(&slot->thread, w->thread);
@@ -78,9 +78,9 @@ static UMN_INLINE void umn_hit(struct umn_walk *w, struct umn_slot *slot, uint32
 	w->first = ref;
 }
 
-/* Which of the node's entries overlap, one bit each. Without branches, for the BPF verifier's sake, which follows each way
- * through a program; addresses are far below 2^63, so the sign of a difference tells which is greater. Entries not in use may
- * be among them. */
+/* Which of the node's entries overlap, one bit each. Without branches, since the BPF verifier follows each path through a
+ * program: addresses are far below 2^63, so the sign of a difference tells which is greater. The result may include entries that
+ * are not in use. */
 static UMN_INLINE uint32_t umn_overlapping(struct umn_walk *w, struct umn_node *node)
 {
 	uint32_t overlapping = 0, i;
@@ -96,14 +96,14 @@ static UMN_INLINE uint32_t umn_lowest(uint32_t bits)
 {
 	uint32_t below = (bits & -bits) - 1; /* count these */
 
-	UMN_OPAQUE(below); /* or the compiler sees what this is, and then finds no instruction */
+	UMN_OPAQUE(below); /* otherwise the compiler recognizes a bit count, for which BPF has no instruction */
 	below -= below >> 1 & 0x55555555;
 	below = (below & 0x33333333) + (below >> 2 & 0x33333333);
 	below = (below + (below >> 4)) & 0x0f0f0f0f;
 	return below * 0x01010101 >> 24;
 }
 
-/* One step of the depth-first walk: enter a node, or follow one entry of the node that it is in, or go up. */
+/* One step of the depth-first walk: enters a node, or follows one entry of the current node, or goes up. */
 static long umn_step(uint32_t unused, struct umn_walk *w)
 {
 	uint32_t depth = w->depth & (UMN_LEVELS - 1), above = (depth - 1) & (UMN_LEVELS - 1), i, ref;
@@ -131,8 +131,8 @@ static long umn_step(uint32_t unused, struct umn_walk *w)
 	node = umn_node_at(w, w->node[above]);
 	if (!node || i >= UMN_FANOUT)
 		goto give_up;
-	/* The owner may have reused this entry, so ref may not belong to the bounds that were looked at. Then a watch that had
-	 * not returned when this change began is missed, or hit without need. */
+	/* The owner may have reused this entry since its bounds were loaded, and Arm may load the two in either order. Then a watch
+	 * that had not returned when this change began is missed, or hit without need; both are allowed. */
 	ref = UMN_LOAD(&node->ref[i]);
 	if (!ref)
 		return 0;
@@ -150,7 +150,7 @@ give_up:
 	return 1;
 }
 
-/* Puts the walk's chain on the list: one try. */
+/* One attempt to push the walk's chain on the list. */
 static long umn_push(uint32_t unused, struct umn_walk *w)
 {
 	struct umn_slot *last = umn_slot_at(w, w->last);
@@ -161,34 +161,34 @@ static long umn_push(uint32_t unused, struct umn_walk *w)
 		return 1;
 	head = UMN_LOAD(&w->header->head);
 	UMN_STORE(&last->next, head);
-	/* Full barrier: the slots are written before they can be reached. No ABA: slots are pushed any number at a time but only
-	 * ever taken all at once, so an equal head is an equally good successor. */
+	/* Full barrier (a release would do): the slots are written before they can be reached. Without it, Arm may let the owner find
+	 * an old `next` or hint. No ABA: the owner takes all slots at once, so an equal head is as good a successor. */
 	if (__sync_val_compare_and_swap(&w->header->head, head, w->first) != head)
 		return 0;
 	w->done = 1;
 	return 1;
 }
 
-/* Can [start, end) touch a watched region? A watch widens the hull before it publishes its entry, so this may be asked
- * before entering the index. */
+/* Can [start, end) overlap a watched region? Asked before the walk counts itself in: a watch widens the hull before it publishes
+ * its entry, so a region outside the hull that is seen here was not watched before this change began. */
 static UMN_INLINE int umn_in_hull(struct umn_header *header, uint64_t start, uint64_t end)
 {
 	return UMN_LOAD(&header->root) && start < UMN_LOAD(&header->high) && end > UMN_LOAD(&header->low);
 }
 
 /* Invalidates what [w->start, w->end) overlaps, in at most `steps` steps. The caller has zeroed the rest of *w. Returns 1 if a
- * wake-up is to be sent.
+ * wake-up is to be sent. All that the owner's side does without waiting for feeders rests on the order of these four parts:
  *
- * The order of the four parts is the heart of the matter:
- *
- * 1. Count in, then load the root (full barrier between). The owner unlinks, then (full barrier) reads the counts. If it does
- *    not find this feeder counted, then this feeder does not find what was unlinked, so the owner may reuse that. The phase
- *    may be stale by the time it is counted in; the owner allows for it (reclaim in table.c).
- * 2. Walk: every slot is invalid for its holder before anything else tells of it.
- * 3. Push the slots, then count the generation up (full barrier between), then look whether a wake-up is wanted (full
- *    barrier again). The owner reads the generation and then takes the list: it gets the slots, or will find the generation
- *    changed. It sets `armed` and then reads the generation: one of the two sees the other.
- * 4. Count out (full barrier before): when the owner finds this feeder gone, its slots are on the list.
+ * 1. Count in, then load the root (full barrier between). The owner unlinks, then reads the counts by a read-modify-write: it
+ *    finds this feeder counted, or this feeder does not find what was unlinked. (grace.c also allows for a phase that is out of
+ *    date by the time it is used.) If the root were loaded first, as Arm may without the barrier, the owner could reuse a node
+ *    while this feeder is in it, and a change would be missed.
+ * 2. Walk: each slot is invalid for the region's holder before anything else tells of the change.
+ * 3. Push the slots, then count the generation up, then look whether a wake-up is wanted (full barriers between). The owner
+ *    reads the generation, then takes the list: it gets the slots, or finds the generation changed next time. It arms, then
+ *    reads the generation: one of the two sees the other's store. Without these orders `changed` could be false, or a client
+ *    sleep, although a slot is on the list; the second on x86 too, which may do a load before an earlier store.
+ * 4. Count out (full barrier before): when the owner finds this feeder gone, its slots are on the list, and its loads are done.
  */
 static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 {

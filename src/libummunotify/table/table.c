@@ -41,9 +41,9 @@ static void hit(struct umn_table *t, struct umn_region *region)
 {
 	if (!lock(t))
 		return;
-	/* As in umn_invalidate, but that the slot goes to the queue, which is behind the lock already. Not if all has arrived
-	 * meanwhile: a source that sends its wake-ups by itself does so after that, and nobody would be woken for this. */
-	if (region->place == WATCHED && !t->source->arrived(t->source)) {
+	/* As in umn_invalidate, but that the slot goes to the queue, which is behind the lock already. Not if all was delivered
+	 * meanwhile: a source that sends its wake-ups by itself does so after that, and no wake-up would follow this. */
+	if (region->place == WATCHED && !t->source->delivered(t->source)) {
 		if (!(__sync_fetch_and_or(&slot_of(region)->state, UMN_INVALID | UMN_PENDING | UMN_MULTIPLE) & UMN_PENDING)) {
 			store(&slot_of(region)->thread, 0);
 			store(&slot_of(region)->syscall, -1);
@@ -57,14 +57,14 @@ static void hit(struct umn_table *t, struct umn_region *region)
 	unlock(t);
 }
 
-/* The slot was untouched a moment ago. That says nothing yet: the change may be complete, its event not even queued. Once all has
- * arrived, the slot is the answer. If something is on its way it need not be of this region, so wait a little; it mostly takes
- * microseconds. In the end the answer is no, and is made to stay so: whoever got it may go by it. */
+/* The slot was untouched a moment ago. That says nothing yet: the change may be complete, its event not even queued. Once all is
+ * delivered, the slot is the answer. What is under way need not be of this region, so wait a little; it mostly takes
+ * microseconds. After that the answer is no, and the region stays invalid, as the caller may act on the answer. */
 static bool confirm(const struct umn_region *region)
 {
 	struct umn_source *source = region->source;
 
-	if (!source->arrived(source) && !source->settle(source, UMN_SETTLE_MILLISECONDS))
+	if (!source->delivered(source) && !source->wait_delivered(source, UMN_DELIVERY_MILLISECONDS))
 		hit(source->table, (struct umn_region *)region);
 	return umn_region_untouched(region);
 }
@@ -202,7 +202,7 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 	umn_index_insert(t, region);
 	store(&t->header->regions, (uint32_t)++t->regions);
 	/* After it can be hit: what changes as soon as the source feeds it is not missed. */
-	if (t->source && (error = t->source->watch(t->source, start, end, &region->granule))) {
+	if (t->source && (error = t->source->watch(t->source, start, end))) {
 		forget(t, region);
 		goto out;
 	}
@@ -216,14 +216,12 @@ out:
 
 void umn_table_unwatch(struct umn_table *t, struct umn_region *region)
 {
-	bool invalid = !umn_region_untouched(region);
-
 	if (!lock(t))
 		return;
 	forget(t, region);
 	/* `region` is not in use, but not reused before the lock is released. */
 	if (t->source)
-		t->source->unwatch(t->source, region->start, region->end, region->granule, invalid);
+		t->source->unwatch(t->source, region->start, region->end);
 	unlock(t);
 }
 
@@ -231,7 +229,6 @@ int umn_table_renew(struct umn_table *t, struct umn_region *region)
 {
 	struct umn_source *source = t->source;
 	uint32_t overflow;
-	uint8_t granule;
 	int error = 0;
 
 	if (!lock(t))
@@ -242,13 +239,11 @@ int umn_table_renew(struct umn_table *t, struct umn_region *region)
 	store(&region->overflow, source ? overflow - 1 : overflow);
 	__sync_fetch_and_and(&slot_of(region)->state, ~UMN_INVALID);
 	if (source) {
-		error = source->watch(source, region->start, region->end, &granule);
-		if (error) {
+		error = source->watch(source, region->start, region->end);
+		if (error)
 			__sync_fetch_and_or(&slot_of(region)->state, UMN_INVALID);
-		} else {
-			source->unwatch(source, region->start, region->end, region->granule, false);
-			region->granule = granule;
-		}
+		else
+			source->unwatch(source, region->start, region->end); /* for the time before */
 		store(&region->overflow, overflow);
 	}
 	unlock(t);
@@ -275,14 +270,14 @@ bool umn_table_changed(const struct umn_table *t)
 	uint64_t seen = load(&t->seen);
 
 	return umn_generation(t->header) != seen ||
-	       (t->source && (!t->source->arrived(t->source) || umn_generation(t->header) != seen));
+	       (t->source && (!t->source->delivered(t->source) || umn_generation(t->header) != seen));
 }
 
 uint64_t umn_table_generation(struct umn_table *t)
 {
 	if (!umn_process_is(t->epoch))
 		return 0;
-	if (t->source && !t->source->arrived(t->source) && lock(t)) {
+	if (t->source && !t->source->delivered(t->source) && lock(t)) {
 		__sync_fetch_and_add(&t->header->generation, 1);
 		unlock(t);
 	}
@@ -374,8 +369,7 @@ static void stop_source(struct umn_table *t)
 			for (i = 0; t->segments[s].chunks[c].regions && i < UMN_CELLS_PER_CHUNK; i++) {
 				region = &t->segments[s].chunks[c].regions[i];
 				if (region->place == WATCHED)
-					t->source->unwatch(t->source, region->start, region->end, region->granule,
-							   load(&region->slot->state) & UMN_INVALID);
+					t->source->unwatch(t->source, region->start, region->end);
 			}
 }
 

@@ -21,7 +21,7 @@ static inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref);
 static inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref);
 #include "table/invalidate.h"
 
-/* The kernel's feeder gets "no such page" from its maps; here it has to be looked up. */
+/* A reference that leads nowhere: the BPF program's maps answer with no page, here it is looked up. */
 static inline void *cell_at(struct umn_walk *w, uint32_t ref, uint32_t cell)
 {
 	uint32_t segment = ref / UMN_CELLS_PER_SEGMENT;
@@ -48,9 +48,11 @@ void umn_memory_add(struct umn_memory *memory, void *segment, uint32_t pages)
 	while (memory->pages[i])
 		i++;
 	memory->segment[i] = segment;
-	/* No walk of a sound index takes more steps than there are cells. */
+	/* No walk of a sound index takes more steps than there are cells. One that has loaded the old number may give up: a false
+	 * alarm. */
 	UMN_STORE(&memory->cells, memory->cells + pages * UMN_CELLS_PER_PAGE);
-	UMN_STORE(&memory->pages[i], pages); /* release: publishes the address */
+	/* A release: it publishes the segment's address. Otherwise Arm may let a feeder find the pages and a NULL. */
+	UMN_STORE(&memory->pages[i], pages);
 }
 
 bool umn_feed(struct umn_memory *memory, uint64_t start, uint64_t end, uint32_t thread, int32_t syscall)

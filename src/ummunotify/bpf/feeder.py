@@ -18,7 +18,7 @@ from typing import Protocol
 from .._abi import Probe
 from .._bpf import Connection, epoch
 from ..errors import DescriptorLostError, UnavailableError
-from .program import Program, attached, why
+from .program import Program, attached
 
 TABLES = 64
 """Notifiers in one process that have the same probe. Each that can be costs 16 KiB of kernel memory, and no time."""
@@ -55,7 +55,7 @@ class _Loading:
         self._key = key
         self._claim = _thread.allocate_lock()
         self._program: Program | None = None
-        self._error: BaseException | None = None
+        self._error: UnavailableError | None = None
         self._done = False
 
     def wait(self) -> Program:
@@ -78,15 +78,27 @@ class _Loading:
             return
         try:
             self._program = self._load()
-        except BaseException as error:
+        except UnavailableError as error:
             self._error = error
+        except BaseException as error:
+            # No signal handler runs here. So this is a defect, for which another source may make up.
+            self._error = UnavailableError(f"{type(error).__name__}: {error}", "please report this")
+            self._error.__cause__ = error
         finally:
             # In this order: a call that comes in between finds the program.
             _loading.pop(self._key, None)
             self._done = True
 
     def _load(self) -> Program:
-        program = attached(self._probe, TABLES)
+        """What goes wrong here is why the source does not work, also if it is a defect: the next source is tried."""
+        try:
+            program = attached(self._probe, TABLES)
+        except UnavailableError:
+            raise
+        except OSError as error:
+            raise why(error) from error
+        except Exception as error:
+            raise UnavailableError(f"{type(error).__name__}: {error}", "please report this") from error
         _programs[self._key] = weakref.ref(program)
         return program
 
@@ -114,13 +126,12 @@ def _program(probe: Probe) -> Program:
 def connect(probe: int) -> FeederConnection:
     """Become a notifier's partner, with this probe (enum umn_probe).
 
-    Raises UnavailableError, also for what is a defect here: the next source is tried then.
+    Raises UnavailableError. Anything else is a signal handler's exception, which is not a reason to take another source.
     """
+    program = _program(Probe(probe))
     try:
-        return Connection(_program(Probe(probe)))
-    except UnavailableError:
-        raise
+        return Connection(program)
     except OSError as error:
+        if error.errno is None:  # a signal handler's TimeoutError
+            raise
         raise why(error) from error
-    except Exception as error:
-        raise UnavailableError(f"{type(error).__name__}: {error}", "please report this") from error

@@ -23,7 +23,8 @@ from ..bpf import libbpf
 from ..daemon import privileges
 from ..daemon.limits import SPARE, Limits
 from ..daemon.loading import load
-from ..daemon.server import SEGMENTS_AT_ONCE, Server, event
+from ..daemon.log import event
+from ..daemon.server import SEGMENTS_AT_ONCE, Server
 from ..errors import UnavailableError
 
 _LISTEN_FD = 3

@@ -71,13 +71,13 @@ class Endpoint:
     """Answers whatever it is asked by HTTP with the figures."""
 
     def __init__(self, server: Server, listener: socket.socket) -> None:
-        self._server = server
+        self._loop = server.loop
         self._listener = listener
         self._registry = CollectorRegistry()
         self._registry.register(_Figures(server))
         self._open: dict[socket.socket, bytes] = {}
         listener.setblocking(False)
-        server.watch(listener, self._accept)
+        server.loop.watch(listener, self._accept)
 
     def _accept(self) -> None:
         try:
@@ -88,7 +88,7 @@ class Endpoint:
         if len(self._open) >= _CONNECTIONS:
             self._close(next(iter(self._open)))
         self._open[connection] = b""
-        self._server.watch(connection, lambda: self._hear(connection))
+        self._loop.watch(connection, lambda: self._hear(connection))
 
     def _hear(self, connection: socket.socket) -> None:
         if connection not in self._open:
@@ -113,5 +113,5 @@ class Endpoint:
 
     def _close(self, connection: socket.socket) -> None:
         del self._open[connection]
-        self._server.unwatch(connection)
+        self._loop.unwatch(connection)
         connection.close()

@@ -74,7 +74,7 @@ def _serve(program: int, say: int, probe: str | None) -> None:
         except OSError as error:
             os.write(say, f"\n{error.strerror or error}\n".encode())
             return
-        server.watch(program, server.stop)
+        server.loop.watch(program, server.loop.stop)
 
         def started() -> None:
             os.write(say, path.encode())

@@ -19,6 +19,7 @@ import mmap
 import os
 import platform
 import signal
+import struct
 import subprocess
 import tempfile
 import threading
@@ -51,6 +52,7 @@ CLONE_VM, CLONE_PIDFD, CLONE_PARENT_SETTID = 0x100, 0x1000, 0x100000
 # System calls that libc has no function for, or whose number matters here; those of x86-64.
 NR_MUNMAP, NR_REMAP_FILE_PAGES, NR_PKEY_MPROTECT = 11, 216, 329
 NR_PROCESS_MADVISE, NR_IO_URING_SETUP, NR_IO_URING_ENTER = 440, 425, 426
+NR_MPROTECT, NR_FORK, NR_TGKILL, NR_SECCOMP = 10, 57, 234, 317
 NR32_MADVISE, NR32_MUNMAP, NR32_MMAP2 = 219, 91, 192
 
 
@@ -120,23 +122,28 @@ def store(address: int, value: int = 1) -> None:
 
 
 def machine_code(code: str) -> Callable[..., int]:
-    """A function in machine code, given in hexadecimal."""
-    if platform.machine() != "x86_64":
-        raise MissingError("the code is for x86-64")
-    data = bytes.fromhex(code)
-    address = call("mmap", 0, PAGE, READ_WRITE | mmap.PROT_EXEC, ANONYMOUS, -1, 0)
-    ctypes.memmove(address, data, len(data))
-    function: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 5)(address)
+    """A function in machine code, given in hexadecimal. It stays mapped."""
+    function: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 5)(code_address(code))
     return lambda *arguments: function(*arguments, *[0] * (5 - len(arguments)))
 
 
-_codes: dict[str, Callable[..., int]] = {}
+_codes: dict[str, int] = {}
+
+
+def code_address(code: str) -> int:
+    if platform.machine() != "x86_64":
+        raise MissingError("the code is for x86-64")
+    if code not in _codes:
+        data = bytes.fromhex(code)
+        address = call("mmap", 0, PAGE, READ_WRITE | mmap.PROT_EXEC, ANONYMOUS, -1, 0)
+        ctypes.memmove(address, data, len(data))
+        _codes[code] = address
+    return _codes[code]
 
 
 def run_code(code: str, *arguments: int) -> int:
-    """Its result; the code stays mapped. Raises OSError."""
-    function = _codes.get(code) or _codes.setdefault(code, machine_code(code))
-    result = function(*arguments)
+    """Its result. Raises OSError."""
+    result = machine_code(code)(*arguments)
     if -4096 < result < 0:
         raise OSError(-result, os.strerror(-result))
     return result
@@ -156,6 +163,12 @@ CLONE_EXIT = "4531d2 4531c0 b838000000 0f05 85c0 7509 31ff b83c000000 0f05 c3"
 # mov eax, 57; syscall; test eax, eax; jnz out; again: mov eax, 34; syscall; jmp again; out: ret:
 # fork, and the child does nothing until it is killed. Unlike os.fork this leaves all of the parent's memory alone.
 FORK_PAUSE = "b839000000 0f05 85c0 7509 b822000000 0f05 ebf7 c3"
+# mov eax, edi; mov rdi, rsi; mov rsi, rdx; mov rdx, rcx; xor r10d, r10d; xor r8d, r8d; mov r9d, REFUSE; syscall; ret:
+# a system call (number, a, b, c) with a sixth argument that it does not use
+REFUSED_CALL = "89f8 4889f7 4889d6 4889ca 4531d2 4531c0 41b978563412 0f05 c3"
+REFUSE = 0x12345678
+# ret: what a signal handler does that only leaves its frame
+RETURN = "c3"
 
 
 # ---- Memory to be changed ----
@@ -624,6 +637,116 @@ def in_signal_handler(act: Act) -> Act:
             call("raise", signal.SIGURG)
         finally:
             call("signal", signal.SIGURG, before)
+        if errors:
+            raise errors[0]
+
+    return run
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("length", ctypes.c_size_t))
+
+
+class _SignalAction(ctypes.Structure):
+    """libc's."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_uint64 * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+SA_ONSTACK = 0x08000000
+
+
+@contextlib.contextmanager
+def signal_stack(m: Memory) -> Iterator[None]:
+    """SIGURG puts its frame at the end of the memory, in this thread, and nothing else happens."""
+    stack, before = _SignalStack(m.address, 0, m.length), _SignalStack()
+    action, old = _SignalAction(code_address(RETURN), flags=SA_ONSTACK), _SignalAction()
+    with missing_if(errno.ENOMEM):  # this CPU's registers are too many
+        call("sigaltstack", ctypes.addressof(stack), ctypes.addressof(before))
+    try:
+        call("sigaction", signal.SIGURG, ctypes.addressof(action), ctypes.addressof(old))
+        try:
+            yield
+        finally:
+            call("sigaction", signal.SIGURG, ctypes.addressof(old), 0)
+    finally:
+        call("sigaltstack", ctypes.addressof(before), 0)
+
+
+def take_signal(m: Memory) -> None:
+    with signal_stack(m):
+        call("raise", signal.SIGURG)
+
+
+class _Filter(ctypes.Structure):
+    """An instruction of a seccomp filter."""
+
+    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_uint16), ("filter", ctypes.c_void_p))
+
+
+PR_SET_NO_NEW_PRIVS = 38
+SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 1 << 3, 1 << 5
+SECCOMP_RET_USER_NOTIF, SECCOMP_RET_ALLOW = 0x7FC00000, 0x7FFF0000
+SECCOMP_NOTIF_RECV, SECCOMP_NOTIF_SEND = 0xC0502100, 0xC0182101
+
+
+def refused(number: int, *arguments: Callable[[Memory], int]) -> Act:
+    """A system call that a seccomp filter's supervisor refuses as unknown. A signal is delivered on the way out."""
+
+    def run(m: Memory) -> None:
+        listening: list[int] = []
+        errors: list[BaseException] = []
+        ready = threading.Event()
+
+        def caller() -> None:
+            # A filter is for good, but this one is only for this thread.
+            instructions = (_Filter * 6)(
+                _Filter(0x20, 0, 0, 0),  # load the number
+                _Filter(0x15, 0, 3, number),  # if it is another, skip three (sigreturn has the same sixth argument)
+                _Filter(0x20, 0, 0, 56),  # load the lower half of the sixth argument
+                _Filter(0x15, 0, 1, REFUSE),  # if it is not that, skip one
+                _Filter(0x06, 0, 0, SECCOMP_RET_USER_NOTIF),
+                _Filter(0x06, 0, 0, SECCOMP_RET_ALLOW),
+            )
+            program = _Program(len(instructions), ctypes.addressof(instructions))
+            # The signal must not make the kernel ask once more.
+            flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+            try:
+                with signal_stack(m), missing_if(errno.EACCES, errno.EPERM, *UNKNOWN):
+                    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+                    listening.append(syscall(NR_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(program)))
+                    ready.set()
+                    result = machine_code(REFUSED_CALL)(number, *(argument(m) for argument in arguments))
+                    assert result == -errno.ENOSYS, result
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                ready.set()
+
+        run_code(RETURN)  # the code is mapped before anybody is asked
+        thread = threading.Thread(target=caller)
+        thread.start()
+        ready.wait()
+        if listening:
+            fd = m.open(listening[0])
+            notice = ctypes.create_string_buffer(80)
+            call("ioctl", fd, SECCOMP_NOTIF_RECV, ctypes.addressof(notice))
+            assert thread.native_id is not None
+            syscall(NR_TGKILL, os.getpid(), thread.native_id, signal.SIGURG)
+            # struct seccomp_notif_resp: the notice's number, the call's result, its error
+            answer = bytearray(notice.raw[:8]) + struct.pack("=qiI", 0, -errno.ENOSYS, 0)
+            call("ioctl", fd, SECCOMP_NOTIF_SEND, ctypes.addressof(ctypes.c_char.from_buffer(answer)))
+        thread.join()
         if errors:
             raise errors[0]
 
@@ -1178,6 +1301,23 @@ CHANGES = (
         ((2, 4),),
         exact=False,
     ),
+    Case("a signal's frame after a fork", shared_with_child(private), take_signal, ((7, 8),), False, ALL),
+    Case(
+        "a signal's frame after a fork, on the way out of a refused fork",
+        shared_with_child(private),
+        refused(NR_FORK),
+        ((7, 8),),
+        False,
+        ALL,
+    ),
+    Case(
+        "a signal's frame after a fork, on the way out of a refused mprotect",
+        shared_with_child(private),
+        refused(NR_MPROTECT, lambda m: m.address, lambda m: m.length, lambda m: READ_WRITE),
+        ((7, 8),),
+        False,
+        ALL,
+    ),
     Case("the first write to the zero page", zero_page, lambda m: store(m.at(3)), ((3, 4),)),
     Case("the first write to a private mapping", private_file, lambda m: store(m.at(3)), ((3, 4),)),
     # huge pages
@@ -1286,6 +1426,13 @@ CHANGES = (
         exact=False,  # older kernels tell of it twice
     ),
     Case(
+        "clone writes the child's number into hugetlb memory",
+        shared_with_child(hugetlb(ANONYMOUS, spare=1)),
+        lambda m: clone_exit(CLONE_PARENT_SETTID, m.at(1)),
+        ((1, 2),),
+        exact=False,
+    ),
+    Case(
         "a write to hugetlb memory after a fork",
         shared_with_child(hugetlb(ANONYMOUS, spare=1)),
         lambda m: store(m.at(1)),
@@ -1327,6 +1474,8 @@ NO_CHANGES = (
     Case("fork", private, in_child(lambda m: None), ()),
     Case("fork, and the child writes", private, in_child(use), ()),
     Case("fork, and the child unmaps it", private, in_child(lambda m: void(call("munmap", m.address, m.length))), ()),
+    Case("fork, of hugetlb memory", hugetlb(ANONYMOUS), lambda m: clone_exit(0, 0), ()),
+    Case("fork, of huge pages", large_huge, lambda m: clone_exit(0, 0), ()),
     Case("fork, without libc", private, lambda m: clone_exit(0, 0), ()),
     Case("vfork", with_neighbours, lambda m: void(run_code(VFORK_MUNMAP, m.at(-1), m.unit)), ((-1, 0),)),
     Case("other processes", private, start_process, ()),

@@ -2,6 +2,8 @@
 /* Children. */
 #include "device.h"
 
+#include <sys/syscall.h>
+
 static void expect_exit(pid_t child)
 {
 	int status;
@@ -177,10 +179,99 @@ static void test_vfork(void)
 	munmap(memory, PAGE);
 }
 
+/* Made without fork's handlers: it has the server that an earlier fork has started, or every call fails. */
+static void test_clone(void)
+{
+	int fd = open_device();
+	char *memory = get_pages(2, NULL);
+	struct ummunotify_event events[4];
+	pid_t child;
+
+	watch(fd, memory, PAGE, 1);
+	for (int served = 0; served < 2; served++) {
+		change(memory);
+		child = (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL);
+		if (!child) {
+			if (served) {
+				check(get(fd, events, 4) == 2);
+				is_inval(&events[0], 1);
+				watch(fd, memory + PAGE, PAGE, 2); /* of the parent's memory */
+			} else {
+				check(get(fd, events, 4) == -EBADF);
+				check(try_register(fd, memory, PAGE, 2) == -1 && errno == EBADF);
+				check(try_unregister(fd, 1) == -1 && errno == EBADF);
+			}
+			check(!close(fd));
+			check(get(fd, events, 4) == -EBADF);
+			_exit(0);
+		}
+		expect_exit(child);
+		if (!served) {
+			check(get(fd, events, 4) == 2);
+			child = fork(); /* starts the server */
+			if (!child)
+				_exit(0);
+			expect_exit(child);
+		}
+	}
+	change(memory + PAGE);
+	check(get(fd, events, 4) == 2);
+	is_inval(&events[0], 2);
+	close(fd);
+	munmap(memory, 2 * PAGE);
+}
+
+static int duplicated_fd;
+static bool stop;
+
+static void *duplicate(void *unused)
+{
+	while (!__atomic_load_n(&stop, __ATOMIC_ACQUIRE)) {
+		int copy = dup(duplicated_fd);
+
+		check(copy >= 0 && !close(copy));
+	}
+	return unused;
+}
+
+/* Children that are made while another thread holds the device's locks do not wait for them. */
+static void test_threads_inside(void)
+{
+	int fd = open_device();
+	char *memory = get_pages(1, NULL);
+	struct ummunotify_event events[4];
+	pthread_t thread;
+	pid_t child;
+
+	duplicated_fd = fd;
+	stop = false;
+	watch(fd, memory, PAGE, 1);
+	check(!pthread_create(&thread, NULL, duplicate, NULL));
+	for (int i = 0; i < 200; i++) {
+		child = i % 2 ? fork() : (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL);
+		if (!child) {
+			int n = get(fd, events, 4);
+
+			check(n == -EAGAIN || n == -EBADF);
+			check(!close(fd));
+			_exit(0);
+		}
+		expect_exit(child);
+	}
+	__atomic_store_n(&stop, true, __ATOMIC_RELEASE);
+	pthread_join(thread, NULL);
+	change(memory);
+	check(get(fd, events, 4) == 2);
+	close(fd);
+	munmap(memory, PAGE);
+}
+
 const struct test fork_tests[] = {
 	{"fork", test_fork},
 	{"fork_and_close", test_fork_and_close},
 	{"parent_ends", test_parent_ends},
 	{"vfork", test_vfork},
+	{"clone", test_clone},
+	{"threads_inside", test_threads_inside},
 	{0},
 };

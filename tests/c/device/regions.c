@@ -2,6 +2,8 @@
 /* What is watched. */
 #include "device.h"
 
+#include <sys/uio.h>
+
 static void test_features(void)
 {
 	int fd = open_device();
@@ -213,12 +215,64 @@ static void test_many(void)
 	free(times);
 }
 
+/* Pointers that the kernel would refuse: to what is not mapped, not readable, not writable, and partly so. */
+static void test_bad_pointers(void)
+{
+	int fd = open_device();
+	char *memory = get_pages(1, NULL), *hole = get_pages(2, NULL), *constant = get_pages(1, NULL);
+	struct ummunotify_register_ioctl *half = (void *)(hole + PAGE - sizeof *half / 2);
+	struct ummunotify_event *room = (void *)(hole + PAGE - sizeof *room), events[4];
+	void *const bad[] = {NULL, (void *)8, hole + PAGE, (void *)(1ul << 63), (void *)-8ul, half};
+	int *const answer = (int *)constant;
+
+	check(!munmap(hole + PAGE, PAGE) && !mprotect(constant, PAGE, PROT_READ));
+	watch(fd, memory, PAGE, 1);
+	change(memory);
+	for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+		check(ioctl(fd, UMMUNOTIFY_REGISTER_REGION, bad[i]) == -1 && errno == EFAULT);
+		check(bad[i] == half || (ioctl(fd, UMMUNOTIFY_UNREGISTER_REGION, bad[i]) == -1 && errno == EFAULT));
+		check(bad[i] == half || (ioctl(fd, FIOASYNC, bad[i]) == -1 && errno == EFAULT));
+		check(read(fd, bad[i], sizeof events) == -1 && errno == EFAULT);
+	}
+	check(ioctl(fd, UMMUNOTIFY_EXCHANGE_FEATURES, answer) == -1 && errno == EFAULT);
+	check(read(fd, constant, sizeof events) == -1 && errno == EFAULT);
+	check(read(fd, room, 2 * sizeof *room) == -1 && errno == EFAULT);
+	check(readv(fd, (struct iovec *)(hole + PAGE), 1) == -1 && errno == EFAULT);
+	/* Nothing was lost. */
+	check(get(fd, events, 4) == 2);
+	is_inval(&events[0], 1);
+	close(fd);
+	munmap(memory, PAGE);
+	munmap(hole, PAGE);
+	munmap(constant, PAGE);
+}
+
+/* Once the region is unregistered there is nothing to read, and the descriptor does not say so. */
+static void test_unregister_often(void)
+{
+	int fd = open_device();
+	char *memory = get_pages(1, NULL);
+
+	for (int i = 0; i < 500; i++) {
+		watch(fd, memory, PAGE, 1);
+		change(memory);
+		unwatch(fd, 1);
+		if (!is_uffd()) /* whose reader may send a wake-up after the read that makes it needless (docs/c.md) */
+			check(!readable(fd));
+		nothing(fd);
+	}
+	close(fd);
+	munmap(memory, PAGE);
+}
+
 const struct test region_tests[] = {
 	{"features", test_features},
 	{"register_errors", test_register_errors},
 	{"overlapping", test_overlapping},
 	{"unregister", test_unregister},
 	{"unregister_after_a_hit", test_unregister_after_a_hit},
+	{"unregister_often", test_unregister_often},
+	{"bad_pointers", test_bad_pointers},
 	{"changes", test_changes},
 	{"files", test_files},
 	{"many", test_many},

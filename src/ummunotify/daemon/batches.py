@@ -1,0 +1,212 @@
+"""What waits for running BPF programs: it is collected, and done in batches by a thread that does nothing else.
+
+Putting maps in or taking them out takes 8 to 16 ms however many there are (`Tables.put_segments`). So tables are made
+in advance, and one batch at a time does everything that is due.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import threading
+import time
+from typing import NamedTuple, Protocol
+
+from .._bpf import Tables, create_ring, create_segment
+from .clients import Client
+from .log import event
+
+_RETRY_SECONDS = 1.0
+
+
+class Batch(NamedTuple):
+    """What goes into the maps of maps and out of them together."""
+
+    released: list[tuple[int, int, int | None]]
+    """A table, how many segments, and whose it was."""
+    made: list[tuple[int, int, int]]
+    grown: list[tuple[Client, int, list[int]]]
+    """The number of the first new segment, and their descriptors."""
+
+    def segments(self, blank: int) -> list[tuple[int, int, int]]:
+        out = [(table, number, blank) for table, count, _ in self.released for number in range(count)]
+        new = [(table, 0, segment) for table, segment, _ in self.made]
+        more = [(client.table, first + i, fd) for client, first, fds in self.grown for i, fd in enumerate(fds)]
+        return out + new + more
+
+    def rings(self, blank: int) -> list[tuple[int, int]]:
+        return [(table, blank) for table, _, _ in self.released] + [(table, ring) for table, _, ring in self.made]
+
+
+class Shortage(NamedTuple):
+    """What a batch could not do, as the kernel had no memory or no descriptors."""
+
+    error: int
+    """An errno; 0: there is none."""
+    growing: list[tuple[Client, int]]
+    made: int
+    """So many tables were made all the same."""
+
+
+class Stock:
+    """Tables that are ready for clients, and what is to be put in and taken out next."""
+
+    def __init__(self, tables: Tables, target: int) -> None:
+        """`target`: as many are to be ready. OSError."""
+        self.ready: list[tuple[int, int, int]] = []  # table, its first segment, its ring
+        self.growing: list[tuple[Client, int]] = []
+        self.batch: Batch | None = None
+        """What is being done."""
+        self._tables = tables
+        self._target = target
+        self._released: list[tuple[int, int, int | None]] = []  # as in Batch
+        self._poor_until = 0.0
+        self._blank = create_segment(), create_ring()  # what takes the place of what is taken out
+        self._updater = MapUpdater(tables)
+        self.fd = self._updater.fd
+        """Readable when the batch is done."""
+
+    def release(self, client: Client) -> None:
+        """Its table, which is unlinked, is to be taken out."""
+        self._released.append((client.table, client.segments, client.uid))
+
+    def idle_work(self) -> bool:
+        """Is there something to do that no client waits for?"""
+        if len(self.ready) < self._target:
+            return time.monotonic() >= self._poor_until
+        return bool(self._released) or len(self.ready) > self._target
+
+    def begin(self, waiting: int) -> Shortage:
+        """Begin to put in and take out everything that is due, with tables for clients that are waiting."""
+        while len(self.ready) > self._target and not waiting:
+            # Made for clients that did not stay.
+            table, *fds = self.ready.pop()
+            for fd in fds:
+                os.close(fd)
+            self._released.append((table, 1, None))
+        batch = Batch(self._released, [], [])
+        growing, self._released, self.growing = self.growing, [], []
+        failure = 0
+        try:
+            while self._tables.free and len(batch.made) < self._target + waiting - len(self.ready):
+                segment, ring = _create_table()
+                table = self._tables.take()
+                self._tables.allow(table, 1)
+                batch.made.append((table, segment, ring))
+            for client, count in growing:
+                fds = _create_segments(count)
+                self._tables.allow(client.table, count)
+                batch.grown.append((client, client.segments, fds))
+                client.segments += count
+        except OSError as error:
+            failure = error.errno or errno.ENOMEM
+            self._poor_until = time.monotonic() + 1
+            event(logging.ERROR, "memory", error=errno.errorcode.get(failure))
+        self.batch = batch
+        self._updater.begin(batch.segments(self._blank[0]), batch.rings(self._blank[1]))
+        return Shortage(failure, growing[len(batch.grown) :], len(batch.made))
+
+    def end(self) -> Batch:
+        """The batch is done. Raises what went wrong."""
+        self._updater.end()
+        assert self.batch is not None
+        batch, self.batch = self.batch, None
+        self.ready += batch.made
+        for table, _, _ in batch.released:
+            self._tables.give_back(table)
+        return batch
+
+    def close(self) -> None:
+        self._updater.close()
+        batch = self.batch or Batch([], [], [])
+        for _, *fds in [*self.ready, *batch.made, *((0, *fds) for _, _, fds in batch.grown)]:
+            for fd in fds:
+                os.close(fd)
+        for fd in self._blank:
+            os.close(fd)
+
+
+class PutsMaps(Protocol):
+    """What waits for the kernel: see Tables."""
+
+    def put_segments(self, items: list[tuple[int, int, int]], /) -> None: ...
+    def put_rings(self, items: list[tuple[int, int]], /) -> None: ...
+
+
+class MapUpdater:
+    """A thread that waits for the kernel, so that the loop does not."""
+
+    def __init__(self, tables: PutsMaps) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Readable when what was begun is done."""
+        self._tables = tables
+        self._orders: queue.SimpleQueue[tuple[list[tuple[int, int, int]], list[tuple[int, int]]] | None]
+        self._orders = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="map updater")
+        self._thread.start()
+
+    def begin(self, segments: list[tuple[int, int, int]], rings: list[tuple[int, int]]) -> None:
+        self._orders.put((segments, rings))
+
+    def end(self) -> None:
+        """Raises what went wrong."""
+        os.eventfd_read(self.fd)
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self._closing.set()
+        self._orders.put(None)
+        self._thread.join()
+        os.close(self.fd)
+
+    def _work(self) -> None:
+        while (order := self._orders.get()) is not None:
+            try:
+                while not self._done(*order):
+                    if self._closing.wait(_RETRY_SECONDS):
+                        return
+            except BaseException as error:
+                self._error = error
+            os.eventfd_write(self.fd, 1)
+
+    def _done(self, segments: list[tuple[int, int, int]], rings: list[tuple[int, int]]) -> bool:
+        """False: the kernel had no memory for it; what was put in already may be put in again."""
+        try:
+            if segments:
+                self._tables.put_segments(segments)
+            if rings:
+                self._tables.put_rings(rings)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+                raise
+            event(logging.ERROR, "memory", error=errno.errorcode[error.errno])
+            return False
+        return True
+
+
+def _create_segments(count: int) -> list[int]:
+    """OSError, with none left behind."""
+    fds: list[int] = []
+    try:
+        while len(fds) < count:
+            fds.append(create_segment())
+    except OSError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
+
+
+def _create_table() -> tuple[int, int]:
+    """Its first segment and its ring. OSError."""
+    segment = create_segment()
+    try:
+        return segment, create_ring()
+    except OSError:
+        os.close(segment)
+        raise
