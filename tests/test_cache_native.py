@@ -111,22 +111,10 @@ def test_the_header_in_cplusplus(tmp_path: Path) -> None:
 
 
 def test_c_without_python(keeper: object, tmp_path: Path) -> None:
-    source, program = tmp_path / "alone.c", tmp_path / "alone"
-    source.write_text(ALONE)
+    program = tmp_path / "cache"
+    flags = ["-std=c11", "-D_DEFAULT_SOURCE", "-Wall", "-Wextra", "-Werror", f"-I{HEADERS}"]
     link = [f"-L{LIBRARIES}", "-lummunotify", f"-Wl,-rpath,{LIBRARIES}"]
-    run(
-        "gcc",
-        "-std=c11",
-        "-D_DEFAULT_SOURCE",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{HEADERS}",
-        source,
-        "-o",
-        program,
-        *link,
-    )
+    run("gcc", *flags, Path(__file__).parent / "c/cache.c", "-o", program, *link)
     environment = {**os.environ, "UMMUNOTIFY_SOURCE": "uffd"}  # bpf needs a feeder
     assert subprocess.run([program], env=environment).returncode == 0
 
