@@ -143,9 +143,9 @@ def test_numpy_and_others(cache: RegistrationCache[int]) -> None:
     with cache.acquire(array[10:20]) as part:
         assert (part.address, part.length) == (array.ctypes.data + 80, 80)
     assert cache.stats.hits == 1
-    for other in [object(), "text", (1, 2, 3)]:
+    for nothing in [object(), "text", (1, 2, 3)]:
         with pytest.raises(TypeError):
-            cache.acquire(other)
+            cache.acquire(nothing)
     with pytest.raises(ummunotify.InvalidBufferError):
         cache.acquire(array[::2])
     with pytest.raises(ummunotify.InvalidRangeError):

@@ -81,60 +81,6 @@ PyMODINIT_FUNC PyInit_extension(void)
 }
 """
 
-ALONE = """
-#include <stdio.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <ummunotify.h>
-#include <ummunotify_cache.h>
-
-static int live;
-
-static int reg(void *context, uint64_t address, size_t length, void *argument, void **handle)
-{
-	(void)context, (void)length, (void)argument;
-	*handle = (void *)(address + 1);
-	live++;
-	return 0;
-}
-
-static int dereg(void *context, void *handle, void *argument)
-{
-	(void)context, (void)handle, (void)argument;
-	live--;
-	return 0;
-}
-
-int main(void)
-{
-	struct ummunotify_registrar registrar = {.size = sizeof registrar, .register_memory = reg, .deregister = dereg};
-	struct ummunotify_registration *first, *second;
-	struct ummunotify_cache_stats stats;
-	struct ummunotify_cache *cache;
-	char *memory = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	memset(memory, 1, 8192);
-	if (ummunotify_cache_open(&cache, &registrar, NULL) || ummunotify_cache_uncached(cache) ||
-		ummunotify_cache_acquire(cache, memory, 8192, NULL, &first) || ummunotify_cache_release(cache, first) ||
-		ummunotify_cache_acquire(cache, memory + 5, 100, NULL, &second) || second != first ||
-		second->handle != memory + 1 || !ummunotify_registration_valid(second)) {
-		puts(ummunotify_error());
-		return 1;
-	}
-	munmap(memory, 8192);
-	if (ummunotify_registration_valid(second) || ummunotify_cache_find(cache, memory, 1) ||
-		ummunotify_cache_release(cache, second) != 1 || live != 1 || ummunotify_cache_collect(cache, NULL) || live)
-		return 2;
-	ummunotify_cache_stats(cache, &stats);
-	if (stats.hits != 1 || stats.misses != 1 || stats.stale != 1 || stats.registrations)
-		return 3;
-	if (ummunotify_cache_acquire(cache, memory, 0, NULL, &first) >= 0 || !strstr(ummunotify_error(), "it is empty"))
-		return 4;
-	ummunotify_cache_close(cache);
-	return 0;
-}
-"""
-
 
 def run(*command: str | Path) -> str:
     try:
@@ -165,22 +111,10 @@ def test_the_header_in_cplusplus(tmp_path: Path) -> None:
 
 
 def test_c_without_python(keeper: object, tmp_path: Path) -> None:
-    source, program = tmp_path / "alone.c", tmp_path / "alone"
-    source.write_text(ALONE)
+    program = tmp_path / "cache"
+    flags = ["-std=c11", "-D_DEFAULT_SOURCE", "-Wall", "-Wextra", "-Werror", f"-I{HEADERS}"]
     link = [f"-L{LIBRARIES}", "-lummunotify", f"-Wl,-rpath,{LIBRARIES}"]
-    run(
-        "gcc",
-        "-std=c11",
-        "-D_DEFAULT_SOURCE",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{HEADERS}",
-        source,
-        "-o",
-        program,
-        *link,
-    )
+    run("gcc", *flags, Path(__file__).parent / "c/cache.c", "-o", program, *link)
     environment = {**os.environ, "UMMUNOTIFY_SOURCE": "uffd"}  # bpf needs a feeder
     assert subprocess.run([program], env=environment).returncode == 0
 

@@ -9,8 +9,7 @@ from .types import CacheStats
 
 _Handle = TypeVar("_Handle")
 
-__pyx_capi__: dict[str, Any]  # Cython makes this
-__test__: dict[str, str]
+__test__: dict[str, str]  # Cython makes this
 
 @final
 class Registration(Generic[_Handle]):

@@ -62,7 +62,7 @@ struct umn_entry *umn_entry_hit_slowly(struct ummunotify_cache *c, uint64_t star
 		umn_users_add(entry->users, &umn_rest(entry)->others, 1);
 	}
 	if (umn_entry_is_open(entry) && umn_entry_contains(entry, start, end) && umn_entry_valid(entry)) {
-		__atomic_fetch_add(&c->stats.hits, 1, __ATOMIC_RELAXED);
+		__atomic_fetch_add(&c->other_hits, 1, __ATOMIC_RELAXED);
 		return entry;
 	}
 	count_down(c, entry);
@@ -571,7 +571,7 @@ struct umn_entry *umn_entry_find(struct ummunotify_cache *c, uint64_t start, uin
 			if (umn_entry_valid(entry)) {
 				/* Under the lock it stays open. */
 				umn_users_add(entry->users, &umn_rest(entry)->others, 1);
-				__atomic_fetch_add(&c->stats.hits, 1, __ATOMIC_RELAXED);
+				__atomic_fetch_add(&c->other_hits, 1, __ATOMIC_RELAXED);
 				return entry;
 			}
 			umn_entry_retire(c, entry);
@@ -689,6 +689,7 @@ void umn_entries_forget(struct ummunotify_cache *c)
 	memset(c->all->bucket, 0, sizeof *c->all->bucket << (64 - c->all->shift));
 	memset(c->of_order, 0, sizeof c->of_order);
 	memset(&c->stats, 0, sizeof c->stats);
+	c->other_hits = 0;
 	c->orders = 0;
 	c->clock = 0;
 	store(&c->index, c->all);
@@ -732,6 +733,7 @@ void umn_entries_end(struct ummunotify_cache *c)
 void umn_entries_stats(struct ummunotify_cache *c, struct ummunotify_cache_stats *stats)
 {
 	*stats = c->stats;
+	stats->hits = __atomic_load_n(&c->other_hits, __ATOMIC_RELAXED);
 	for (struct umn_slab *slab = c->slabs; slab; slab = slab->next)
 		stats->hits += umn_users_sum64(umn_tally_of(slab->number)) - slab->earlier_hits;
 	umn_for_each_entry(c, e)
