@@ -524,9 +524,8 @@ def corrupt(pipe: Connection) -> None:
     umn = ummunotify.open()
     for i in range(1000):
         umn.watch((0x10000 + i * PAGE, PAGE))
-    lines = (
-        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if "bpf-map" in line
-    )
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = (line.split()[0].split("-") for line in lines if "bpf-map" in line)
     # The wake-up is mapped too, in pages.
     start, end = max(((int(first, 16), int(last, 16)) for first, last in mapped), key=lambda each: each[1] - each[0])
     memory = (ctypes.c_ubyte * (end - start)).from_address(start)
