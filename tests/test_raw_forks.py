@@ -137,9 +137,24 @@ def test_in_the_child_nothing_is_valid(fork: str, umn: Notifier, regions: list[R
     run_child(FORKS[fork], lambda: check_dead(umn, regions))
 
 
+def forget(umn: Notifier, regions: list[Region]) -> None:
+    vars(umn).clear()
+    regions.clear()
+    gc.collect()
+
+
+def grandchild(fork: Callable[[], int], umn: Notifier, regions: list[Region]) -> None:
+    def check() -> None:
+        check_dead(umn, regions)
+        open_anew(umn.source)
+        umn.close()
+
+    run_child(fork, check)
+
+
 ACTIONS: dict[str, Callable[[Notifier, list[Region]], object]] = {
     "close": lambda umn, _: umn.close(),
-    "close regions": lambda _, regions: [region.close() for region in regions],
+    "close regions": lambda _, regions: list(map(Region.close, regions)),
     "read": lambda umn, _: umn.read(),
     "dispatch": lambda umn, _: umn.dispatch(print),
     "wait": lambda umn, _: umn.read(None),
@@ -147,11 +162,9 @@ ACTIONS: dict[str, Callable[[Notifier, list[Region]], object]] = {
     "renew": lambda _, regions: regions[1].renew(),
     "watch": lambda umn, _: umn.watch((PAGE, 1)),
     "open": lambda umn, _: open_anew(umn.source),
-    "forget": lambda umn, regions: (vars(umn).clear(), regions.clear(), gc.collect()),
-    "grandchild": lambda umn, regions: run_child(
-        os.fork, lambda: (check_dead(umn, list(regions)), open_anew(umn.source), umn.close())
-    ),
-    "a raw grandchild": lambda umn, regions: run_child(clone, lambda: (check_dead(umn, list(regions)), umn.close())),
+    "forget": lambda umn, regions: forget(umn, regions),
+    "grandchild": lambda umn, regions: grandchild(os.fork, umn, regions),
+    "a raw grandchild": lambda umn, regions: grandchild(clone, umn, regions),
 }
 
 

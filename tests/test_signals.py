@@ -53,7 +53,7 @@ class Interrupter:
             self.count += 1
             raise Interrupted
 
-    def try_to(self, act: Callable[[], object]) -> bool:
+    def try_to(self, act: Callable[..., object]) -> bool:
         """True: it was not interrupted. `act` runs to its end, or is interrupted once."""
         try:
             try:
@@ -519,7 +519,7 @@ def test_a_handler_uses_the_same_notifier(umn: Notifier, arena: Memory) -> None:
             ummunotify.open(umn.source).close()
 
     def work() -> None:
-        kept = []
+        kept: list[Region] = []
         while running and (uses < INTERRUPTIONS // 2 or not kept):
             kept += [watch(umn, arena, 0) for _ in range(100)]
             umn.read(0.0001)
