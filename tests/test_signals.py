@@ -53,13 +53,13 @@ class Interrupter:
             self.count += 1
             raise Interrupted
 
-    def try_to(self, act: Callable[..., object], *arguments: object) -> bool:
+    def try_to(self, act: Callable[..., object]) -> bool:
         """True: it was not interrupted. `act` runs to its end, or is interrupted once."""
         try:
             try:
                 self.armed = True
                 signal.setitimer(signal.ITIMER_REAL, self.random.uniform(1e-6, self.longest))
-                act(*arguments)
+                act()
                 # About half of the attempts are to be interrupted, however long they take.
                 self.longest = max(self.longest * 0.9, 5e-6)
                 return True
@@ -138,7 +138,7 @@ def test_watch_and_unwatch(
         rounds += 1
         unit = rounds % arena.count
         span = (arena.at(unit), PAGE)
-        interrupter.try_to(lambda span: kept.extend(map(umn.watch, [span] * 20)), span)
+        interrupter.try_to(lambda span=span: kept.extend(map(umn.watch, [span] * 20)))
         assert set(umn.regions) == set(kept)
         assert umn.stats.regions == len(kept)
         if rounds % 4 == 0:
@@ -169,15 +169,15 @@ def test_valid_renew_changed_and_generation(
         drop(arena, unit)
         region = regions[unit]
         answers: list[bool] = []
-        interrupter.try_to(lambda region, answers: answers.extend(region.valid for _ in range(50)), region, answers)
+        interrupter.try_to(lambda region=region, answers=answers: answers.extend(region.valid for _ in range(50)))
         assert not any(answers)
         answers.clear()
-        interrupter.try_to(lambda answers: answers.extend(umn.changed for _ in range(50)), answers)
+        interrupter.try_to(lambda answers=answers: answers.extend(umn.changed for _ in range(50)))
         assert all(answers)
         interrupter.try_to(lambda: [umn.generation for _ in range(50)])
         assert umn.generation != before
         assert not regions[unit].valid
-        if interrupter.try_to(lambda region: [region.renew() for _ in range(20)], region) and umn.source != "uffd":
+        if interrupter.try_to(lambda region=region: [region.renew() for _ in range(20)]) and umn.source != "uffd":
             assert region.valid
         interrupter.try_to(lambda: [umn.stats for _ in range(5)])
         interrupter.try_to(lambda: [umn.regions for _ in range(5)])
@@ -210,7 +210,7 @@ def test_read(
         arena.touch()
         found: list[list[Invalidation]] = []
         timeouts = [0.0, 0.0003, 0.0] if waiting else [0.0] * 10
-        interrupter.try_to(lambda found, timeouts: found.extend(map(umn.read, timeouts)), found, timeouts)
+        interrupter.try_to(lambda found=found, timeouts=timeouts: found.extend(map(umn.read, timeouts)))
         missing = {regions[unit] for unit in hit} - {event.region for events in found for event in events}
         if missing:
             assert umn.changed
@@ -241,7 +241,7 @@ def test_dispatch(
             assert umn.changed
             missing.discard(event.region)
 
-        interrupter.try_to(lambda callback: umn.dispatch(callback), callback)
+        interrupter.try_to(lambda callback=callback: umn.dispatch(callback))
         if missing:
             assert umn.changed
         umn.dispatch(callback)
