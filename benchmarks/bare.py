@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _HERE = Path(__file__).parent
-_CFLAGS = ("-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-I", str(_HERE.parent / "src" / "ummunotify"))
+_CFLAGS = ("-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-I", str(_HERE.parent / "src" / "libummunotify"))
 
 
 class _Timing(ctypes.Structure):

@@ -24,6 +24,13 @@ pytest_plugins = ("daemons", "random_changes")
 PAGE = 4096
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The feeder's tests come first: they take all of its tables and descriptors, of which the keeper has some later."""
+    items.sort(key=lambda item: item.path.name != "test_feeder.py")
+
+
+
 def resources() -> tuple[dict[str, str], list[str], set[str]]:
     """Descriptors and what they are open on, the mappings that are the library's, and threads."""
     fds = {}

@@ -104,7 +104,7 @@ import ummunotify.registrars.io_uring
 def fail(*arguments):
     if arguments:
         raise PermissionError(1, "Operation not permitted")
-    raise ummunotify.SourceUnavailableError({{"bpf": "reason"}})
+    raise ummunotify.SourceUnavailableError("no source of invalidations is available", {{"bpf": "reason"}})
 
 sys.argv = ["ummunotify", "demo"]
 with unittest.mock.patch("{missing}", fail):

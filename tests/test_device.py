@@ -231,7 +231,7 @@ def test_no_source(programs: dict[str, str]) -> None:
 def test_no_such_source(programs: dict[str, str]) -> None:
     result = call(*RUN, programs["open"], environment={"UMMUNOTIFY_SOURCE": "magic"})
     assert result.returncode == 1
-    assert "there is no source magic" in result.stderr
+    assert "there is no source 'magic'" in result.stderr
 
 
 def test_uffd_only_if_asked_for(programs: dict[str, str], public: Path) -> None:
@@ -302,7 +302,7 @@ def drop_privileges() -> None:
         (["/etc/passwd"], 126, "Error: /etc/passwd may not be executed; see its permissions\n"),
         (["/etc"], 126, "Error: /etc is a directory\n"),
         (["--sauce", "uffd", "true"], 2, "No such option '--sauce'"),
-        (["--source", "magic", "true"], 2, "'magic' is not one of"),
+        (["--source", "magic", "true"], 2, "there is no source 'magic'"),
         ([], 2, "Missing argument"),
     ],
 )

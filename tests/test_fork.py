@@ -414,7 +414,8 @@ def test_multiprocessing(method: str, umn: Notifier, watched: Region, monkeypatc
     monkeypatch.setattr(sys.modules[__name__], "_notifier", umn)
     monkeypatch.setattr(sys.modules[__name__], "_region", watched)
     context = multiprocessing.get_context(method)
-    with context.Pool(2) as pool:
+    # The virtual machine of a child's own notifier stays until the child ends.
+    with context.Pool(2, maxtasksperchild=1) as pool:
         arguments = (watched.address, watched.length, method == "fork")
         results = [pool.apply_async(worker, arguments) for _ in range(4)]
         assert [result.get(LONG) for result in results] == [[]] * 4

@@ -181,7 +181,7 @@ static size_t take(struct report *reports, size_t room)
 
 static void settle(void)
 {
-	if (options.source && !options.source->settle(options.source, 100000))
+	if (options.source && !options.source->wait_delivered(options.source, 100000))
 		changes_fail("the source does not settle");
 }
 

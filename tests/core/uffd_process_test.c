@@ -474,9 +474,8 @@ static void clone_begins_anew(void)
 			program = open("/dev/null", O_RDWR);
 			if (replace)
 				dup2(program, fd);
-			umn_uffd_in_child();
+			umn_process_current();
 			check((fcntl(fd, F_GETFD) >= 0) == replace);
-			umn_table_abandon(n.table);
 			check(!umn_region_valid(region) && umn_table_changed(n.table));
 			check(umn_uffd_source(n.uffd)->watch(umn_uffd_source(n.uffd), 4096, 8192) == UMN_UFFD_CLOSED);
 			umn_uffd_close(n.uffd);
