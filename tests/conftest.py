@@ -30,7 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_feeder.py")
 
 
-
 def resources() -> tuple[dict[str, str], list[str], set[str]]:
     """Descriptors and what they are open on, the mappings that are the library's, and threads."""
     fds = {}

@@ -208,9 +208,12 @@ def test_a_child_of_a_raw_child_of_one_that_opened(umn: Notifier, regions: list[
     run_child(clone, child)
 
 
-@pytest.mark.parametrize("fork", FORKS)
-def test_while_threads_are_in_methods(fork: str, umn: Notifier, memory: Memory) -> None:
-    """They hold the library's locks, and are half done, in the child for ever."""
+def test_while_threads_are_in_methods(umn: Notifier, memory: Memory) -> None:
+    """They hold the library's locks, and are half done, in the child for ever.
+
+    Only os.fork: in another child of a process with threads Python's own lock is as the threads had it, and it hangs. From C all
+    kinds are tried, in tests/c/forks.c.
+    """
     stop = threading.Event()
     errors: list[BaseException] = []
 
@@ -250,7 +253,7 @@ def test_while_threads_are_in_methods(fork: str, umn: Notifier, memory: Memory) 
     threads = [loop(act) for act in (watch_many, change, lambda: other.read(0.001), lambda: region.valid)]
     try:
         for count in range(500 if SLOW else 15):  # noqa: B007
-            run_child(FORKS[fork], child)
+            run_child(os.fork, child)
             time.sleep(0.001)
     finally:
         stop.set()
