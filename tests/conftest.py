@@ -26,7 +26,7 @@ PAGE = 4096
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The feeder's tests come first: they take all of its tables and descriptors, of which the keeper has some later."""
+    """The feeder's tests come first: they take all of its tables and descriptors. Later the keeper has some."""
     items.sort(key=lambda item: item.path.name != "test_feeder.py")
 
 

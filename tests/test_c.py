@@ -133,7 +133,7 @@ def sanitized(request: pytest.FixtureRequest, public: Path) -> dict[str, str]:
 SANITIZERS = {
     # A child leaves alone what the parent had: it may be half changed.
     "ASAN_OPTIONS": "detect_leaks=0",
-    # What the tests leave to children and to the end of the process: threads that start in a child, and the uffd reader.
+    # What the tests leave to children and to the process's end: threads that start in a child, the uffd reader.
     "TSAN_OPTIONS": "die_after_fork=0 report_thread_leaks=0",
 }
 

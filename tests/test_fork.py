@@ -77,7 +77,7 @@ def watched(umn: Notifier, memory: Memory) -> Iterator[Region]:
 def check_child(umn: Notifier, region: Region, *more: Any, opening: bool = False) -> None:
     """What a child must find, of one notifier and its region or of several.
 
-    `opening`: a thread of the parent was opening one. What that had just been handed stays until the child execs or ends.
+    `opening`: a thread of the parent was opening one. What that was just handed stays until the child execs or ends.
     """
     if more:
         check_child(*more, opening=opening)

@@ -211,8 +211,8 @@ def test_a_child_of_a_raw_child_of_one_that_opened(umn: Notifier, regions: list[
 def test_while_threads_are_in_methods(umn: Notifier, memory: Memory) -> None:
     """They hold the library's locks, and are half done, in the child for ever.
 
-    Only os.fork: in another child of a process with threads Python's own lock is as the threads had it, and it hangs. From C all
-    kinds are tried, in tests/c/forks.c.
+    Only os.fork: in another child of a process with threads Python's own lock is as the threads had it, and it hangs.
+    From C all kinds are tried, in tests/c/forks.c.
     """
     stop = threading.Event()
     errors: list[BaseException] = []
