@@ -130,22 +130,15 @@ def sanitized(request: pytest.FixtureRequest, public: Path) -> dict[str, str]:
     }
 
 
-SANITIZERS = {
-    # A child leaves alone what the parent had: it may be half changed.
-    "ASAN_OPTIONS": "detect_leaks=0",
-    # What the tests leave to children and to the process's end: threads that start in a child, the uffd reader.
-    "TSAN_OPTIONS": "die_after_fork=0 report_thread_leaks=0",
-}
-
-
 @pytest.mark.parametrize("name", ["library", "forks", "descriptors"])
 def test_sanitizers(name: str, sanitized: dict[str, str], source: str) -> None:
     if name != "library" and sanitized[name].endswith("thread"):
         return  # ThreadSanitizer knows neither of clone() nor of threads with a descriptor table of their own
-    if name == "forks":
-        run(sanitized[name], UMMUNOTIFY_SOURCE=source, **SANITIZERS)
-    else:
-        run(sanitized[name], UMMUNOTIFY_SOURCE=source, TSAN_OPTIONS=SANITIZERS["TSAN_OPTIONS"])
+    # A child leaves alone what the parent had, as it may be half changed.
+    leaks = "0" if name == "forks" else "1"
+    # What the tests leave to children and to the process's end: threads that start in a child, the uffd reader.
+    threads = "die_after_fork=0 report_thread_leaks=0"
+    run(sanitized[name], UMMUNOTIFY_SOURCE=source, ASAN_OPTIONS=f"detect_leaks={leaks}", TSAN_OPTIONS=threads)
 
 
 def test_both_headers(tmp_path: Path) -> None:

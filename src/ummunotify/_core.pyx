@@ -73,7 +73,7 @@ cdef enum:
     DL_CPU = 1
     DL_CUDA_HOST = 3
 
-new_tuple = tuple.__new__
+_new_tuple = tuple.__new__
 
 cdef str CHANGED = sys.intern("changed")
 cdef str VALID = sys.intern("valid")
@@ -498,7 +498,7 @@ cdef inline bint is_same(Region region, ummunotify_region *watched):
 
 cdef inline object invalidation(Region region, const ummunotify_event *event):
     # Not by Invalidation's own __new__, which is Python code: a signal handler could raise in it, and the event would be lost.
-    return new_tuple(
+    return _new_tuple(
         Invalidation, (region, region.cookie, event.start, event.end, event.exact, event.thread, event.syscall)
     )
 
