@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 
 from .._abi import Probe
-from .._core import open_kvm, source_names
+from .._core import open_kvm
 from ..bpf.program import Program, attached
 from ..errors import SourceUnavailableError, UnavailableError
 from ..notifier import open as open_notifier
 from .server import STEPS_FOREIGN, STEPS_OWN
+
+
+_PREFERENCE = (Probe.KVM, Probe.MMU_NOTIFIER, Probe.ZAP)
+"""Another order than a process's own (`ummunotify_sources`): the kernel may skip the programs of the last two while a client
+preempts itself inside bpf system calls, so with `kvm` no client can slow down the others."""
 
 
 def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
@@ -17,7 +22,7 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
 
     Raises UnavailableError, OSError, with nothing left open.
     """
-    tried = [each.partition(":")[2] for each in source_names(f"bpf:{probe}" if probe else "bpf")]
+    tried = [each.label for each in _PREFERENCE] if probe is None else [probe]
     refusals: list[tuple[str, UnavailableError]] = []
     kvm = -1
     if give_kvm and tried != ["zap"]:
