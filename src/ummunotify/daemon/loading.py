@@ -11,10 +11,9 @@ from ..errors import SourceUnavailableError, UnavailableError
 from ..notifier import open as open_notifier
 from .server import STEPS_FOREIGN, STEPS_OWN
 
-
 _PREFERENCE = (Probe.KVM, Probe.MMU_NOTIFIER, Probe.ZAP)
-"""Another order than a process's own (`ummunotify_sources`): the kernel may skip the programs of the last two while a client
-preempts itself inside bpf system calls, so with `kvm` no client can slow down the others."""
+"""Another order than a process's own (`ummunotify_sources`): the kernel may skip the programs of the last two while a
+client is preempted inside bpf system calls, so with `kvm` no client can slow down the others."""
 
 
 def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
