@@ -630,7 +630,7 @@ int kvm_blind(uint64_t *args)
  *
  * Programs at raw tracepoints run all the same. So this one looks whenever a CPU goes over to another task (and on each CPU
  * once in the beginning). While a CPU's count is raised behind the back of the task that runs there, it is counted in `doubts`,
- * and owners take no region for valid (core/doubt.c). When it no longer is, everything may be invalid, and only then
+ * and owners take no region for valid (sources/probe_gap.c). When it no longer is, everything may be invalid, and only then
  * (full barriers between) is the CPU not counted any more: an owner who finds no doubt, and after that no overflow, has
  * missed nothing. Last come the wake-ups, for whoever found out by himself that there was doubt.
  */
@@ -731,7 +731,7 @@ int mmu_notifier(struct pt_regs *ctx)
 			   event == bpf_core_enum_value(enum mmu_notifier_event, MMU_NOTIFY_CLEAR));
 }
 
-/* ---- The probe zap: the functions that take pages away. sources/zap.py says which, and how they are called. ---- */
+/* ---- The probe zap: the functions that take pages away. bpf/zap.py of the Python package says which, and how they are called. ---- */
 
 #define ARGUMENTS 8 /* a power of two; 6 are in registers */
 #define PUD_SIZE (UINT64_C(1) << 30)
