@@ -65,6 +65,7 @@ def test_the_headers_do_not_say_what_the_kernel_is_handed() -> None:
     found = [
         f"{path.name}: {match[0]}"
         for path in SOURCES.rglob("*.[ch]")
+        if path.name != "objects.c"  # which clears all of each, whatever its size
         for match in extensible.finditer(re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL))
     ]
     assert found == []

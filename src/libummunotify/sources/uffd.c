@@ -1095,8 +1095,9 @@ static int register_mapping(uint64_t *at, uint64_t end)
 		error = register_range(fd, *at, end, &huge);
 		if (!error && !huge)
 			*at = end;
+		/* EINVAL: it was exchanged meanwhile, for memory that cannot be registered or none. */
 		if (error || !huge)
-			return error;
+			return error == EINVAL ? EAGAIN : error;
 	}
 	error = mapping_at(*at, &mapping);
 	has_proc = error != UMN_UFFD_NO_PROC; /* else just the region is registered, and mremap of its mapping may fail */
