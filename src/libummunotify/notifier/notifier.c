@@ -383,12 +383,11 @@ static int fail_to_watch(struct ummunotify *umn, int error, uint64_t start, uint
 	return umn_fail_what("cannot watch %llu bytes at %#llx", (unsigned long long)length, (unsigned long long)start);
 }
 
-static int check_range(struct ummunotify *umn, uint64_t start, uint64_t length)
+static int check_range(uint64_t start, uint64_t length)
 {
 	static uint64_t limit;
 	const char *why = NULL;
 
-	(void)umn;
 	if (!__atomic_load_n(&limit, __ATOMIC_RELAXED))
 		__atomic_store_n(&limit, umn_user_limit(), __ATOMIC_RELAXED);
 	if (!length)
@@ -405,7 +404,7 @@ static int check_range(struct ummunotify *umn, uint64_t start, uint64_t length)
 
 static int watch(struct ummunotify *umn, uint64_t start, uint64_t length, uint64_t cookie, struct umn_region **region)
 {
-	int error = check_range(umn, start, length);
+	int error = check_range(start, length);
 
 	if (error)
 		return error;
