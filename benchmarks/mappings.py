@@ -42,6 +42,8 @@ SCATTERED = 1000
 ENOUGH = 100
 """So many pairs are enough to do without those during which other programs were attached to the tracepoint."""
 SCATTERED = 1000
+PATIENCE = 120.0
+"""Seconds after which nothing undisturbed can be expected any more."""
 OUT, BETWEEN, HIT = "outside", "between", "hit"
 """Where the changes are, a hundred places: before all regions; in the gaps between neighbours; in the neighbours
 themselves, each hit being the first since its region was renewed."""
@@ -60,14 +62,16 @@ class Budget(NamedTuple):
     at_most: float
 
 
-def until(budget: Budget, doubt: Callable[[], float]) -> Iterator[int]:
-    """Numbers rounds for as long as the budget says."""
+def until(budget: Budget, doubt: Callable[[], float], measured: Callable[[], bool] = lambda: True) -> Iterator[int]:
+    """Numbers rounds for as long as the budget says, and on a busy machine until anything is measured."""
     begin = time.monotonic()
     number = 0
     while True:
         yield number
         number += 1
         passed = time.monotonic() - begin
+        if not measured() and passed < PATIENCE:
+            continue
         if passed >= budget.at_most or (passed >= budget.at_least and number % 16 == 0 and doubt() <= budget.doubt):
             return
 
@@ -226,7 +230,10 @@ def in_turns(
         def not_watching(name: str, number: int) -> bare.Timing:
             return bare.Timing(*_RESULT.unpack(ask(_REQUEST.pack(name.encode(), number))))
 
-        for number in until(budget, lambda: max(doubtful(of) for of in alone.values())):
+        def measured() -> bool:
+            return all(in_company[name].times or alone[name].times for name in cases)
+
+        for number in until(budget, lambda: max(doubtful(of) for of in alone.values()), measured):
             for name in cases:
                 tried += 1
                 others = bare.probes() - own
@@ -241,7 +248,7 @@ def in_turns(
     dropped = 1 - (kept + kept_alone) / tried
     if all(len(of.times) >= ENOUGH for of in alone.values()):
         return alone, Noise(dropped, 0)
-    if not all(in_company[name].times or alone[name].times for name in cases):
+    if not measured():
         raise RuntimeError("the machine is too busy to measure anything")
     return {name: in_company[name] + alone[name] for name in cases}, Noise(dropped, company / (kept + kept_alone))
 

@@ -75,6 +75,12 @@ static int failed(int error)
 
 /* ---- The account of descriptors ---- */
 
+/* Atomically, as free_device() withdraws entries without the account's lock. */
+static struct device *entry(unsigned int fd)
+{
+	return __atomic_load_n(&device_fds[fd], __ATOMIC_RELAXED);
+}
+
 /* The bound first: a child must find every entry below it. */
 static void set_entry(int fd, struct device *d)
 {
@@ -176,7 +182,7 @@ static struct device *enter(int fd, struct masked *before)
 		return NULL;
 	device_mask_signals(before);
 	pthread_mutex_lock(&account_lock);
-	d = device_fds[fd];
+	d = entry((unsigned int)fd);
 	if (d == &hidden)
 		d = NULL;
 	if (d)
@@ -212,7 +218,7 @@ static void attach(int fd, struct device *d)
 /* Adds to a list of those that are to be freed. */
 static void detach(int fd, struct device **unused)
 {
-	struct device *d = device_fds[fd];
+	struct device *d = entry((unsigned int)fd);
 
 	if (!d || d == &hidden)
 		return;
@@ -248,7 +254,7 @@ int device_close(int fd)
 	pthread_mutex_lock(&account_lock);
 	/* Both under the lock: the next file that gets the number must not find it in the table. */
 	detach(fd, &unused);
-	result = device_fds[fd] == &hidden ? failed(EBADF) : next.close(fd);
+	result = entry((unsigned int)fd) == &hidden ? failed(EBADF) : next.close(fd);
 	pthread_mutex_unlock(&account_lock);
 	free_devices(unused);
 	device_restore_signals(&before);
@@ -266,8 +272,8 @@ int device_close_range(unsigned int first, unsigned int last, int flags)
 	device_mask_signals(&before);
 	pthread_mutex_lock(&account_lock);
 	/* In pieces between those that are hidden. */
-	for (unsigned int fd = first; !result && fd <= last && fd <= top; fd++)
-		if (device_fds[fd] == &hidden) {
+	for (unsigned int fd = first; !result && fd <= last && fd <= __atomic_load_n(&top, __ATOMIC_RELAXED); fd++)
+		if (entry(fd) == &hidden) {
 			if (fd > first)
 				result = next.close_range(first, fd - 1, flags);
 			first = fd + 1;
@@ -296,13 +302,15 @@ static int attach_copy(int fd, struct device *d)
 int device_dup(int fd)
 {
 	struct masked before;
+	struct device *d;
 	int copy;
 
 	if (!is_ours())
 		return next.dup(fd);
 	device_mask_signals(&before);
 	pthread_mutex_lock(&account_lock);
-	copy = device_fds[fd] == &hidden ? failed(EBADF) : attach_copy(next.dup(fd), device_fds[fd]);
+	d = entry((unsigned int)fd);
+	copy = d == &hidden ? failed(EBADF) : attach_copy(next.dup(fd), d);
 	pthread_mutex_unlock(&account_lock);
 	device_restore_signals(&before);
 	return copy;
@@ -318,10 +326,10 @@ int device_dup_to(int fd, int to, int flags, bool dup3)
 		return dup3 ? next.dup3(fd, to, flags) : next.dup2(fd, to);
 	device_mask_signals(&before);
 	pthread_mutex_lock(&account_lock);
-	d = is_device(fd) ? device_fds[fd] : NULL;
+	d = is_device(fd) ? entry((unsigned int)fd) : NULL;
 	if (d == &hidden)
 		copy = failed(EBADF);
-	else if (is_device(to) && device_fds[to] == &hidden)
+	else if (is_device(to) && entry((unsigned int)to) == &hidden)
 		copy = failed(EBUSY); /* dup2(2): it is being opened */
 	else
 		copy = dup3 ? next.dup3(fd, to, flags) : next.dup2(fd, to);
