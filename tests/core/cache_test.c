@@ -239,10 +239,10 @@ static void fork_once(void)
 			_exit(2);
 		if (ummunotify_registration_valid(held))
 			_exit(3);
-		/* The cache's notifier is the parent's. */
-		if (ummunotify_cache_acquire(cache, (void *)start_of(0), PAGE, &argument, &held) != -EBADF)
+		/* The cache's notifier is the parent's, if it was given. */
+		if (cache->given && ummunotify_cache_acquire(cache, (void *)start_of(0), PAGE, &argument, &held) != -EBADF)
 			_exit(4);
-		if (ummunotify_failure()->code != UMMUNOTIFY_FORKED)
+		if (cache->given && ummunotify_failure()->code != UMMUNOTIFY_FORKED)
 			_exit(5);
 		ummunotify_cache_stats(cache, &stats);
 		if (stats.registrations || stats.in_use || stats.hits)
@@ -300,7 +300,7 @@ static bool enough(bool merge)
 	       !merge == !stats.merges;
 }
 
-static void test_threads(double seconds, uint64_t seed, bool merge)
+static void test_threads(double seconds, uint64_t seed, bool merge, bool given)
 {
 	struct ummunotify_registrar merging = registrar;
 	struct ummunotify_cache_options options = {.size = sizeof options, .max_registrations = REGISTRATIONS_MAX};
@@ -310,10 +310,14 @@ static void test_threads(double seconds, uint64_t seed, bool merge)
 	const char *wrong;
 	double end = now() + seconds;
 
-	check(!ummunotify_open_with(&umn, &nothing));
-	options.umn = umn;
+	options.shared = &nothing;
+	if (given) {
+		check(!ummunotify_open_with(&umn, &nothing));
+		options.umn = umn;
+	}
 	merging.merge = merge;
 	check(!ummunotify_cache_open(&cache, &merging, &options));
+	umn = cache->umn;
 	stop = 0;
 	registered = deregistered = hit_count = remap_count = nested_count = fork_count = 0;
 	for (uint32_t b = 0; b < BUFFERS; b++)
@@ -350,7 +354,8 @@ static void test_threads(double seconds, uint64_t seed, bool merge)
 	ummunotify_cache_stats(cache, &stats);
 	check(registered == deregistered && !stats.registrations && !stats.registered_bytes && !stats.not_deregistered);
 	ummunotify_cache_close(cache);
-	ummunotify_close(umn);
+	if (given)
+		ummunotify_close(umn);
 }
 
 /* ---- Without threads ---- */
@@ -582,6 +587,72 @@ static void test_the_last_try_stays_until_the_next_is_made(void)
 	finish();
 }
 
+static int register_changed(void *context, uint64_t address, size_t length, void *argument, void **handle)
+{
+	struct ummunotify_cache *other = argument;
+
+	(void)context;
+	if (counts_while_registering++)
+		return -EIO;
+	/* The change is known to all caches before its registration is published. */
+	change(address, address + length);
+	check(!ummunotify_cache_collect(other, NULL));
+	return register_plain(NULL, address, length, argument, handle);
+}
+
+static void test_what_is_stale_when_it_is_published(void)
+{
+	struct ummunotify_registrar changing = plain;
+	struct ummunotify_registration *registration;
+	struct ummunotify_cache *other;
+
+	registered = deregistered = 0;
+	counts_while_registering = 0;
+	changing.register_memory = register_changed;
+	check(!ummunotify_cache_open(&other, &plain, NULL));
+	check(!ummunotify_cache_open(&cache, &changing, NULL));
+	umn = cache->umn;
+	check(ummunotify_cache_acquire(cache, (void *)BASE, PAGE, other, &registration) == -EIO);
+	check(!ummunotify_cache_find(cache, (void *)BASE, PAGE));
+	check(!ummunotify_cache_collect(cache, NULL) && !stats_now().registrations);
+	finish();
+	ummunotify_cache_close(other);
+}
+
+static void *collect_often(void *unused)
+{
+	chaotic = 3;
+	while (!__atomic_load_n(&stop, __ATOMIC_RELAXED))
+		ummunotify_cache_collect(cache, NULL);
+	return unused;
+}
+
+/* A thread does not find what it has changed, however soon other threads have made the change known. */
+static void test_known_by_other_threads(double seconds)
+{
+	struct ummunotify_registration *registration;
+	pthread_t threads[2];
+	double end = now() + seconds;
+
+	begin(0);
+	umn = cache->umn;
+	stop = 0;
+	for (size_t i = 0; i < LENGTH(threads); i++)
+		check(!pthread_create(&threads[i], NULL, collect_often, NULL));
+	chaotic = 3;
+	while (now() < end) {
+		touch(BASE, PAGE);
+		change(BASE, BASE + 1);
+		registration = ummunotify_cache_find(cache, (void *)BASE, PAGE);
+		check(!registration);
+	}
+	chaotic = 0;
+	__atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
+	for (size_t i = 0; i < LENGTH(threads); i++)
+		pthread_join(threads[i], NULL);
+	finish();
+}
+
 #ifndef UMN_TSAN
 static int fork_while_registering(void *context, uint64_t address, size_t length, void *argument, void **handle)
 {
@@ -647,11 +718,13 @@ int main(int argc, char **argv)
 	test_one_notifier_for_many();
 	test_without_a_source();
 	test_the_last_try_stays_until_the_next_is_made();
+	test_what_is_stale_when_it_is_published();
+	test_known_by_other_threads(seconds / 4);
 #ifndef UMN_TSAN
 	test_a_fork_by_the_registrar();
 #endif
 	test_closed_with_a_registration_in_use();
-	test_threads(seconds / 2, seed, false);
-	test_threads(seconds / 2, seed, true);
+	for (int kind = 0; kind < 4; kind++)
+		test_threads(seconds / 4, seed, kind & 1, kind & 2);
 	return 0;
 }

@@ -7,12 +7,14 @@
 
 #include "common.h"
 #include "include/ummunotify.h"
+#include "notifier/notifier.h"
 #include "process/error.h"
 
 struct ummunotify {
 	struct world world;
 	pthread_mutex_t lock;	  /* growing */
 	pthread_mutex_t dispatch; /* delivering */
+	unsigned int delivering;
 	uint64_t max_regions;
 };
 
@@ -26,6 +28,7 @@ int ummunotify_open_with(struct ummunotify **umn, const struct ummunotify_option
 		return umn_fail(fail_code, fail_open, "", "no source works");
 	*umn = calloc(1, sizeof **umn);
 	make_world(&(*umn)->world, options->max_regions ? options->max_regions : UINT64_MAX);
+	umn_table_restart((*umn)->world.table);
 	pthread_mutex_init(&(*umn)->lock, NULL);
 	pthread_mutex_init(&(*umn)->dispatch, NULL);
 	__sync_fetch_and_add(&opened, 1);
@@ -75,6 +78,18 @@ bool ummunotify_changed(const struct ummunotify *umn)
 	return umn_table_changed(umn->world.table);
 }
 
+const uint64_t *umn_generation_of(const struct ummunotify *umn)
+{
+	return &umn_table_header(umn->world.table)->generation;
+}
+
+uint64_t umn_dispatched(const struct ummunotify *umn)
+{
+	uint64_t seen = umn_table_seen(umn->world.table);
+
+	return __atomic_load_n(&umn->delivering, __ATOMIC_ACQUIRE) ? 0 : seen;
+}
+
 ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const struct ummunotify_event *event, void *context),
 			      void *context)
 {
@@ -84,6 +99,7 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 	size_t n;
 
 	pthread_mutex_lock(&umn->dispatch);
+	__atomic_add_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
 	do {
 		pthread_mutex_lock(&umn->lock);
 		n = umn_table_drain(umn->world.table, drained, LENGTH(drained));
@@ -95,6 +111,7 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 			callback(&events[i], context);
 		count += (ptrdiff_t)n;
 	} while (n == LENGTH(drained));
+	__atomic_sub_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
 	pthread_mutex_unlock(&umn->dispatch);
 	return count;
 }

@@ -14,6 +14,7 @@
 #include <time.h>
 
 #include "cache/entries.h"
+#include "notifier/notifier.h"
 #include "process/error.h"
 
 #define TRIES 16
@@ -26,6 +27,9 @@ static __thread uint32_t depth __attribute__((tls_model("initial-exec")));
 /* Held while a cache is found by one of its entries, while one ends, and while one is made this process's. Comes before the caches' own
  * locks. */
 static pthread_mutex_t caches_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* Others read the events of a notifier that is given. */
+static const uint64_t never_known;
 
 /* Of all caches without a notifier of their own: what is limited, they share. */
 static struct {
@@ -43,6 +47,7 @@ static void in_child(void)
 	/* The parent's is not closed: registrations from before the fork still say that they are not valid. */
 	shared.umn = NULL;
 	shared.users = 0;
+	umn_known_generation = UINT64_MAX;
 }
 
 static void start_once(void)
@@ -101,14 +106,26 @@ static bool relock(struct ummunotify_cache *c, uint32_t epoch)
 
 /* ---- The notifier ---- */
 
+/* Of the shared notifier, which nothing but drop_stale reads: so what was delivered was acted on. While this thread is here, some cache
+ * uses the notifier, and it stays the shared one. */
+static void know_generation(const struct ummunotify *umn)
+{
+	uint64_t generation = umn_dispatched(umn);
+
+	if (generation) /* release: the entries were closed before */
+		__atomic_store_n(&umn_known_generation, generation, __ATOMIC_RELEASE);
+}
+
 /* One user more, of the one that there is, or else of this. */
 static struct ummunotify *share(struct ummunotify *opened)
 {
 	struct ummunotify *umn;
 
 	pthread_mutex_lock(&shared.lock);
-	if (!shared.umn)
+	if (!shared.umn && opened) {
 		shared.umn = opened;
+		know_generation(opened);
+	}
 	umn = shared.umn;
 	shared.users += umn != NULL;
 	pthread_mutex_unlock(&shared.lock);
@@ -147,6 +164,13 @@ static void give_shared_back(void)
 	ummunotify_close(unused);
 }
 
+/* Before any entry is opened, after which hits read the generation. */
+static void set_notifier(struct ummunotify_cache *c, struct ummunotify *umn, const uint64_t *generation)
+{
+	c->umn = umn;
+	__atomic_store_n(&c->generation, generation, __ATOMIC_RELAXED);
+}
+
 /* Without the lock. Where no source works there is no notifier, and that is no error. */
 static int open_notifier(struct ummunotify_cache *c, uint32_t epoch)
 {
@@ -166,7 +190,7 @@ static int open_notifier(struct ummunotify_cache *c, uint32_t epoch)
 		if (error)
 			c->uncached = strdup(ummunotify_error());
 		else
-			c->umn = umn;
+			set_notifier(c, umn, umn_generation_of(umn));
 		__atomic_store_n(&c->must_open, false, __ATOMIC_RELEASE);
 	}
 	pthread_mutex_unlock(&c->lock);
@@ -239,7 +263,11 @@ static int drop_stale(struct ummunotify_cache *c, uint32_t epoch)
 	if (error || !c->umn || !ummunotify_changed(c->umn))
 		return error;
 	count = ummunotify_dispatch(c->umn, on_event, NULL);
-	return count < 0 ? (int)count : 0;
+	if (count < 0)
+		return (int)count;
+	if (!c->given)
+		know_generation(c->umn);
+	return 0;
 }
 
 /* ---- Deregistering ---- */
@@ -867,7 +895,7 @@ int ummunotify_cache_open(struct ummunotify_cache **cache, const struct ummunoti
 	c->max_bytes = wanted.max_bytes ? wanted.max_bytes : UINT64_MAX;
 	c->max_registrations = wanted.max_registrations ? wanted.max_registrations : UINT64_MAX;
 	c->shared = wanted.shared;
-	c->umn = wanted.umn;
+	set_notifier(c, wanted.umn, &never_known);
 	c->epoch = umn_process_current();
 	c->given = c->umn ? c->epoch : 0;
 	c->must_open = !c->umn;

@@ -18,6 +18,8 @@ UMN_STATIC_ASSERT(sizeof(struct umn_rest) == 64, "umn_rest relies on it");
 UMN_STATIC_ASSERT(offsetof(struct umn_slab, entries) == UMN_SLAB_FIRST * sizeof(struct umn_entry), "numbers are places");
 UMN_STATIC_ASSERT(UMN_COUNTS_PER_CHUNK % UMN_SLAB_NUMBERS == 0, "the counts of a slab are in one chunk");
 
+uint64_t umn_known_generation = UINT64_MAX;
+
 /* ---- Hits ---- */
 
 static bool left(struct ummunotify_cache *c, struct umn_entry *entry);
@@ -545,6 +547,12 @@ void umn_entry_publish(struct ummunotify_cache *c, struct umn_entry *entry)
 	entry->slot = region->slot;
 	entry->header = region->header;
 	entry->overflow = __atomic_load_n(&region->overflow, __ATOMIC_RELAXED);
+	/* With the lock held: either the change's event comes later, and then finds the region here, or the change is seen here. So none
+	 * becomes known that leaves a stale entry open. */
+	if (!umn_entry_untouched(entry)) {
+		umn_rest(entry)->place = UMN_RETIRED;
+		return;
+	}
 	umn_rest(entry)->place = UMN_OPEN;
 	heap_add(c, entry, entry->stamp);
 	link_entry(c, entry);

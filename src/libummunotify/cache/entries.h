@@ -106,13 +106,18 @@ struct umn_call {
 #define UMN_HIT_PAGE 65536 /* the largest pages that there are */
 #endif
 
+/* The generation of the shared notifier up to which every change is known to the caches: what it hit is not open any more. Never 0,
+ * as a closed notifier's is. See umn_entry_unchanged. */
+extern uint64_t umn_known_generation __attribute__((visibility("hidden")));
+
 struct ummunotify_cache {
 	/* What hits read; rarely written. Zeros in a child. */
 	union {
 		struct {
 			struct umn_index *index;
 			uint64_t orders; /* bit n: there are entries of order n */
-			uint32_t clock;	 /* counts registrations */
+			const uint64_t *generation; /* the shared notifier's; or of a notifier with other readers, one that is never known */
+			uint32_t clock; /* counts registrations */
 		};
 		char page[UMN_HIT_PAGE];
 	};
@@ -149,7 +154,7 @@ struct ummunotify_cache {
 
 /* ---- Hits ---- */
 
-/* At least 1, as that takes less to calculate. */
+/* At least 1. */
 static inline uint32_t umn_order(uint64_t length)
 {
 	return 64 - (uint32_t)__builtin_clzll((length - 1) | 1);
@@ -211,6 +216,20 @@ static inline bool umn_entry_valid(const struct umn_entry *entry)
 		umn_region_valid((const struct umn_region *)umn_rest(entry)->region));
 }
 
+/*
+ * No watched region was hit by a change that is not known yet: so an entry that was found open after `known` was loaded is untouched,
+ * and its slot's line need not be read.
+ *
+ * If the caller can know of a change, the generation loaded here counts it (see umn_region_untouched). If `known` is that number,
+ * the entries that it hit were closed before `known` was stored (release), so the caller, who loaded `known` (acquire) first, did not
+ * find them open. In the other order an entry could be found open, be closed by another thread that makes its change known, and
+ * pass for untouched.
+ */
+static inline bool umn_entry_unchanged(const struct ummunotify_cache *c, uint64_t known)
+{
+	return __atomic_load_n(__atomic_load_n(&c->generation, __ATOMIC_RELAXED), __ATOMIC_ACQUIRE) == known;
+}
+
 static inline bool umn_entry_contains(const struct umn_entry *entry, uint64_t start, uint64_t end)
 {
 	return __atomic_load_n(&entry->shown.start, __ATOMIC_RELAXED) <= start &&
@@ -239,7 +258,7 @@ UMN_ALWAYS_INLINE struct umn_entry *umn_entry_hit(struct ummunotify_cache *c, ui
 {
 	/* Acquire, here and with the link: what these pointers lead to was initialised before they were published. In a
 	 * child there are no orders, and the index is not looked at. */
-	uint64_t orders = __atomic_load_n(&c->orders, __ATOMIC_ACQUIRE) & umn_orders_for(end - start);
+	uint64_t orders = __atomic_load_n(&c->orders, __ATOMIC_ACQUIRE), known = __atomic_load_n(&umn_known_generation, __ATOMIC_ACQUIRE);
 	struct umn_entry *entry;
 	uint32_t order;
 	int32_t *count;
@@ -249,7 +268,12 @@ UMN_ALWAYS_INLINE struct umn_entry *umn_entry_hit(struct ummunotify_cache *c, ui
 	/* Empty, or it wraps round. */
 	if (!umn_likely(orders && start < end))
 		return NULL;
-	order = (uint32_t)__builtin_ctzll(orders);
+	/* The shortest that may hold so many bytes: mostly the first. To calculate it (umn_order) takes longer on many CPUs. */
+	while ((end - start - 1) >> (order = (uint32_t)__builtin_ctzll(orders))) {
+		orders &= orders - 1;
+		if (!orders)
+			return NULL;
+	}
 	link = __atomic_load_n(umn_bucket(__atomic_load_n(&c->index, __ATOMIC_ACQUIRE), start >> order, order), __ATOMIC_ACQUIRE);
 	entry = umn_entry_of(link);
 	if (!umn_likely(link && umn_entry_contains(entry, start, end)))
@@ -262,7 +286,7 @@ UMN_ALWAYS_INLINE struct umn_entry *umn_entry_hit(struct ummunotify_cache *c, ui
 	umn_count_up(count);
 	*counted = entry;
 	if (!umn_likely(__atomic_load_n(&entry->open, UMN_OPEN_ORDER) == UMN_OPENED && umn_entry_contains(entry, start, end) &&
-			umn_entry_untouched(entry)))
+			(umn_entry_unchanged(c, known) || umn_entry_untouched(entry))))
 		return NULL;
 	/* The count of hits lies where the counts of the slab's numbers begin. */
 	umn_count_hit((uint64_t *)((uintptr_t)count & -(UMN_SLAB_NUMBERS * sizeof *count)));
@@ -272,11 +296,12 @@ UMN_ALWAYS_INLINE struct umn_entry *umn_entry_hit(struct ummunotify_cache *c, ui
 /* One user less. True: there is something to deregister. */
 UMN_ALWAYS_INLINE bool umn_entry_release(struct ummunotify_cache *c, struct umn_entry *entry)
 {
+	uint64_t known = __atomic_load_n(&umn_known_generation, __ATOMIC_ACQUIRE);
 	uint32_t clock;
 	int32_t *count;
 
 	/* A stale one is to be deregistered soon, no more, so the check that costs nothing will do. */
-	if (!umn_likely(umn_entry_is_open(entry) && umn_entry_untouched(entry)))
+	if (!umn_likely(umn_entry_is_open(entry) && (umn_entry_unchanged(c, known) || umn_entry_untouched(entry))))
 		return umn_entry_release_slowly(c, entry, true);
 	/* Mostly it is not another, and the line stays as it is for other threads. */
 	clock = __atomic_load_n(&c->clock, __ATOMIC_RELAXED);

@@ -496,6 +496,20 @@ uint64_t ummunotify_generation(struct ummunotify *umn)
 	return umn_table_generation(umn->table);
 }
 
+const uint64_t *umn_generation_of(const struct ummunotify *umn)
+{
+	return &umn_table_header(umn->table)->generation;
+}
+
+uint64_t umn_dispatched(const struct ummunotify *umn)
+{
+	/* In this order, as dispatch counts itself in before it takes an event off the list: if nothing is being delivered now, all that
+	 * the table counted as reported before was delivered. */
+	uint64_t seen = umn_table_seen(umn->table);
+
+	return __atomic_load_n(&umn->delivering, __ATOMIC_ACQUIRE) ? 0 : seen;
+}
+
 int ummunotify_stats(struct ummunotify *umn, struct ummunotify_stats *stats)
 {
 	struct umn_table_stats of_table;

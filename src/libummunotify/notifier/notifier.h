@@ -22,6 +22,12 @@ struct umn_reading {
  * readable if, and only if, there is something to read. */
 ptrdiff_t umn_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading);
 
+/* Counts the changes; 0 once the notifier is closed. */
+const uint64_t *umn_generation_of(const struct ummunotify *umn);
+
+/* A generation up to which every change has been delivered, and acted on if all is read by ummunotify_dispatch; 0: not known now. */
+uint64_t umn_dispatched(const struct ummunotify *umn);
+
 /* Once it has been reported, a region must be renewed for its changes to be reported again. */
 bool umn_must_renew(const struct ummunotify *umn);
 

@@ -296,9 +296,9 @@ void umn_table_restart(struct umn_table *t)
 	if (!lock(t))
 		return;
 	umn_grace_wait(t); /* a feeder of the self-test's changes may still count up */
-	store(&t->header->generation, 0);
-	store(&t->seen, 0);
-	t->settled = 0;
+	store(&t->header->generation, UMN_FIRST_GENERATION);
+	store(&t->seen, UMN_FIRST_GENERATION);
+	t->settled = UMN_FIRST_GENERATION;
 	unlock(t);
 }
 
@@ -365,6 +365,7 @@ static void stop_source(struct umn_table *t)
 	uint32_t s, c, i;
 
 	__sync_fetch_and_add(&t->header->overflow, 1);
+	__sync_fetch_and_add(&t->header->generation, 1);
 	t->source->stop(t->source);
 	for (s = 0; s < t->segment_count; s++)
 		for (c = 0; c < t->segments[s].pages * UMN_CHUNKS_PER_PAGE; c++)
