@@ -182,7 +182,7 @@ what takes the time; to wake a thread on an idle CPU of a virtual machine takes 
 times for that reason. Where nobody looks, none of it is paid.
 
 The system call in `changed` and `valid` is the barrier that closes the window in which the kernel has given
-an address away and not told yet (`core/uffd.c` has the argument). Through `bpf` and `daemon` there is none.
+an address away and not told yet (`sources/uffd.c` has the argument). Through `bpf` and `daemon` there is none.
 
 Huge pages: of memory that could have {HUGE_PAGES}, the kernel makes {nothing} where nothing is watched, {everything}
 where all of it is watched, and {a_page} where one small page in the middle is: a mapping's watched part becomes a

@@ -86,6 +86,12 @@ uint64_t bench_misses(const uint64_t *addresses, uint32_t n, uint64_t length, ui
 
 #ifdef WITH_UCX
 
+#ifdef UCX_ALIGNMENT_IN_GET /* in newer versions */
+#define ALIGNMENT UCS_RCACHE_MIN_ALIGNMENT,
+#else
+#define ALIGNMENT
+#endif
+
 static ucs_status_t reg(void *context, ucs_rcache_t *rcache, void *arg, ucs_rcache_region_t *region, uint16_t flags)
 {
 	(void)context, (void)rcache, (void)arg, (void)region, (void)flags;
@@ -109,8 +115,10 @@ void *bench_ucx_new(void)
 	static const ucs_rcache_ops_t ops = {.mem_reg = reg, .mem_dereg = dereg, .dump_region = dump};
 	const ucs_rcache_params_t params = {
 		.region_struct_size = sizeof(ucs_rcache_region_t) + 16,
+#ifndef UCX_ALIGNMENT_IN_GET
 		.alignment = UCS_RCACHE_MIN_ALIGNMENT,
 		.max_alignment = 4096,
+#endif
 		.ucm_events = UCM_EVENT_VM_UNMAPPED,
 		.ucm_event_priority = 1000,
 		.ops = &ops,
@@ -129,7 +137,7 @@ uint64_t bench_ucx_hits(void *rcache, const uint64_t *addresses, uint32_t n, uin
 	ucs_rcache_region_t *region;
 
 	for (uint32_t i = 0; i < n; i++) {
-		if (ucs_rcache_get(rcache, (void *)addresses[i], length, PROT_READ | PROT_WRITE, NULL, &region) != UCS_OK)
+		if (ucs_rcache_get(rcache, (void *)addresses[i], length, ALIGNMENT PROT_READ | PROT_WRITE, NULL, &region) != UCS_OK)
 			return NOT_FOUND;
 		ucs_rcache_region_put(rcache, region);
 	}

@@ -64,6 +64,8 @@ def _ucx() -> tuple[str, list[str]] | None:
     if wheel is not None and wheel.submodule_search_locations:
         root = Path(wheel.submodule_search_locations[0])
         flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}"]
+        if "size_t alignment, int prot" in (root / "include/ucs/memory/rcache.h").read_text():
+            flags.append("-DUCX_ALIGNMENT_IN_GET")
         return f"UCX {metadata.version('libucx-cu12')} (PyPI's)", flags
     if Path("/usr/include/ucs/memory/rcache.h").exists():
         version = subprocess.run(["pkg-config", "--modversion", "ucx"], capture_output=True, text=True).stdout.strip()

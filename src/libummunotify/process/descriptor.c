@@ -8,23 +8,33 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
+
+/* The system call itself. A thread may have a descriptor table of its own; in libummunotify-device.so, close() is the device's, whose
+ * account is of the program's table: it would take a device's descriptor of the same number for closed. */
+static void close_number(int fd)
+{
+	syscall(SYS_close, fd);
+}
+
 void umn_descriptor_set(struct umn_descriptor *descriptor, int fd)
 {
-	struct stat status;
+	struct stat file = {0};
 
-	descriptor->fd = fd;
-	if (fd >= 0 && !fstat(fd, &status)) {
-		descriptor->device = status.st_dev;
-		descriptor->inode = status.st_ino;
-	}
+	if (fd >= 0)
+		fstat(fd, &file);
+	store(&descriptor->device, file.st_dev);
+	store(&descriptor->inode, file.st_ino);
+	store(&descriptor->fd, fd);
 }
 
 bool umn_descriptor_intact(const struct umn_descriptor *descriptor)
 {
-	struct stat status;
-	int kept = errno;
-	bool intact = descriptor->fd >= 0 && !fstat(descriptor->fd, &status) && status.st_dev == descriptor->device &&
-		      status.st_ino == descriptor->inode;
+	int fd = load(&descriptor->fd), kept = errno;
+	struct stat file;
+	bool intact = fd >= 0 && !fstat(fd, &file) && file.st_dev == load(&descriptor->device) &&
+		      file.st_ino == load(&descriptor->inode);
 
 	errno = kept;
 	return intact;
@@ -32,9 +42,12 @@ bool umn_descriptor_intact(const struct umn_descriptor *descriptor)
 
 void umn_descriptor_close(struct umn_descriptor *descriptor)
 {
-	if (umn_descriptor_intact(descriptor))
-		close(descriptor->fd);
-	descriptor->fd = -1;
+	int fd = descriptor->fd;
+	bool intact = umn_descriptor_intact(descriptor);
+
+	store(&descriptor->fd, -1);
+	if (intact)
+		close_number(fd);
 }
 
 #ifndef CLOSE_RANGE_UNSHARE
@@ -71,6 +84,6 @@ int umn_descriptors_unshare(int *fds, size_t count)
 void umn_close(int *fd)
 {
 	if (*fd >= 0)
-		close(*fd);
+		close_number(*fd);
 	*fd = -1;
 }

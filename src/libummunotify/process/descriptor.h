@@ -20,7 +20,8 @@ struct umn_descriptor {
 };
 #define UMN_NO_DESCRIPTOR {.fd = -1}
 
-/* Notes down an open descriptor. */
+/* Notes down an open descriptor, or that there is none (-1). Other threads may call umn_descriptor_intact meanwhile: they find the old
+ * file, the new one, or that the two do not belong together. */
 void umn_descriptor_set(struct umn_descriptor *descriptor, int fd);
 
 /* Does the number still lead to the file? One system call; keeps errno. Another thread of the program can change that at any

@@ -96,11 +96,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "process/descriptor.h"
 #include "process/process.h"
 #include "table/user_feeder.h"
 
-/* The system call itself. The reader has a descriptor table of its own; in libummunotify-device.so, close() is the device's, whose
- * account is of the program's table: it would take a device's descriptor of the same number for closed. */
+/* The system call itself, as in process/descriptor.c. */
 #define close(fd) syscall(SYS_close, fd)
 
 /* Linux 5.11, 6.1 and 5.18; not in all headers yet. */
@@ -143,16 +143,10 @@
 /* Ordered after all that the thread did before, system calls too. */
 #define load_after(p) __sync_fetch_and_add(p, 0)
 
-/* An open file, and how to know that the number is still its own. */
-struct descriptor {
-	int fd; /* -1: none */
-	uint64_t device, inode;
-};
-
 struct umn_uffd {
 	struct umn_source source; /* first: one is cast to the other */
 	struct umn_memory memory;
-	struct descriptor woken, wake; /* a pair of sockets: readable after a wake-up, and where the wake-up is sent */
+	struct umn_descriptor woken, wake; /* a pair of sockets: readable after a wake-up, and where the wake-up is sent */
 	uint64_t *counter;	       /* see announce; or NULL */
 	uint64_t fed;		       /* the generation after what was fed so far; the reader's */
 	bool announced;		       /* the reader's */
@@ -171,7 +165,7 @@ struct boundary {
 
 static struct {
 	/* Read by any thread. */
-	struct descriptor uffd; /* -1: nothing is watched */
+	struct umn_descriptor uffd; /* -1: nothing is watched */
 	uint32_t instance;	/* counted up when one ends */
 	uint32_t over;		/* the instance whose userfaultfd was found closed */
 	uint32_t cycle;
@@ -182,8 +176,8 @@ static struct {
 	uint32_t moved_in, moved_out;
 
 	pthread_mutex_t lock;	  /* of the rest */
-	struct descriptor device; /* /dev/userfaultfd, if that is what works */
-	struct descriptor maps;	  /* see mapping_at */
+	struct umn_descriptor device; /* /dev/userfaultfd, if that is what works */
+	struct umn_descriptor maps;	  /* see mapping_at */
 	bool no_query;		  /* the kernel cannot be asked about single mappings */
 	bool proven;
 	bool lends; /* the reader can have a descriptor table of its own */
@@ -219,34 +213,6 @@ static size_t page_size(void)
 
 /* ---- Descriptors ---- */
 
-static void describe(struct descriptor *descriptor, int fd)
-{
-	struct stat file = {0};
-
-	fstat(fd, &file);
-	store(&descriptor->device, file.st_dev);
-	store(&descriptor->inode, file.st_ino);
-	store(&descriptor->fd, fd);
-}
-
-static bool is_ours(const struct descriptor *descriptor)
-{
-	int fd = load(&descriptor->fd);
-	struct stat file;
-
-	return fd >= 0 && !fstat(fd, &file) && file.st_dev == load(&descriptor->device) && file.st_ino == load(&descriptor->inode);
-}
-
-static void close_ours(struct descriptor *descriptor)
-{
-	int fd = descriptor->fd;
-	bool ours = is_ours(descriptor);
-
-	store(&descriptor->fd, -1);
-	if (ours)
-		close(fd);
-}
-
 /* A copy of what `fd` is in the descriptor table of `thread`, in the caller's table; or -1. */
 static int borrow(pid_t thread, int fd)
 {
@@ -261,14 +227,14 @@ static int borrow(pid_t thread, int fd)
 	return copy;
 }
 
-static bool borrow_ours(const struct descriptor *lent, struct descriptor *copy)
+static bool borrow_ours(const struct umn_descriptor *lent, struct umn_descriptor *copy)
 {
 	int fd = borrow(load(&uffd_state.lender), lent->fd);
 
 	copy->fd = -1;
 	if (fd < 0)
 		return false;
-	describe(copy, fd);
+	umn_descriptor_set(copy, fd);
 	if (copy->device == lent->device && copy->inode == lent->inode)
 		return true;
 	close(fd);
@@ -286,13 +252,13 @@ static int open_uffd(struct umn_uffd_failure *failure)
 
 	*failure = (struct umn_uffd_failure){.step = UMN_UFFD_OPEN};
 	/* With UFFD_USER_MODE_ONLY it is open to everybody, whatever vm.unprivileged_userfaultfd says. */
-	fd = is_ours(&uffd_state.device) ? -1 : (int)syscall(SYS_userfaultfd, flags);
+	fd = umn_descriptor_intact(&uffd_state.device) ? -1 : (int)syscall(SYS_userfaultfd, flags);
 	if (fd < 0) {
-		if (!is_ours(&uffd_state.device)) {
+		if (!umn_descriptor_intact(&uffd_state.device)) {
 			failure->error = errno;
 			device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 			if (device >= 0)
-				describe(&uffd_state.device, device);
+				umn_descriptor_set(&uffd_state.device, device);
 			else
 				uffd_state.device.fd = -1;
 		}
@@ -546,10 +512,10 @@ static bool open_maps(void)
 
 	if (uffd_state.no_query)
 		return false;
-	if (!is_ours(&uffd_state.maps)) {
+	if (!umn_descriptor_intact(&uffd_state.maps)) {
 		uffd_state.maps.fd = -1;
 		if ((fd = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC)) >= 0)
-			describe(&uffd_state.maps, fd);
+			umn_descriptor_set(&uffd_state.maps, fd);
 	}
 	return uffd_state.maps.fd >= 0;
 }
@@ -564,7 +530,7 @@ static int mapping_at(uint64_t address, struct mapping *mapping)
 		error = query_mapping(uffd_state.maps.fd, address, mapping);
 		if (!error || error == UMN_UFFD_UNMAPPED)
 			return error;
-		close_ours(&uffd_state.maps);
+		umn_descriptor_close(&uffd_state.maps);
 		uffd_state.no_query = true;
 	}
 	if (!open_text(&text))
@@ -593,15 +559,15 @@ static uint64_t end_of_room(const struct mapping *mapping)
 
 struct reader {
 	bool has_own_table;
-	struct descriptor uffd, maps;
-	struct descriptor wake[UMN_UFFD_TABLES_MAX]; /* copies of the tables', by their place in uffd_state.tables */
+	struct umn_descriptor uffd, maps;
+	struct umn_descriptor wake[UMN_UFFD_TABLES_MAX]; /* copies of the tables', by their place in uffd_state.tables */
 	uint64_t low, high;			     /* all that events were about lies between */
 };
 
 /* The descriptors of the wake-up are sockets, and not an eventfd, as these have an inode to themselves and send() raises no SIGPIPE. */
-static void send_wake_up(const struct descriptor *wake)
+static void send_wake_up(const struct umn_descriptor *wake)
 {
-	if (is_ours(wake) && send(wake->fd, "", 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+	if (umn_descriptor_intact(wake) && send(wake->fd, "", 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
 		return; /* it is readable already */
 }
 
@@ -729,15 +695,15 @@ static void count_event(void)
  * before it returns. */
 static void borrow_wakes(struct reader *r)
 {
-	const struct descriptor none = {.fd = -1};
+	const struct umn_descriptor none = UMN_NO_DESCRIPTOR;
 
 	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++) {
 		struct umn_uffd *u = load(&uffd_state.tables[i]);
-		const struct descriptor *wake = u && load(&u->wake.fd) >= 0 ? &u->wake : &none;
+		const struct umn_descriptor *wake = u && load(&u->wake.fd) >= 0 ? &u->wake : &none;
 
 		if (r->wake[i].inode == wake->inode)
 			continue;
-		close_ours(&r->wake[i]);
+		umn_descriptor_close(&r->wake[i]);
 		if (u && wake->inode && !borrow_ours(wake, &r->wake[i])) {
 			/* The program has closed it. Without wake-ups a change could go unnoticed. */
 			store(&u->broken, true);
@@ -755,7 +721,7 @@ static int take_events(struct reader *r)
 	size_t room;
 
 	__sync_fetch_and_add(&uffd_state.cycle, 1); /* a */
-	if (r->has_own_table || is_ours(&r->uffd)) {
+	if (r->has_own_table || umn_descriptor_intact(&r->uffd)) {
 		room = load(&uffd_state.stopping) ? EVENTS : announce(r); /* then it is the bell, and nothing is watched */
 		length = read(r->uffd.fd, events, room * sizeof *events);
 		count = length > 0 ? length / (ssize_t)sizeof *events : length < 0 && errno != EAGAIN && errno != EINTR ? -1 : 0;
@@ -866,7 +832,7 @@ static void *reader(void *unused)
 	/* Here, since whatever the thread that stops this one did after it, free() for one, might itself wait for a reader. */
 	if (polled.fd >= 0)
 		end_registrations(&r);
-	close_ours(&r.uffd);
+	umn_descriptor_close(&r.uffd);
 	return unused;
 }
 
@@ -921,7 +887,7 @@ static bool wait_delivered(struct umn_source *source, unsigned int milliseconds)
 		if (has_ended(u, load(&uffd_state.instance)))
 			return false;
 		if (!is_quiet) {
-			result = tries || is_ours(&uffd_state.uffd) ? barrier(load(&uffd_state.uffd.fd)) : NO_UFFD;
+			result = tries || umn_descriptor_intact(&uffd_state.uffd) ? barrier(load(&uffd_state.uffd.fd)) : NO_UFFD;
 			if (result == NO_UFFD) {
 				/* The program has closed it; or this thread has a descriptor table of its own; or the last region was
 				 * just unwatched. What woke this thread is fed by the end of that cycle. */
@@ -1257,7 +1223,7 @@ static bool start(struct umn_uffd_failure *failure)
 		uffd_state.high = 0;
 		store(&uffd_state.lender, (pid_t)syscall(SYS_gettid));
 		sem_init(&uffd_state.ready, 0, 0);
-		describe(&uffd_state.uffd, fd);
+		umn_descriptor_set(&uffd_state.uffd, fd);
 		failure->step = UMN_UFFD_THREAD;
 		failure->error = start_thread(reader, NULL);
 		if (!failure->error) {
@@ -1281,14 +1247,14 @@ static bool start(struct umn_uffd_failure *failure)
 /* Ends the instance. */
 static void stop(void)
 {
-	struct descriptor uffd = uffd_state.uffd;
+	struct umn_descriptor uffd = uffd_state.uffd;
 
 	store(&uffd_state.uffd.fd, -1);
 	__sync_fetch_and_add(&uffd_state.instance, 1);
 	store(&uffd_state.stopping, 1);
 	/* Before the reader ends, as it unregisters what it cannot find by closing. If both have one, it is the reader's to close. */
 	if (uffd_state.has_own_table)
-		close_ours(&uffd);
+		umn_descriptor_close(&uffd);
 	/* Not MADV_DONTNEED: that fails for memory that mlockall has locked. */
 	munmap(uffd_state.bell, page_size());
 	uffd_state.bell = NULL;
@@ -1301,7 +1267,7 @@ static void end_if_closed(void)
 {
 	struct umn_uffd *u;
 
-	if (load(&uffd_state.uffd.fd) < 0 || (load(&uffd_state.over) != uffd_state.instance && is_ours(&uffd_state.uffd)))
+	if (load(&uffd_state.uffd.fd) < 0 || (load(&uffd_state.over) != uffd_state.instance && umn_descriptor_intact(&uffd_state.uffd)))
 		return;
 	store(&uffd_state.over, uffd_state.instance);
 	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++) {
@@ -1324,7 +1290,7 @@ static int watch_in(struct umn_uffd *u, uint64_t start_address, uint64_t end)
 	int error;
 
 	end_if_closed();
-	if (!is_over(u) && load(&u->wake.fd) >= 0 && !(is_ours(&u->wake) && is_ours(&u->woken)))
+	if (!is_over(u) && load(&u->wake.fd) >= 0 && !(umn_descriptor_intact(&u->wake) && umn_descriptor_intact(&u->woken)))
 		store(&u->broken, true);
 	if (is_over(u))
 		return UMN_UFFD_CLOSED;
@@ -1475,9 +1441,9 @@ static bool try_out(struct umn_uffd_failure *failure)
 void umn_uffd_in_child(void)
 {
 	/* Locks may be held by threads that do not exist here, and memory be in the middle of a change: forget both. */
-	close_ours(&uffd_state.uffd);
-	close_ours(&uffd_state.device);
-	close_ours(&uffd_state.maps);
+	umn_descriptor_close(&uffd_state.uffd);
+	umn_descriptor_close(&uffd_state.device);
+	umn_descriptor_close(&uffd_state.maps);
 	if (uffd_state.stack)
 		unmap_stack();
 	memset(uffd_state.tables, 0, sizeof uffd_state.tables);
@@ -1500,8 +1466,8 @@ static void close_if_unused(void)
 {
 	if (uffd_state.table_count)
 		return;
-	close_ours(&uffd_state.maps);
-	close_ours(&uffd_state.device);
+	umn_descriptor_close(&uffd_state.maps);
+	umn_descriptor_close(&uffd_state.device);
 	free(uffd_state.boundaries);
 	uffd_state.boundaries = NULL;
 	uffd_state.capacity = 0;
@@ -1605,16 +1571,16 @@ static int make_wake_fd(struct umn_uffd *u)
 		return EINVAL; /* the reader does not know it yet */
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair))
 		return errno;
-	describe(&u->woken, pair[0]);
-	describe(&u->wake, pair[1]);
+	umn_descriptor_set(&u->woken, pair[0]);
+	umn_descriptor_set(&u->wake, pair[1]);
 	end_if_closed();
 	if (load(&uffd_state.uffd.fd) >= 0 && uffd_state.has_own_table) {
 		store(&uffd_state.lender, (pid_t)syscall(SYS_gettid));
 		error = ring();
 	}
 	if (error) {
-		close_ours(&u->wake);
-		close_ours(&u->woken);
+		umn_descriptor_close(&u->wake);
+		umn_descriptor_close(&u->woken);
 	}
 	return error;
 }
@@ -1626,7 +1592,7 @@ int umn_uffd_wake_fd(struct umn_uffd *u)
 	pthread_mutex_lock(&uffd_state.lock);
 	if (load(&u->woken.fd) < 0)
 		error = make_wake_fd(u);
-	else if (!is_ours(&u->woken) || !is_ours(&u->wake))
+	else if (!umn_descriptor_intact(&u->woken) || !umn_descriptor_intact(&u->wake))
 		error = UMN_UFFD_CLOSED;
 	pthread_mutex_unlock(&uffd_state.lock);
 	return error ? -error : u->woken.fd;
@@ -1636,7 +1602,7 @@ void umn_uffd_acknowledge(struct umn_uffd *u)
 {
 	char bytes[64];
 
-	if (is_ours(&u->woken))
+	if (umn_descriptor_intact(&u->woken))
 		while (recv(u->woken.fd, bytes, sizeof bytes, MSG_DONTWAIT) == sizeof bytes)
 			;
 }
@@ -1659,8 +1625,8 @@ void umn_uffd_close(struct umn_uffd *u)
 		close_if_unused();
 		pthread_mutex_unlock(&uffd_state.lock);
 	}
-	close_ours(&u->wake);
-	close_ours(&u->woken);
+	umn_descriptor_close(&u->wake);
+	umn_descriptor_close(&u->woken);
 }
 
 void umn_uffd_delete(struct umn_uffd *u)
