@@ -739,23 +739,13 @@ static int check_range(const void *address, size_t length)
 /* What is not inline is called last, with all that it needs in registers: see umn_likely. */
 #define NOINLINE __attribute__((noinline))
 
-static NOINLINE struct ummunotify_registration *find_slowly(struct ummunotify_cache *c, const void *address, size_t length,
-							     struct umn_entry *counted)
-{
-	const uint64_t start = (uintptr_t)address;
-
-	if (!counted && (!length || start + length < start))
-		return NULL;
-	return (struct ummunotify_registration *)umn_entry_hit_slowly(c, start, start + length, counted);
-}
-
 struct ummunotify_registration *ummunotify_cache_find(struct ummunotify_cache *c, const void *address, size_t length)
 {
 	const uint64_t start = (uintptr_t)address;
 	struct umn_entry *counted, *entry = umn_entry_hit(c, start, start + length, &counted);
 
 	if (!umn_likely(entry))
-		return find_slowly(c, address, length, counted);
+		entry = umn_entry_hit_slowly(c, start, start + length, counted);
 	return (struct ummunotify_registration *)entry;
 }
 
@@ -763,8 +753,8 @@ static NOINLINE int acquire_slowly(struct ummunotify_cache *c, const void *addre
 				   struct ummunotify_registration **registration, struct umn_entry *counted)
 {
 	const uint64_t start = (uintptr_t)address;
-	int error = counted ? 0 : check_range(address, length);
-	struct umn_entry *entry = error ? NULL : umn_entry_hit_slowly(c, start, start + length, counted);
+	struct umn_entry *entry = umn_entry_hit_slowly(c, start, start + length, counted);
+	int error = entry ? 0 : check_range(address, length);
 
 	if (!entry && !error) {
 		depth++;

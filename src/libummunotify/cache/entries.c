@@ -57,8 +57,12 @@ struct umn_entry *umn_entry_hit_slowly(struct ummunotify_cache *c, uint64_t star
 {
 	struct umn_entry *entry = counted;
 
+	if (entry && !umn_entry_contains(entry, start, end)) { /* another on the same chain */
+		count_down(c, entry);
+		entry = NULL;
+	}
 	if (!entry) {
-		entry = search(c, start, end);
+		entry = start < end ? search(c, start, end) : NULL; /* or it is empty, or wraps round */
 		if (!entry)
 			return NULL;
 		umn_users_add(entry->users, &umn_rest(entry)->others, 1);

@@ -276,10 +276,10 @@ UMN_ALWAYS_INLINE struct umn_entry *umn_entry_hit(struct ummunotify_cache *c, ui
 	}
 	link = __atomic_load_n(umn_bucket(__atomic_load_n(&c->index, __ATOMIC_ACQUIRE), start >> order, order), __ATOMIC_ACQUIRE);
 	entry = umn_entry_of(link);
-	if (!umn_likely(link && umn_entry_contains(entry, start, end)))
+	if (!umn_likely(link))
 		return NULL;
-	/* So far a guess: the entry may have become another since. First the count, then the check that it is open; see users.h.
-	 * Acquire: what is read from here on was written before it was opened, and stays so while it is counted. */
+	/* So far a guess, and the entry may become another at any time. First the count, then all checks; see users.h. Acquire: what is
+	 * read from here on was written before it was opened, and stays so while it is counted. */
 	count = umn_users_count(entry->users);
 	if (!umn_likely(count))
 		return NULL;
