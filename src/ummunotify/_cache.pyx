@@ -428,7 +428,7 @@ cdef class RegistrationCache:
         return registration
 
     cdef int _warn(self, list errors) except -1:
-        """Tell the caller, at his line, of what is not his error."""
+        """Warn at the caller's line of what is no error of the call."""
         cdef const char *reason
         if errors:
             warnings.warn(str(DeregistrationError(errors)), RuntimeWarning, stacklevel=1)

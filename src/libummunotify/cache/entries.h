@@ -26,7 +26,7 @@
 
 #define UMN_CHAIN_MAX 64 /* links that a hit follows */
 
-/* For those who hold the lock. */
+/* Where an entry is. Read and written with the lock held. */
 enum umn_place {
 	UMN_FREE,
 	UMN_RESERVED,
@@ -221,7 +221,7 @@ static inline bool umn_entry_valid(const struct umn_entry *entry)
  * and its slot's line need not be read.
  *
  * If the caller can know of a change, the generation loaded here counts it (see umn_region_untouched). If `known` is that number,
- * the entries that it hit were closed before `known` was stored (release), so the caller, who loaded `known` (acquire) first, did not
+ * the entries that it hit were closed before `known` was stored (release), so the caller, having loaded `known` (acquire) first, did not
  * find them open. In the other order an entry could be found open, be closed by another thread that makes its change known, and
  * pass for untouched.
  */
@@ -326,7 +326,7 @@ bool umn_entries_start(struct ummunotify_cache *c);
 /* In the child of a fork: as after umn_entries_start. What was there is the parent's, and stays where it is. */
 void umn_entries_forget(struct ummunotify_cache *c);
 
-/* The slabs go to the next caches, but for those with an entry in use. Nobody else uses the cache. */
+/* The slabs go to the next caches, but for those with an entry in use. No other thread uses the cache. */
 void umn_entries_end(struct ummunotify_cache *c);
 
 /* An entry for [start, end), which counts as registered from now on. NULL: there is no memory. */

@@ -73,7 +73,7 @@ static struct umn_thread *take_thread(void)
 			return NULL;
 		thread->taken = 1;
 		thread->next = __atomic_load_n(&threads, __ATOMIC_RELAXED);
-		/* Release: what is found there is initialised. It is found by all who look after a barrier: it comes before
+		/* Release: what is found there is initialised. A walk of the list after a barrier finds it: it comes before
 		 * anything that the thread counts. */
 		while (!__atomic_compare_exchange_n(&threads, &thread->next, thread, true, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
 			;

@@ -80,10 +80,6 @@ class _Loading:
             self._program = self._load()
         except UnavailableError as error:
             self._error = error
-        except BaseException as error:
-            # No signal handler runs here. So this is a defect, for which another source may make up.
-            self._error = UnavailableError(f"{type(error).__name__}: {error}", "please report this")
-            self._error.__cause__ = error
         finally:
             # In this order: a call that comes in between finds the program.
             _loading.pop(self._key, None)

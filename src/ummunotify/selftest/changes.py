@@ -733,7 +733,7 @@ def refused(number: int, *arguments: Callable[[Memory], int]) -> Act:
             finally:
                 ready.set()
 
-        run_code(RETURN)  # the code is mapped before anybody is asked
+        run_code(RETURN)  # maps the code before a source is asked
         thread = threading.Thread(target=caller)
         thread.start()
         ready.wait()
