@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support import LONG, hit, watch
@@ -252,3 +254,57 @@ def test_interpreter_exit() -> None:
         with process:
             results[name] = (process.communicate(timeout=LONG)[0], process.returncode)
     assert results == dict.fromkeys(ENDINGS, ("", 0))
+
+
+# ---- The kernel refuses more memory ----
+
+REFUSE = {
+    # A mapping of a page, until there are as many as there may be.
+    "vm.max_map_count": """
+        protection = 1
+        while libc.mmap(None, 4096, protection, 0x22, -1, 0) != ctypes.c_void_p(-1).value:
+            protection = 4 - protection
+    """,
+    "RLIMIT_MEMLOCK": """
+        assert libc.mlockall(2) == 0  # MCL_FUTURE
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))
+        os.setresuid(65534, 65534, 65534)
+    """,
+}
+
+
+@pytest.mark.parametrize("refuse", REFUSE)
+def test_closed_although_nothing_can_be_mapped(refuse: str) -> None:
+    """What closing maps over the table cannot be mapped, and nothing is valid all the same."""
+    program = f"""if True:
+        import ctypes, os, resource, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import ummunotify
+        from support import map_memory
+        from ummunotify.selftest.changes import store
+
+        class Registrar:
+            def register(self, address, length): return object()
+            def deregister(self, handle): pass
+
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        umn = ummunotify.open()
+        cache = ummunotify.RegistrationCache(Registrar(), notifier=umn)
+        pages = [map_memory(4096) for _ in range(2)]
+        for page in pages:
+            store(page)
+        region = umn.watch((pages[0], 4096))
+        cache.acquire((pages[1], 4096)).release()
+        assert region.valid
+        {textwrap.indent(textwrap.dedent(REFUSE[refuse]), " " * 8).strip()}
+        umn.close()
+        assert not region.valid
+        try:
+            cache.acquire((pages[1], 4096))
+        except ummunotify.ClosedError:
+            os._exit(0)  # without what an interpreter's end may map
+        raise AssertionError("a registration was found")
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LONG, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)

@@ -19,13 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from support import require, show_secret
+from support import LONG, require, show_secret
 
-from ummunotify import Notifier, SourceUnavailableError, TooManyNotifiersError
+import ummunotify
+from ummunotify import ForkedError, Notifier, SourceUnavailableError, TooManyNotifiersError
 from ummunotify._abi import PAGE, PROTOCOL_VERSION, REPLY_SIZE, Header, Op, Probe, Reply, Request, Status, u32
 from ummunotify._bpf import create_segment, read_map
 from ummunotify._core import open_notifier
@@ -376,6 +377,64 @@ def test_fork_while_another_thread_loads() -> None:
     assert os.waitpid(pid, 0)[1] == 0
     thread.join()
     assert begun
+
+
+def fork_while_opening(step: int) -> int:
+    """Fork where the feeder executes its opcode number `step` for the first time. The child; 0: there are fewer."""
+    executed: set[tuple[CodeType, int]] = set()
+    child = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal child
+        if frame.f_code.co_filename not in FILES:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            executed.add((frame.f_code, frame.f_lasti))
+        if len(executed) == step and not child:
+            child = os.fork()
+            if not child:
+                signal.alarm(int(LONG))
+        return trace
+
+    parent = os.getpid()
+    sys.settrace(trace)
+    try:
+        umn = ummunotify.open("bpf:kvm")
+    except ForkedError:
+        sys.settrace(None)
+        assert os.getpid() != parent
+        if step % 40 == 1:  # to load takes time
+            check_notifier(ummunotify.open("bpf:kvm"))
+        os._exit(0)
+    finally:
+        sys.settrace(None)
+        if os.getpid() != parent:
+            os._exit(1)
+    check_notifier(umn)
+    umn.close()
+    return child
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_fork_at_every_step_of_opening(loaded: bool) -> None:
+    """As a signal handler or a finaliser may. What it has interrupted fails in the child, which can open another."""
+    keeper = feeder.connect(Probe.KVM) if loaded else None
+    step = 1
+    while child := fork_while_opening(step):
+        assert os.waitpid(child, 0)[1] == 0
+        step += 3 if loaded else 10
+    assert step > 20
+    if keeper is not None:
+        keeper.disconnect()
+
+
+def check_notifier(umn: Notifier) -> None:
+    with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        region = umn.watch(page)
+        assert region.valid
+    assert not region.valid
+    assert [event.region for event in umn.read()] == [region]
 
 
 # ---- Signals ----

@@ -61,12 +61,16 @@ struct ummunotify {
 static struct ummunotify *notifiers;
 static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
 
+static void close_inherited(struct ummunotify *umn)
+{
+	umn->connection->in_child(umn->connection);
+	umn_wakeup_close(&umn->wakeup);
+}
+
 static void in_child(void)
 {
-	for (struct ummunotify *umn = notifiers; umn; umn = umn->next) {
-		umn->connection->in_child(umn->connection);
-		umn_wakeup_close(&umn->wakeup);
-	}
+	for (struct ummunotify *umn = notifiers; umn; umn = umn->next)
+		close_inherited(umn);
 	notifiers = NULL;
 	pthread_mutex_init(&list_lock, NULL);
 }
@@ -193,6 +197,9 @@ static int grow(struct ummunotify *umn)
 		error = umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "", "the table is as large as it can be");
 	} else {
 		error = umn->connection->add_segment(umn->connection, pages, &memory);
+		/* The feeder has run code that has forked, and this is the child. */
+		if (!umn_process_is(umn->epoch))
+			return fail_forked();
 		if (!error && (error = umn_table_add_segment(umn->table, memory, pages))) {
 			munmap(memory, (size_t)pages * UMN_PAGE);
 			umn_fail_errno(UMMUNOTIFY_NO_MEMORY, -error, "the table cannot grow");
@@ -236,20 +243,25 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 	pthread_mutex_init(&umn->dispatching, &checked);
 	pthread_mutexattr_destroy(&checked);
 	umn->connection = umn_connect(candidate, options->feeder, epoll >= 0);
-	if (!umn->connection) {
-		free_notifier(umn);
-		return NULL;
+	if (umn->connection) {
+		if (umn->connection->source)
+			umn_table_set_source(umn->table, umn->connection->source);
+		/* The wake-up before the test: after it, no descriptor is left that seeing a change could depend on. */
+		if (!grow(umn) && !umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !umn->connection->bind(umn->connection) &&
+		    !umn_prove(umn->table, umn->connection) && umn_process_is(umn->epoch)) {
+			list_add(umn);
+			return umn;
+		}
+		if (umn_process_is(umn->epoch)) {
+			umn_table_close(umn->table);
+			release(umn);
+		} else {
+			close_inherited(umn);
+		}
 	}
-	if (umn->connection->source)
-		umn_table_set_source(umn->table, umn->connection->source);
-	/* The wake-up before the test: after it, no descriptor is left that seeing a change could depend on. */
-	if (!grow(umn) && !umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !umn->connection->bind(umn->connection) &&
-	    !umn_prove(umn->table, umn->connection)) {
-		list_add(umn);
-		return umn;
-	}
-	umn_table_close(umn->table);
-	release(umn);
+	/* The feeder, or a signal handler, has forked, and this is the child. */
+	if (!umn_process_is(umn->epoch))
+		fail_forked();
 	free_notifier(umn);
 	return NULL;
 }
@@ -284,7 +296,8 @@ static int open_notifier(struct ummunotify **result, const struct ummunotify_opt
 			break;
 		umn_note_tried(candidates[i]->name);
 		/* What the process has is never followed by something weaker without a word. */
-		if (count == 1 || (ummunotify_failure()->code == UMMUNOTIFY_LIMIT && has_another(candidates[i]->kind))) {
+		if (count == 1 || ummunotify_failure()->code == UMMUNOTIFY_FORKED ||
+		    (ummunotify_failure()->code == UMMUNOTIFY_LIMIT && has_another(candidates[i]->kind))) {
 			error = -ummunotify_failure()->error;
 			umn_fail_what("%s", candidates[i]->name);
 			break;
@@ -569,6 +582,9 @@ static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *ev
 		counter = __atomic_load_n(umn->connection->counter, __ATOMIC_ACQUIRE);
 	if (umn->connection->may_have_missed(umn->connection))
 		umn_table_invalidate_all(umn->table);
+	/* As in grow. */
+	if (!umn_process_is(umn->epoch))
+		return fail_forked();
 	pthread_mutex_lock(&umn->lock);
 	if (umn->wakes) {
 		/* In this order no wake-up is lost: what hits after arming sends one again. */

@@ -344,8 +344,9 @@ void umn_table_stats(struct umn_table *t, struct umn_table_stats *stats)
 	unlock(t);
 }
 
-/* Replaces the shared memory by pages of zeros, in which no region is valid. MAP_FIXED: another thread that checks a region
- * finds the old pages or the new ones, never a hole. */
+/* Replaces the shared memory by pages of zeros. MAP_FIXED: another thread that checks a region finds the old pages or the new ones,
+ * never a hole. Where mmap fails (vm.max_map_count, RLIMIT_MEMLOCK after mlockall) the old pages stay until umn_table_delete. In
+ * neither is a region valid. */
 static void drop_memory(struct umn_table *t)
 {
 	uint32_t i;
@@ -358,14 +359,12 @@ static void drop_memory(struct umn_table *t)
 	__atomic_store_n(&t->seen, UINT64_MAX, __ATOMIC_RELEASE);
 }
 
-/* Nothing feeds the table any more: nothing in it may be valid before, nor anything written to it after. */
+/* Nothing feeds the table any more, nor writes to it. */
 static void stop_source(struct umn_table *t)
 {
 	struct umn_region *region;
 	uint32_t s, c, i;
 
-	__sync_fetch_and_add(&t->header->overflow, 1);
-	__sync_fetch_and_add(&t->header->generation, 1);
 	t->source->stop(t->source);
 	for (s = 0; s < t->segment_count; s++)
 		for (c = 0; c < t->segments[s].pages * UMN_CHUNKS_PER_PAGE; c++)
@@ -380,8 +379,13 @@ void umn_table_close(struct umn_table *t)
 {
 	if (!lock(t))
 		return;
-	if (t->source && t->header)
-		stop_source(t);
+	if (t->header) {
+		/* Nothing is valid from here on, before the feeding ends. */
+		__sync_fetch_and_add(&t->header->overflow, 1);
+		__sync_fetch_and_add(&t->header->generation, 1);
+		if (t->source)
+			stop_source(t);
+	}
 	drop_memory(t);
 	unlock(t);
 }

@@ -68,6 +68,9 @@ class _Loading:
         # No event and no join: a handler that raises inside them would leave their locks locked.
         while not self._done:
             time.sleep(_POLL_SECONDS)
+            if epoch() != self._key[0]:
+                # A signal handler has forked, and the child has no such thread.
+                raise UnavailableError("the process was forked while its BPF program was being loaded", "try again")
         if self._program is not None:
             return self._program
         assert self._error is not None
