@@ -203,7 +203,7 @@ const struct ummunotify_tried *ummunotify_tried(size_t i);
 /* The same in a line of text: "what: why; remedy". */
 const char *ummunotify_error(void);
 
-/* The library's version, "0.1.0". */
+/* The library's version, "1.2.3". */
 const char *ummunotify_version(void);
 
 #pragma GCC visibility pop
