@@ -12,6 +12,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
+from other_users import let_in
 from support import is_ours, probes, require
 
 import ummunotify
@@ -22,6 +23,8 @@ pytest_plugins = ("daemons", "random_changes")
 
 
 PAGE = 4096
+
+let_in()
 
 
 @pytest.hookimpl(trylast=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from other_users import require_another_user
 from support import map_memory, require, unmap_memory
 
 import ummunotify
@@ -166,8 +167,7 @@ def left_of(objects: set[tuple[str, int]]) -> set[tuple[str, int]]:
 
 @pytest.fixture(scope="session")
 def privileged() -> None:
-    if os.geteuid():
-        require("bpf", "the daemon's tests become another user, which takes root")
+    require_another_user()
     try:
         feeder.connect(Probe.KVM).disconnect()
     except UnavailableError as error:

@@ -1,6 +1,7 @@
 """Helpers for several test modules."""
 
 import ctypes
+import importlib
 import mmap
 import os
 import re
@@ -9,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -38,7 +39,20 @@ def require(feature: str, reason: str, *, always: bool = True) -> NoReturn:
     required = os.environ.get("UMMUNOTIFY_REQUIRE", "").split(",")
     if feature in required or (always and "all" in required):
         pytest.fail(f"{feature} is required here, but: {reason}", pytrace=False)
-    pytest.skip(f"{feature}: {reason}")
+    pytest.skip(f"{feature}: {reason}", allow_module_level=True)
+
+
+def require_root(reason: str) -> None:
+    if os.geteuid():
+        require("root", reason)
+
+
+def require_module(name: str) -> Any:
+    """Import it, or skip the test, or all tests of the module that calls."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        require(name, str(error))
 
 
 def probes() -> list[str]:

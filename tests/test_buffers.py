@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import require
+from support import require, require_module
 
 import ummunotify
 
-np = pytest.importorskip("numpy")
+np = require_module("numpy")
 
 ARRAY = np.arange(12, dtype=np.int64).reshape(3, 4)
 

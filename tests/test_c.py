@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,7 @@ def test_as_another_user(program: str, daemon: Daemon) -> None:
     assert run(program, user=NOBODY).startswith("source: daemon:kvm")
 
 
-def test_pkgconfig(tmp_path: Path) -> None:
+def test_pkgconfig_and_the_version(tmp_path: Path) -> None:
     if not shutil.which("pkg-config"):
         require("pkg-config", "it is not installed")
     directory = output(*COMMAND, "config", "--pkgconfig")
@@ -172,8 +173,13 @@ def test_pkgconfig(tmp_path: Path) -> None:
         text=True,
     ).stdout.split()
     program = tmp_path / "version.c"
-    program.write_text("#include <ummunotify.h>\nint main(void) { return !ummunotify_error(); }\n")
-    run(build(program, tmp_path / "version", *words))
+    program.write_text(
+        "#include <stdio.h>\n#include <ummunotify.h>\nint main(void) { return puts(ummunotify_version()) < 0; }\n"
+    )
+    said = run(build(program, tmp_path / "version", *words)).strip()
+    modversion = output("env", f"PKG_CONFIG_PATH={directory}", "pkg-config", "--modversion", "ummunotify")
+    command = output(*COMMAND, "--version").removeprefix("ummunotify, version ")
+    assert {said, modversion, command, metadata.version("ummunotify")} == {ummunotify.__version__}
 
 
 def test_installed_by_itself(tmp_path: Path, source: str) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from cache_check import wrong
 from registrar import Recorder
-from support import in_child, map_memory, unmap_memory
+from support import in_child, map_memory, require_module, unmap_memory
 
 import ummunotify
 from ummunotify import (
@@ -37,7 +37,7 @@ from ummunotify import (
     RegistrationLimitError,
 )
 
-np = pytest.importorskip("numpy")
+np = require_module("numpy")
 
 PAGE = mmap.PAGESIZE
 SIZE = 16 * PAGE

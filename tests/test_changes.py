@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import require
+from support import require, require_root
 
 from ummunotify import Notifier
 from ummunotify.selftest import Watched, units
@@ -202,9 +202,9 @@ finally:
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can reserve huge pages")
 @pytest.mark.parametrize("how", ["clone", "write"])
 def test_a_huge_page_taken_from_a_child(keeper: Notifier, how: str) -> None:
+    require_root("only root can reserve huge pages")
     try:
         reserved = int(Path("/proc/sys/vm/nr_hugepages").read_text())
     except OSError as error:

@@ -40,7 +40,7 @@ from daemons import (
     object_fd,
     stress,
 )
-from support import map_memory, unmap_memory
+from support import map_memory, require_module, unmap_memory
 
 import ummunotify
 from ummunotify import _abi
@@ -857,7 +857,7 @@ def scrape(path: Path) -> str:
 
 
 def test_metrics(directory: Path) -> None:
-    pytest.importorskip("prometheus_client")
+    require_module("prometheus_client")
     path = directory / "metrics"
     daemon = Daemon(directory, "--metrics", f"unix:{path}")
     daemon.start()
@@ -880,7 +880,7 @@ def test_metrics(directory: Path) -> None:
 
 
 def test_metrics_on_loopback_only() -> None:
-    metrics = pytest.importorskip("ummunotify.daemon.metrics")
+    metrics = require_module("ummunotify.daemon.metrics")
     for address in ("127.0.0.1:0", "[::1]:0"):
         with contextlib.suppress(OSError), metrics.listen(address) as listener:  # not everybody has IPv6
             assert listener.getsockname()[0] == address[:-2].strip("[]")

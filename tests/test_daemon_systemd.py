@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 from daemons import COMMAND, PATIENCE
-from support import require
+from support import require, require_root
 
 EXPOSURE_MOST = 20
 """Ten times what it prints."""
+KVM_GROUP = 61000
 TARGETS = ("test", "sysinit", "basic", "sockets", "shutdown")
 CLIENT = """
 import json, mmap, os, ummunotify
@@ -30,17 +31,24 @@ with ummunotify.open() as umn:
     buffer.close()
     print(json.dumps([umn.source, region.valid]))
 """
-# The service's user gets into no home, /root or /tmp, so all of Python is to be found under /opt.
+# The service's user gets into no home, /root or /tmp, so all of Python is to be found under /run. It gets /dev/kvm by
+# the group kvm, which udev makes: not every machine has it.
 INSIDE = """
 set -eu
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run
-mount -t tmpfs tmpfs /opt
-cp -a "$1/program" /opt/program
+{ grep -v ^kvm: /etc/group; echo kvm:x:$KVM:; } > /run/group
+mount --bind /run/group /etc/group
+cp -a /dev/kvm /run/kvm
+chown root:$KVM /run/kvm
+chmod 660 /run/kvm
+mount --bind /run/kvm /dev/kvm
+mkdir /run/python
+cp -a "$1/program" /run/python
 i=0
 for folder in $FOLDERS; do
-    mkdir /opt/$i
-    mount --bind "$folder" /opt/$i
+    mkdir /run/python/$i
+    mount --bind "$folder" /run/python/$i
     i=$((i + 1))
 done
 umount -R /sys/fs/cgroup
@@ -56,7 +64,7 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
         i=$((i + 1))
         [ $i -lt 100 ] || break
     done
-    UMMUNOTIFY_SOCKET=/run/ummunotify/socket /opt/program -c "$CLIENT" > "$1/client"
+    UMMUNOTIFY_SOCKET=/run/ummunotify/socket /run/python/program -c "$CLIENT" > "$1/client"
     systemctl show ummunotify.service > "$1/service"
     cat /proc/$(systemctl show -P MainPID ummunotify.service)/status > "$1/status"
     systemctl stop ummunotify.socket ummunotify.service
@@ -110,24 +118,27 @@ def systemd() -> str:
     return path
 
 
+@pytest.mark.usefixtures("privileged")
 def test_it_runs_with_all_that_the_unit_forbids(tmp_path: Path, units: Path, cgroup: Path) -> None:
     folders = [sys.base_prefix, *(path for path in sys.path if "site-packages" in path or "dist-packages" in path)]
     program = tmp_path / "program"
-    packages = ":".join(f"/opt/{i}" for i in range(1, len(folders)))
+    packages = ":".join(f"/run/python/{i}" for i in range(1, len(folders)))
+    home = "/run/python/0"
     program.write_text(
-        f"#!/bin/sh\nexport LD_LIBRARY_PATH=/opt/0/lib PYTHONHOME=/opt/0 PYTHONPATH={packages}\n"
-        f'exec /opt/0/bin/python{sys.version_info.major}.{sys.version_info.minor} "$@"\n'
+        f"#!/bin/sh\nexport LD_LIBRARY_PATH={home}/lib PYTHONHOME={home} PYTHONPATH={packages}\n"
+        f'exec {home}/bin/python{sys.version_info.major}.{sys.version_info.minor} "$@"\n'
     )
     program.chmod(0o755)
     for name in TARGETS:
         (units / f"{name}.target").write_text("[Unit]\nDefaultDependencies=no\n")
     more = units / "ummunotify.service.d" / "more.conf"
     more.parent.mkdir()
-    more.write_text("[Service]\nExecStart=\nExecStart=/opt/program -m ummunotify daemon --verbose\n")
+    more.write_text("[Service]\nExecStart=\nExecStart=/run/python/program -m ummunotify daemon --verbose\n")
+    settings = {"FOLDERS": " ".join(folders), "CLIENT": CLIENT, "SYSTEMD": systemd(), "KVM": str(KVM_GROUP)}
     with open(tmp_path / "console", "wb") as console:
         process = subprocess.Popen(
             ["sh", "-c", ENTER, "-", str(cgroup), INSIDE, str(tmp_path)],
-            env=os.environ | {"FOLDERS": " ".join(folders), "CLIENT": CLIENT, "SYSTEMD": systemd()},
+            env=os.environ | settings,
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
@@ -180,10 +191,27 @@ def test_exposure(units: Path) -> None:
 def test_verify(units: Path) -> None:
     systemd()
     done = subprocess.run(
-        ["systemd-analyze", "verify", units / "ummunotify.service", units / "ummunotify.socket"],
+        ["systemd-analyze", "--man=no", "verify", units / "ummunotify.service", units / "ummunotify.socket"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert not [line for line in done.stderr.splitlines() if "ummunotify" in line]
+
+
+def test_install_says_what_is_missing(tmp_path: Path) -> None:
+    """systemd starts no service with a group that there is not."""
+    require_root("the test mounts a file")
+    group, directory = tmp_path / "group", tmp_path / "units"
+    directory.mkdir()
+    install = [*COMMAND, "daemon", "install", "--directory", str(directory)]
+    for name, said in (("kvm", False), ("other", True)):
+        group.write_text(f"root:x:0:\n{name}:x:{KVM_GROUP}:\n")
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-ec", 'mount --bind "$0" /etc/group && "$@"', str(group), *install],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("groupadd --system kvm" in done.stderr) == said

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from benchmarks import device as benchmark
 from daemons import COMMAND, NOBODY, PATIENCE, Daemon
+from other_users import require_another_user
 from support import require
 from test_c import HERE, build, output
 
@@ -48,6 +49,7 @@ def none_stays() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def public() -> Iterator[Path]:
     """A directory that other users can get into."""
+    require_another_user()
     with tempfile.TemporaryDirectory(prefix="umn") as name:
         Path(name).chmod(0o755)
         yield Path(name)

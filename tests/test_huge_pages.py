@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from support import require
+from support import require, require_root
 
 from ummunotify import Notifier
 from ummunotify.selftest.changes import (
@@ -33,11 +33,14 @@ from ummunotify.selftest.changes import (
     store,
 )
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may know where pages are")
-
 LENGTH = 4 * HUGE_PAGE
 UNIT = 16 * PAGE
 STEPS = int(os.environ.get("UMMUNOTIFY_CHANGES", 300))
+
+
+@pytest.fixture(autouse=True)
+def root() -> None:
+    require_root("only root may know where pages are")
 
 
 def frames(address: int) -> list[int]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from other_users import require_another_user
 from support import LONG, probes, require
 
 import ummunotify
@@ -90,6 +91,8 @@ def test_works_or_says_why_not(case: str, source: str) -> None:
     except ummunotify.SourceUnavailableError as error:
         require(source.partition(":")[0], str(error))
     before, after, late = CASES[case]
+    if "setresuid" in after:
+        require_another_user()
     result = subprocess.run(
         [
             sys.executable,

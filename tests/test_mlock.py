@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import in_child, map_memory, require, unmap_memory
+from other_users import require_another_user
+from support import in_child, map_memory, unmap_memory
 
 from ummunotify import RegistrarError, RegistrationCache, RegistrationError, RegistrationLimitError
 from ummunotify.registrars.mlock import LockedRange, MlockRegistrar
@@ -122,8 +123,7 @@ def test_the_limit(memory: int) -> None:
             registrar.register(memory + 4 * PAGE, 2 * PAGE)
         assert locked(memory) == [True] * 2 + [False] * 6
 
-    if os.getuid():
-        require("root", "to become another user")
+    require_another_user()
     in_child(child)
 
 

@@ -12,7 +12,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from support import LONG, bpf_map, hit, require, watch
+from other_users import require_another_user
+from support import LONG, bpf_map, hit, require_root, watch
 
 import ummunotify
 from ummunotify import Notifier, SourceUnavailableError, TooManyNotifiersError, _core
@@ -144,8 +145,7 @@ def test_the_self_test_decides(keeper: Notifier) -> None:
 )
 def test_what_is_missing_is_said(denied: bool, reason: str) -> None:
     """In a process that has no notifier yet, with another /dev."""
-    if os.getuid():
-        require("root", "the test mounts a file system")
+    require_root("the test mounts a file system")
     code = f"""
 import ctypes, os, stat, ummunotify
 libc = ctypes.CDLL(None, use_errno=True)
@@ -171,8 +171,7 @@ ummunotify.open("bpf:kvm").close()
 
 def test_without_privileges() -> None:
     """It says what to do about it."""
-    if os.getuid():
-        require("root", "the test drops its privileges")
+    require_another_user()
     code = """
 import os, ummunotify
 os.setuid(65534)

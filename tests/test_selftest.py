@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
+from other_users import require_another_user
+from support import require_root
 
 from ummunotify import Notifier
 from ummunotify.cli import main
@@ -71,9 +72,9 @@ def test_a_miss_is_a_miss(keeper: Notifier) -> None:
     assert keeper.regions == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may know where pages are")
 def test_a_page_that_has_moved_is_a_miss(keeper: Notifier) -> None:
     """Whatever was expected."""
+    require_root("only root may know where pages are")
     with Memory() as memory:
         private(memory)
         with Watched(keeper, memory) as watched:
@@ -106,13 +107,11 @@ def test_failed(keeper: Notifier) -> None:
     assert keeper.regions == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_without_privileges() -> None:
     """Whatever works then: what it cannot do or cannot see it says, and misses nothing."""
-    # All imports first: that user may be unable to read the interpreter's own files.
-    modules = ("cli.selftest",)
-    code = f"""
-import os, {", ".join("ummunotify." + module for module in modules)}
+    require_another_user()
+    code = """
+import os, ummunotify.cli
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)

@@ -121,14 +121,6 @@ class Header(NamedTuple):
     @classmethod
     def unpack(cls, page: bytes) -> Self: ...
 
-class FedTable(NamedTuple):
-    mm: int
-    next: int
-    cells: int
-    def pack(self) -> bytes: ...
-    @classmethod
-    def unpack(cls, data: bytes) -> Self: ...
-
 class Control(NamedTuple):
     tables: int
     handshakes: int

@@ -277,23 +277,6 @@ class Header(namedtuple("Header", "generation regions overflows")):
         return cls(c.generation, c.regions, c.overflow)
 
 
-class FedTable(namedtuple("FedTable", "mm next cells")):
-    """struct umn_fed_table."""
-
-    __slots__ = ()
-
-    def pack(self):
-        cdef umn_fed_table c
-        c.mm, c.next, c.cells = self
-        return packed(&c, sizeof(c))
-
-    @classmethod
-    def unpack(cls, bytes data):
-        cdef umn_fed_table c
-        copy(&c, data, sizeof(c))
-        return cls(c.mm, c.next, c.cells)
-
-
 class Control(namedtuple("Control", "tables handshakes mm sole_table steps_foreign")):
     """struct umn_control."""
 

@@ -92,6 +92,7 @@ cdef extern from "abi/maps.h" nogil:
     struct umn_fed_table:
         uint64_t mm
         uint32_t next, cells
+        uint32_t pid_namespace, pid_namespace_device
     struct umn_control:
         uint32_t tables, handshakes
         uint64_t mm
@@ -253,6 +254,7 @@ cdef class Tables:
 
     cdef int put_table(self, uint32_t table, uint64_t mm, uint32_t next, uint32_t cells) except -1:
         cdef umn_fed_table value
+        self.get_table(table, &value)  # the pid namespace in it is the program's to write
         value.mm, value.next, value.cells = mm, next, cells
         check(umn_bpf_update(self.tables.fd(), &table, &value), "change a table")
         return 0

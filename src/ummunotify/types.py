@@ -84,8 +84,8 @@ class Invalidation(NamedTuple):
     exact: bool
     """Just one change hit the region, and `start` and `end` are its range."""
     thread: int
-    """The thread that made the first of the changes, as the kernel numbers it outside of any pid
-    namespace; 0: not known."""
+    """The thread that made the first of the changes, by its number in the pid namespace of the process that watches
+    (gettid, threading.get_native_id); 0: not known, or it has none there."""
     syscall: int
     """The number of the system call that it was in; -1: a page fault, or not known."""
 

@@ -24,6 +24,8 @@ struct umn_fed_table {
 	uint64_t mm;	/* 0: its owner has not shown itself yet, or is gone */
 	uint32_t next;	/* the next table of the same address space, plus 1 */
 	uint32_t cells; /* in all its segments: no walk of a sound index takes more steps */
+	/* Its owner's pid namespace, by the inode number and device of /proc/PID/ns/pid; 0: not known. Written at the handshake. */
+	uint32_t pid_namespace, pid_namespace_device;
 };
 
 /* The one value in the map `control`. */
@@ -55,7 +57,7 @@ struct umn_call {
 enum { UMN_OF_MM, UMN_OF_HOLDER, UMN_OF_MOVE };
 enum { UMN_TO_END, UMN_TO_LENGTH, UMN_TO_PAGE, UMN_TO_PMD, UMN_TO_PUD, UMN_TO_FOLIO, UMN_TO_MOVED };
 
-UMN_STATIC_ASSERT(sizeof(struct umn_fed_table) == 16, "a table");
+UMN_STATIC_ASSERT(sizeof(struct umn_fed_table) == 24, "a table");
 UMN_STATIC_ASSERT(sizeof(struct umn_control) == 24, "control");
 UMN_STATIC_ASSERT(sizeof(struct umn_call) == 8, "a cookie has 64 bits");
 

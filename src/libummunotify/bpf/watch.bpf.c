@@ -61,11 +61,25 @@ struct mm_struct {
 	struct rw_semaphore mmap_lock;
 	unsigned long locked_vm;
 };
+struct pid {
+	unsigned int level;
+};
+struct ns_common {
+	unsigned int inum;
+};
+struct pid_namespace {
+	struct ns_common ns;
+};
+struct nsproxy {
+	struct pid_namespace *pid_ns_for_children;
+};
 struct task_struct {
 	struct thread_info thread_info;
 	unsigned int flags;
 	unsigned int ptrace;
 	struct mm_struct *mm;
+	struct pid *thread_pid;
+	struct nsproxy *nsproxy;
 };
 enum maple_type { maple_leaf_64 = 1, maple_range_64 = 2, maple_arange_64 = 3 };
 struct maple_range_64 {
@@ -223,6 +237,58 @@ static __always_inline struct umn_header *header_of(uint32_t id)
 	return (struct umn_header *)page_at(id * UMN_SEGMENTS, 0);
 }
 
+#define PID_NAMESPACE_INITIAL 0xeffffffcu /* its inode number, on every machine */
+#define PID_NAMESPACE_DEVICES 256 /* the kernel numbers such devices in the order of their making; this one is made as it boots */
+
+struct bpf_pidns_info {
+	uint32_t pid, tgid;
+};
+struct pid_namespace_name {
+	uint64_t inode, device;
+};
+
+static long try_device(uint32_t device, struct pid_namespace_name *name)
+{
+	struct bpf_pidns_info numbers;
+
+	if (bpf_get_ns_current_pid_tgid(device, name->inode, &numbers, sizeof numbers))
+		return 0;
+	name->device = device;
+	return 1;
+}
+
+/*
+ * Notes the current task's pid namespace in its table. It has the inode number 0, "not known", where it is not the one that the
+ * task's children get. Reads nothing but what the verifier understands.
+ */
+static __always_inline void note_pid_namespace(struct umn_fed_table *table)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct pid_namespace_name name = {.inode = task->nsproxy->pid_ns_for_children->ns.inum};
+
+	if (task->thread_pid->level)
+		bpf_loop(PID_NAMESPACE_DEVICES, try_device, &name, 0);
+	else
+		name.inode = PID_NAMESPACE_INITIAL;
+	table->pid_namespace = name.device || name.inode == PID_NAMESPACE_INITIAL ? name.inode : 0;
+	table->pid_namespace_device = name.device;
+}
+
+/*
+ * The current thread's number in the pid namespace of the table's owner, which is the one that the owner knows. 0: not known.
+ * In the initial namespace every thread has a number. In another one the helper knows only those of that very namespace.
+ */
+static __always_inline uint32_t thread_for(struct umn_fed_table *table)
+{
+	struct bpf_pidns_info numbers;
+
+	if (table->pid_namespace == PID_NAMESPACE_INITIAL)
+		return bpf_get_current_pid_tgid();
+	if (bpf_get_ns_current_pid_tgid(table->pid_namespace_device, table->pid_namespace, &numbers, sizeof numbers))
+		return 0;
+	return numbers.pid;
+}
+
 /* One table's share of a change. A global function, so that the verifier looks at it once. */
 __attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, int32_t syscall, uint32_t steps)
 {
@@ -236,7 +302,7 @@ __attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, in
 	w.header = header_of(id);
 	if (!w.header || !umn_in_hull(w.header, start, end))
 		return 0;
-	w.thread = bpf_get_current_pid_tgid();
+	w.thread = thread_for(table);
 	if (steps > table->cells)
 		steps = table->cells;
 	if (umn_invalidate(&w, steps)) {
@@ -560,8 +626,10 @@ static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
 	uint32_t *id = bpf_map_lookup_elem(&handshakes, &secret);
 	struct umn_fed_table *table = id ? bpf_map_lookup_elem(&tables, id) : 0;
 
-	if (table && !table->mm)
+	if (table && !table->mm) {
+		note_pid_namespace(table);
 		table->mm = mm;
+	}
 }
 
 static __always_inline int kvm_change(uint64_t *args, int blind)

@@ -128,7 +128,7 @@ struct ummunotify_event {
 	uint64_t cookie;
 	uint64_t start, end; /* what was changed, clipped to the region; all of it unless `exact` */
 	bool exact;	     /* only one change has hit the region since it was last reported, and this was its range */
-	uint32_t thread;     /* the thread that made the first change, 0 if not known */
+	uint32_t thread;     /* the thread that made the first change: the number that gettid returns there; 0: not known, or none here */
 	int32_t syscall;     /* the system call that it was in, -1 if none or not known */
 };
 
@@ -203,7 +203,7 @@ const struct ummunotify_tried *ummunotify_tried(size_t i);
 /* The same in a line of text: "what: why; remedy". */
 const char *ummunotify_error(void);
 
-/* The library's version, "0.1.0". */
+/* The library's version, "1.2.3". */
 const char *ummunotify_version(void);
 
 #pragma GCC visibility pop

@@ -6,6 +6,8 @@ import importlib
 
 import click
 
+from .. import __version__
+
 _COMMANDS = {
     "config": "Say what a compiler needs to build C programs with libummunotify.",
     "daemon": "Serve notifications to users who may not load BPF programs.",
@@ -36,6 +38,6 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="ummunotify", prog_name="ummunotify")
+@click.version_option(__version__, prog_name="ummunotify")
 def main() -> None:
     """Learn, without losing an event, that memory was unmapped behind your back."""

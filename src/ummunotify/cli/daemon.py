@@ -307,4 +307,12 @@ def install(directory: str, group: str, mode: int) -> None:
                 "install Python and the package where every user can, such as /usr and /opt",
                 err=True,
             )
+    try:
+        grp.getgrnam("kvm")
+    except KeyError:
+        click.echo(
+            "But there is no group kvm, by which the service gets /dev/kvm and without which it does not start; "
+            "install udev, or make it: groupadd --system kvm && chgrp kvm /dev/kvm && chmod g+rw /dev/kvm",
+            err=True,
+        )
     click.echo("Now: systemctl daemon-reload && systemctl enable --now ummunotify.socket")
