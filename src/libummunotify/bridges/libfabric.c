@@ -25,8 +25,9 @@
  * shares with the others. The thread holds no lock when it calls `notify`; the order is libfabric's, this one's, the notifier's.
  * A thread that unmaps memory waits for none of them, so memory may be freed under all of them.
  *
- * Memory. Only the thread frees ranges, between two dispatches: those that were unwatched before the next one begins are in no event.
- * It frees large memory too, since libfabric's own monitor may take libfabric's lock in munmap.
+ * Memory. Only the thread gives ranges back, between two dispatches: those that were unwatched before the next one begins are in no
+ * event. They come from blocks, which stay: so they are not between libfabric's own entries, which then lie together. The thread
+ * frees large memory too, since libfabric's own monitor may take libfabric's lock in munmap.
  *
  * Forks. In a child nothing is valid: its monitors are dead, and have no ranges, until `start` opens another notifier.
  */
@@ -46,6 +47,7 @@
 
 #include "include/ummunotify.h"
 #include "include/ummunotify_libfabric.h"
+#include "notifier/notifier.h"
 #include "process/descriptor.h"
 #include "process/error.h"
 #include "process/process.h"
@@ -67,8 +69,15 @@ struct range {
 	bool forgotten;		      /* not in the table, and not watched */
 	struct range *older, *newer;  /* in the order in which they were added, or last found in use */
 	struct range *evicted;	      /* the next in the list of those to be expelled, */
-	struct range *unfreed;	      /* and to be freed */
+	struct range *unfreed;	      /* of those to be given back, and of the spare ones */
 	bool is_evicted;
+};
+
+#define RANGES_PER_BLOCK 64
+
+struct block {
+	struct block *next;
+	struct range ranges[RANGES_PER_BLOCK];
 };
 
 /* Where `valid` looks: a line of the processor's cache, in which is all that it needs of a region that is never renewed, so that
@@ -107,12 +116,15 @@ struct monitor {
 	bool confirms;			 /* the source has to be asked too */
 	size_t count, limit, evictions; /* evictions: of those that are counted */
 	uint64_t checked, stale;
+	uint64_t known; /* the generation up to which what had changed was expelled; the thread stores it. Never 0, as a closed
+			   notifier's is */
 
 	pthread_mutex_t lock; /* of what follows, and of a range's joined, done and forgotten */
 	bool quit;
 	bool running;
 	size_t done;
-	struct range *evicted, *unfreed;
+	struct range *evicted, *unfreed, *spare;
+	struct block *blocks;
 	struct table *unfreed_tables;
 	uint64_t subscribed, refused, notices;
 	struct monitor *next;
@@ -268,6 +280,31 @@ static bool evict(struct monitor *m)
 	return false;
 }
 
+static void give_back(struct monitor *m, struct range *range)
+{
+	range->unfreed = m->spare;
+	m->spare = range;
+}
+
+static struct range *new_range(struct monitor *m)
+{
+	struct range *range;
+	struct block *block;
+
+	if (!m->spare) {
+		block = malloc(sizeof *block);
+		if (!block)
+			return NULL;
+		block->next = m->blocks;
+		m->blocks = block;
+		for (int i = RANGES_PER_BLOCK - 1; i >= 0; i--)
+			give_back(m, &block->ranges[i]);
+	}
+	range = m->spare;
+	m->spare = range->unfreed;
+	return range;
+}
+
 /* 0, or a negative errno, as ummunotify_watch. */
 static int add(struct monitor *m, const void *address, size_t length)
 {
@@ -277,13 +314,13 @@ static int add(struct monitor *m, const void *address, size_t length)
 
 	if (m->done && (m->count >= m->limit || (m->done >= MANY_DONE && 4 * m->done >= m->count)))
 		forget_done(m);
-	range = reserve(m) ? calloc(1, sizeof *range) : NULL;
+	range = reserve(m) ? new_range(m) : NULL;
 	if (!range)
 		return -ENOMEM;
 	*range = (struct range){.address = address, .length = length, .references = 1};
 	error = ummunotify_watch(m->umn, address, length, (uint64_t)range, &range->region);
 	if (error) {
-		free(range);
+		give_back(m, range);
 		/* Versions before 2.1 never unsubscribe. */
 		if (error == -ENOMEM)
 			m->limit = m->count - m->count / 8;
@@ -360,9 +397,20 @@ static void unsubscribe(struct fid_mem_monitor *fid, const void *address, size_t
 	pthread_mutex_unlock(&m->lock);
 }
 
-static bool valid(struct fid_mem_monitor *fid, const void *address, size_t length)
+/* No registration is stale: so a range need not be looked for. The caller holds libfabric's lock.
+ *
+ * `known` comes first, as in the cache (umn_entry_unchanged). The registrations of what had changed up to it were dropped, under libfabric's
+ * lock, before it was stored: so the one that is asked about is none of these. Not near the limit, where it counts what is in use. */
+static bool none_stale(const struct monitor *m)
 {
-	struct monitor *m = (struct monitor *)fid;
+	uint64_t known = __atomic_load_n(&m->known, __ATOMIC_ACQUIRE);
+
+	return m->count && umn_process_is(m->epoch) && !m->confirms && !m->evictions && m->count < m->limit - m->limit / 8 &&
+	       umn_generation(m->header) == known;
+}
+
+static bool is_untouched(const struct monitor *m, const void *address, size_t length)
+{
 	struct table *table = __atomic_load_n(&m->table, __ATOMIC_RELAXED);
 	struct place *place = table ? find(table, address, length) : NULL;
 	/* In this order: see umn_region_untouched. */
@@ -371,6 +419,14 @@ static bool valid(struct fid_mem_monitor *fid, const void *address, size_t lengt
 
 	if (result && !(place->range & USED))
 		place->range |= USED;
+	return result;
+}
+
+static bool valid(struct fid_mem_monitor *fid, const void *address, size_t length)
+{
+	struct monitor *m = (struct monitor *)fid;
+	bool result = none_stale(m) || is_untouched(m, address, length);
+
 	/* Stores, for at_exit to load from another thread; under libfabric's lock, so nothing is lost. */
 	__atomic_store_n(&m->checked, m->checked + 1, __ATOMIC_RELAXED);
 	if (!result)
@@ -425,21 +481,22 @@ static void free_tables(struct table *table)
 	}
 }
 
-static void free_ranges(struct range *range)
+static void free_blocks(struct block *block)
 {
-	struct range *unfreed;
+	struct block *next;
 
-	for (; range; range = unfreed) {
-		unfreed = range->unfreed;
-		free(range);
+	for (; block; block = next) {
+		next = block->next;
+		free(block);
 	}
 }
 
 /* Returns false once it is to end. */
 static bool work(struct monitor *m)
 {
-	struct range *evicted, *unfreed;
+	struct range *evicted, *unfreed, *following;
 	struct table *tables;
+	uint64_t known;
 	bool quit;
 
 	pthread_mutex_lock(&m->lock);
@@ -453,9 +510,18 @@ static bool work(struct monitor *m)
 	/* What is forgotten from here on is not freed before this returns. */
 	for (; evicted; evicted = evicted->evicted)
 		expel(m, evicted);
-	free_ranges(unfreed);
+	pthread_mutex_lock(&m->lock);
+	for (; unfreed; unfreed = following) {
+		following = unfreed->unfreed;
+		give_back(m, unfreed);
+	}
+	pthread_mutex_unlock(&m->lock);
 	free_tables(tables);
-	ummunotify_dispatch(m->umn, expel_changed, m);
+	if (ummunotify_dispatch(m->umn, expel_changed, m) >= 0) {
+		known = umn_dispatched(m->umn);
+		if (known)
+			__atomic_store_n(&m->known, known, __ATOMIC_RELEASE);
+	}
 	return !quit;
 }
 
@@ -502,7 +568,7 @@ static void free_monitor(struct monitor *m)
 {
 	while (m->oldest)
 		forget(m, m->oldest);
-	free_ranges(m->unfreed);
+	free_blocks(m->blocks);
 	free_tables(m->unfreed_tables);
 	ummunotify_close(m->umn);
 	free(m->table);
@@ -537,6 +603,7 @@ static int open_monitor(struct monitor *m)
 
 	if (error)
 		return error;
+	__atomic_store_n(&m->known, umn_dispatched(m->umn), __ATOMIC_RELAXED); /* nothing is watched yet */
 	error = ummunotify_fd(m->umn); /* the thread is woken from now on */
 	if (error >= 0)
 		error = start_thread(m);
@@ -558,7 +625,8 @@ static void in_child(void)
 		umn_descriptor_close(&m->wake_in);
 		m->dead = true;
 		m->table = m->unfreed_tables = NULL;
-		m->oldest = m->newest = m->evicted = m->unfreed = NULL;
+		m->oldest = m->newest = m->evicted = m->unfreed = m->spare = NULL;
+		m->blocks = NULL;
 		m->count = m->evictions = m->done = 0;
 	}
 	pthread_mutex_init(&list_lock, NULL);
