@@ -4,7 +4,7 @@
  *
  * libfabric's caches find registrations by address. What they ask and tell the monitor is about an address and a length, the same for
  * all caches (one for each domain) and all registrations that have these. So the monitor keeps a range for each address and length that
- * was subscribed, with one watched region, and `valid` is what that says. Of an unknown range it is false.
+ * was subscribed, with one watched region, and `valid` is what that says. libfabric asks about no other range.
  *
  * Why no change is missed:
  *
@@ -56,7 +56,6 @@
 #define VERSION (1u << 16 | 13) /* 1.13 */
 #define MIN_RANGES 16384u	/* that many are kept at least, if there is memory */
 #define MIN_PLACES 1024u	/* of a table; a power of two */
-#define MANY_DONE 64u		/* ranges that are done with and still in the table */
 #define ROBBED_MILLISECONDS 10	/* between looks, once the program has closed what the thread waits for */
 
 struct range {
@@ -65,11 +64,11 @@ struct range {
 	struct ummunotify_region *region;
 	uint32_t references;	      /* subscriptions */
 	bool joined;		      /* there has been one since it was last cleared */
-	bool done;		      /* no cache has a registration of it; to be forgotten when it is next met */
+	bool done;		      /* no cache has a registration of it; to be forgotten in libfabric's next call */
 	bool forgotten;		      /* not in the table, and not watched */
 	struct range *older, *newer;  /* in the order in which they were added, or last found in use */
 	struct range *evicted;	      /* the next in the list of those to be expelled, */
-	struct range *unfreed;	      /* of those to be given back, and of the spare ones */
+	struct range *unfreed;	      /* of those that are done, to be given back, or spare */
 	bool is_evicted;
 };
 
@@ -122,8 +121,7 @@ struct monitor {
 	pthread_mutex_t lock; /* of what follows, and of a range's joined, done and forgotten */
 	bool quit;
 	bool running;
-	size_t done;
-	struct range *evicted, *unfreed, *spare;
+	struct range *done, *evicted, *unfreed, *spare;
 	struct block *blocks;
 	struct table *unfreed_tables;
 	uint64_t subscribed, refused, notices;
@@ -226,7 +224,6 @@ static void forget(struct monitor *m, struct range *range)
 	remove_place(m->table, find(m->table, range->address, range->length));
 	unlink_range(m, range);
 	m->count--;
-	m->done -= range->done;
 	m->evictions -= range->is_evicted;
 	ummunotify_unwatch(m->umn, range->region);
 	range->forgotten = true;
@@ -236,13 +233,13 @@ static void forget(struct monitor *m, struct range *range)
 
 static void forget_done(struct monitor *m)
 {
-	struct range *range, *newer;
+	struct range *range, *following;
 
-	for (range = m->oldest; range; range = newer) {
-		newer = range->newer;
-		if (range->done)
-			forget(m, range);
+	for (range = m->done; range; range = following) {
+		following = range->unfreed;
+		forget(m, range);
 	}
+	m->done = NULL;
 }
 
 /* False: the program has closed the pipe. Both ends count: writing to one without the other would send the program a SIGPIPE. */
@@ -312,8 +309,6 @@ static int add(struct monitor *m, const void *address, size_t length)
 	struct range *range;
 	int error;
 
-	if (m->done && (m->count >= m->limit || (m->done >= MANY_DONE && 4 * m->done >= m->count)))
-		forget_done(m);
 	range = reserve(m) ? new_range(m) : NULL;
 	if (!range)
 		return -ENOMEM;
@@ -356,6 +351,7 @@ static void stop(struct fid_mem_monitor *fid)
 	m->running = false;
 	while (m->oldest)
 		forget(m, m->oldest);
+	m->done = NULL;
 	pthread_mutex_unlock(&m->lock);
 }
 
@@ -367,11 +363,8 @@ static int subscribe(struct fid_mem_monitor *fid, const void *address, size_t le
 
 	umn_process_current();
 	pthread_mutex_lock(&m->lock);
+	forget_done(m);
 	range = m->table ? range_of(find(m->table, address, length)) : NULL;
-	if (range && range->done) {
-		forget(m, range);
-		range = NULL;
-	}
 	if (range) {
 		range->references++;
 		range->joined = true;
@@ -391,6 +384,7 @@ static void unsubscribe(struct fid_mem_monitor *fid, const void *address, size_t
 
 	umn_process_current();
 	pthread_mutex_lock(&m->lock);
+	forget_done(m);
 	range = m->table ? range_of(find(m->table, address, length)) : NULL;
 	if (range && !--range->references)
 		forget(m, range);
@@ -400,12 +394,14 @@ static void unsubscribe(struct fid_mem_monitor *fid, const void *address, size_t
 /* No registration is stale: so a range need not be looked for. The caller holds libfabric's lock.
  *
  * `known` comes first, as in the cache (umn_entry_unchanged). The registrations of what had changed up to it were dropped, under libfabric's
- * lock, before it was stored: so the one that is asked about is none of these. Not near the limit, where it counts what is in use. */
+ * lock, before it was stored: so the one that is asked about is none of these. Not near the limit, where it counts what is in use; nor,
+ * though it would be right, while a range is there that has changed. */
 static bool none_stale(const struct monitor *m)
 {
 	uint64_t known = __atomic_load_n(&m->known, __ATOMIC_ACQUIRE);
 
-	return m->count && umn_process_is(m->epoch) && !m->confirms && !m->evictions && m->count < m->limit - m->limit / 8 &&
+	return m->count && umn_process_is(m->epoch) && !m->confirms && !m->evictions && !__atomic_load_n(&m->done, __ATOMIC_RELAXED) &&
+	       m->count < m->limit - m->limit / 8 &&
 	       umn_generation(m->header) == known;
 }
 
@@ -459,7 +455,8 @@ static void expel(struct monitor *m, struct range *range)
 		pthread_mutex_lock(&m->lock);
 		if (!range->forgotten && !range->joined) {
 			range->done = true;
-			m->done++;
+			range->unfreed = m->done;
+			__atomic_store_n(&m->done, range, __ATOMIC_RELAXED);
 		}
 	}
 	pthread_mutex_unlock(&m->lock);
@@ -627,7 +624,8 @@ static void in_child(void)
 		m->table = m->unfreed_tables = NULL;
 		m->oldest = m->newest = m->evicted = m->unfreed = m->spare = NULL;
 		m->blocks = NULL;
-		m->count = m->evictions = m->done = 0;
+		m->done = NULL;
+		m->count = m->evictions = 0;
 	}
 	pthread_mutex_init(&list_lock, NULL);
 }
