@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 
 import pytest
-from support import LONG, hit, watch
+from support import LONG, hit, open_fds, watch
 
 from ummunotify import (
     ClosedError,
@@ -119,3 +120,31 @@ def test_async_and_closed(umn: Notifier) -> None:
 
     with pytest.raises(ClosedError):
         asyncio.run(main())
+
+
+def test_the_program_replaces_the_descriptor(umn: Notifier) -> None:
+    """The one that an iteration makes for itself. What has its number then is left alone."""
+    umn.fileno()
+
+    async def iterate() -> None:
+        async for _ in umn:
+            pass
+
+    def descriptors() -> set[int]:  # without the one that listed them
+        return {int(fd) for fd in open_fds() if os.path.exists(f"/proc/self/fd/{fd}")}
+
+    async def main() -> None:
+        before = descriptors()
+        reader = asyncio.create_task(iterate())
+        await asyncio.sleep(0.02)
+        made = descriptors() - before
+        assert made
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in made:
+            os.dup2(null, fd)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        for fd in (null, *made):
+            os.close(fd)
+
+    asyncio.run(main())

@@ -29,8 +29,8 @@ _libc = ctypes.PyDLL(None)
 """The child has the GIL, as the caller had it."""
 
 
-def clone() -> int:
-    return int(_libc.syscall(56, int(signal.SIGCHLD), 0, 0, 0, 0))
+def clone(flags: int = 0) -> int:
+    return int(_libc.syscall(56, int(signal.SIGCHLD) | flags, 0, 0, 0, 0))
 
 
 FORKS: dict[str, Callable[[], int]] = {
@@ -38,6 +38,7 @@ FORKS: dict[str, Callable[[], int]] = {
     "fork": lambda: int(_libc.fork()),
     "_Fork": lambda: int(_libc._Fork()),
     "clone": clone,
+    "clone, CLONE_FILES": lambda: clone(0x400),
     "syscall fork": lambda: int(_libc.syscall(57)),
 }
 

@@ -7,9 +7,10 @@ import os
 import select
 import threading
 import time
+from typing import Any
 
 import pytest
-from support import LONG, hit, later, readable, watch
+from support import LONG, hit, later, open_fds, readable, watch
 
 import ummunotify
 from ummunotify import (
@@ -28,6 +29,23 @@ def test_read_waits(umn: Notifier, memory: Memory) -> None:
         assert [event.region for event in umn.read(timeout)] == [region]
         assert time.monotonic() - started < LONG
         timer.join()
+
+
+def test_read_lets_green_threads_run(umn: Notifier, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gevent and eventlet replace select.select: to wait in it lets the others run."""
+    region = watch(umn, memory, 0)
+    before = open_fds()
+    wait = select.select
+
+    def replaced(*arguments: Any) -> Any:
+        hit(memory, 0)
+        return wait(*arguments)
+
+    monkeypatch.setattr(select, "select", replaced)
+    assert [event.region for event in umn.read(LONG)] == [region]
+    assert open_fds() == before
+    monkeypatch.setattr(select, "select", lambda *_: ([], [], []))
+    assert umn.read(0.01) == []
 
 
 def test_read_waits_no_longer_than_asked(umn: Notifier, memory: Memory) -> None:

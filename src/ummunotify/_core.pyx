@@ -18,10 +18,11 @@ from libc.string cimport memcpy, memset
 
 import contextlib
 import os
+import select
 import sys
 import time
-from io import FileIO
 from threading import get_ident
+from types import BuiltinFunctionType
 
 from .errors import (
     ClosedError,
@@ -77,6 +78,8 @@ _new_tuple = tuple.__new__
 
 cdef str CHANGED = sys.intern("changed")
 cdef str VALID = sys.intern("valid")
+
+EPOLL = "anon_inode:[eventpoll]"
 
 WAIT_MAX = 86400.0
 """Seconds; the library takes a number of milliseconds in 32 bits."""
@@ -710,11 +713,16 @@ cdef class Notifier:
             deadline = time.monotonic() + left
         while True:
             milliseconds = <int>(min(WAIT_MAX if forever else left, WAIT_MAX) * 1000) + 1
-            with nogil:
-                result = ummunotify_wait(self._umn, milliseconds)
-            if result < 0 and result != -EINTR:
-                raise failure()
-            PyErr_CheckSignals()
+            if type(select.select) is not BuiltinFunctionType:
+                # Replaced by gevent's or eventlet's, in which other green threads run meanwhile.
+                with self._copy() as copy:
+                    select.select([copy], [], [], milliseconds / 1000)
+            else:
+                with nogil:
+                    result = ummunotify_wait(self._umn, milliseconds)
+                if result < 0 and result != -EINTR:
+                    raise failure()
+                PyErr_CheckSignals()
             events = self._read()
             if events:
                 return events
@@ -805,9 +813,20 @@ cdef class Notifier:
         self._check()
         return self._read(True)
 
-    def _dup(self):
-        """A copy of the descriptor, as a file that closes it."""
-        return FileIO(os.dup(self.fileno()))
+    @contextlib.contextmanager
+    def _copy(self):
+        """A copy of the descriptor."""
+        copy = os.dup(self.fileno())
+        try:
+            yield copy
+        finally:
+            # Unless the program has replaced it. Where there is no /proc that is not known.
+            try:
+                name = os.readlink(f"/proc/self/fd/{copy}")
+            except FileNotFoundError:
+                name = "" if os.path.exists("/proc/self") else EPOLL
+            if name == EPOLL:
+                os.close(copy)
 
     @contextlib.contextmanager
     def _waiter(self, wake):

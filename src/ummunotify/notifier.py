@@ -22,7 +22,7 @@ class Notifier(_Notifier):
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         # A descriptor of this iteration's own: an event loop knows each once, and several tasks may be iterating.
-        with self._dup() as copy, self._waiter(lambda: loop.call_soon_threadsafe(readable.set)):
+        with self._copy() as copy, self._waiter(lambda: loop.call_soon_threadsafe(readable.set)):
             while True:
                 try:
                     # One by one: where the iteration ends, the others are left to the next reader.

@@ -36,6 +36,12 @@ static pid_t by_clone(void)
 	return (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL);
 }
 
+/* It shares the descriptors, but not the memory. */
+static pid_t by_clone_files(void)
+{
+	return (pid_t)syscall(SYS_clone, SIGCHLD | CLONE_FILES, NULL, NULL, NULL, NULL);
+}
+
 static pid_t by_Fork(void)
 {
 	return _Fork ? _Fork() : by_clone();
@@ -51,6 +57,7 @@ static const struct kind {
 #ifndef HAS_SANITIZER /* whose own locks these do not know */
 	{"_Fork", by_Fork, false},
 	{"clone", by_clone, false},
+	{"clone, CLONE_FILES", by_clone_files, false},
 #endif
 };
 

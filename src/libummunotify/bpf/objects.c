@@ -156,7 +156,7 @@ static int reopen(struct umn_bpf_object *object)
 static void close_in_child(void)
 {
 	for (struct umn_bpf_object *object = all; object; object = __atomic_load_n(&object->next, __ATOMIC_RELAXED)) {
-		if (intact(object))
+		if (intact(object) && !umn_process_shares_descriptors())
 			close(object->fd);
 		object->fd = -1;
 	}

@@ -109,7 +109,7 @@ static void unhide(int fd)
 void device_close_hidden(struct umn_descriptor *descriptor)
 {
 	unhide(descriptor->fd);
-	if (umn_descriptor_intact(descriptor))
+	if (umn_descriptor_intact(descriptor) && !umn_process_shares_descriptors())
 		next.close(descriptor->fd);
 	descriptor->fd = -1;
 }

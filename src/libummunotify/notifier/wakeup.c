@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "process/error.h"
+#include "process/process.h"
 
 static bool add(int epoll, int fd, uint32_t events)
 {
@@ -75,9 +76,11 @@ void umn_wakeup_set(struct umn_wakeup *w, bool is_set)
 
 void umn_wakeup_close(struct umn_wakeup *w)
 {
-	if (w->is_own && has(w->epoll, &w->out, EPOLLIN))
+	bool closes = !umn_process_shares_descriptors();
+
+	if (closes && w->is_own && has(w->epoll, &w->out, EPOLLIN))
 		close(w->epoll);
-	if (has(w->source, &w->in, 0))
+	if (closes && has(w->source, &w->in, 0))
 		close(w->source);
 	w->epoll = w->source = -1;
 	umn_descriptor_close(&w->out);

@@ -8,6 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "process/process.h"
+
 #define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
 
@@ -46,7 +48,7 @@ void umn_descriptor_close(struct umn_descriptor *descriptor)
 	bool intact = umn_descriptor_intact(descriptor);
 
 	store(&descriptor->fd, -1);
-	if (intact)
+	if (intact && !umn_process_shares_descriptors())
 		close_number(fd);
 }
 

@@ -8,9 +8,11 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define MODULES_MAX 8
+#define KCMP_FILES 2 /* <linux/kcmp.h>, which not all distributions' headers have */
 
 /* In the page that is cleared in a child. */
 struct page {
@@ -22,6 +24,8 @@ static struct page *page;
 static uint32_t last = 1; /* the epoch of this process, or of its parent until it has its own */
 static void (*modules[MODULES_MAX])(void); /* the first NULL ends them */
 static int start_error;
+static pid_t owner; /* the process with this epoch */
+static bool shares_descriptors;
 
 static const uint32_t unstarted; /* 0: nothing is of this process before umn_process_start */
 const uint32_t *umn_process_epoch = &unstarted;
@@ -36,8 +40,11 @@ static void begin_child(void)
 	while (__atomic_exchange_n(&page->lock, 1, __ATOMIC_ACQUIRE))
 		sched_yield();
 	if (!__atomic_load_n(&page->epoch, __ATOMIC_RELAXED)) {
+		shares_descriptors = !syscall(SYS_kcmp, owner, getpid(), KCMP_FILES, 0, 0);
 		for (unsigned int i = 0; i < MODULES_MAX && modules[i]; i++)
 			modules[i]();
+		shares_descriptors = false;
+		owner = getpid();
 		if (!++last)
 			last = 1;
 		/* Release: a thread that finds the epoch finds the modules' new state. */
@@ -45,6 +52,11 @@ static void begin_child(void)
 	}
 	__atomic_store_n(&page->lock, 0, __ATOMIC_RELEASE);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+bool umn_process_shares_descriptors(void)
+{
+	return shares_descriptors;
 }
 
 uint32_t umn_process_current(void)
@@ -80,6 +92,7 @@ static void start(void)
 	}
 	page = memory;
 	page->epoch = last;
+	owner = getpid();
 	pthread_atfork(NULL, NULL, after_fork);
 	__atomic_store_n(&umn_process_epoch, &page->epoch, __ATOMIC_RELEASE);
 }

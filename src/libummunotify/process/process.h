@@ -36,4 +36,8 @@ static inline bool umn_process_is(uint32_t epoch)
  * are certain to be its own. Modules add themselves once, in umn_process_start's caller or later; called in the order of adding. */
 void umn_process_add_child(void (*in_child)(void));
 
+/* While these functions run: does the child share the parent's descriptor table (clone with CLONE_FILES, without CLONE_VM)? What it closed
+ * would be closed for the parent. False where the kernel does not say (kcmp). */
+bool umn_process_shares_descriptors(void);
+
 #endif

@@ -125,7 +125,7 @@ static int need_machine(int kvm)
 #define LOOK_AT_LOG "ask the administrator to look at `ummunotify status` and the daemon's log"
 
 /* What a status other than OK means. */
-static int refused(const struct umn_reply *reply)
+static int refused(const struct kernel_connection *c, const struct umn_reply *reply)
 {
 	const unsigned long long value = reply->value;
 
@@ -152,7 +152,11 @@ static int refused(const struct umn_reply *reply)
 		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "please report this with the kernel's version",
 				"the probe did not see a change made for it to see");
 	}
-	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, LOOK_AT_LOG, "the feeder failed (%s)", strerror((int)value));
+	if (!c->feeder)
+		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, LOOK_AT_LOG, "the daemon failed (%s)", strerror((int)value));
+	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV,
+			value == EPERM ? "keep CAP_BPF and CAP_PERFMON, or use the daemon" : "",
+			"the feeder failed (%s)", strerror((int)value));
 }
 
 static int lost(int error, bool growing)
@@ -217,7 +221,7 @@ static int ask(struct kernel_connection *c, enum umn_op op, struct umn_reply *re
 		return error;
 	while (reply->fds)
 		close(fds[--reply->fds]);
-	return refused(reply);
+	return refused(c, reply);
 }
 
 int ummunotify_failed(const char *why, const char *remedy)

@@ -1172,14 +1172,26 @@ static bool map_stack(void)
 	return false;
 }
 
+/* Not MADV_DONTNEED: that fails for memory that mlockall has locked. Forgotten first: a child that another thread makes after the unmapping
+ * may have other memory there by the time that it lets go of what it inherited. */
+static void ring_bell(void)
+{
+	uint8_t *bell = uffd_state.bell;
+
+	store(&uffd_state.bell, NULL);
+	if (bell)
+		munmap(bell, page_size());
+}
+
 /* Nothing of it is registered. Where the bell was there may be other memory. */
 static void unmap_stack(void)
 {
-	if (uffd_state.bell)
-		munmap(uffd_state.bell, page_size());
-	munmap(uffd_state.stack, STACK_SIZE);
-	munmap(uffd_state.stack + STACK_SIZE + page_size(), page_size());
-	uffd_state.stack = uffd_state.bell = NULL;
+	uint8_t *stack = uffd_state.stack;
+
+	ring_bell();
+	store(&uffd_state.stack, NULL);
+	munmap(stack, STACK_SIZE);
+	munmap(stack + STACK_SIZE + page_size(), page_size());
 }
 
 /* A thread on that stack, which no signal handler ever runs on. */
@@ -1255,9 +1267,7 @@ static void stop(void)
 	/* Before the reader ends, as it unregisters what it cannot find by closing. If both have one, it is the reader's to close. */
 	if (uffd_state.has_own_table)
 		umn_descriptor_close(&uffd);
-	/* Not MADV_DONTNEED: that fails for memory that mlockall has locked. */
-	munmap(uffd_state.bell, page_size());
-	uffd_state.bell = NULL;
+	ring_bell();
 	pthread_join(uffd_state.thread, NULL);
 	unmap_stack();
 }
