@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+import ummunotify
 from ummunotify import Invalidation, Notifier, Region, _core
 from ummunotify.bpf import libbpf
 from ummunotify.selftest.changes import PAGE, Memory, madvise
@@ -45,6 +46,13 @@ def require(feature: str, reason: str, *, always: bool = True) -> NoReturn:
 def require_root(reason: str) -> None:
     if os.geteuid():
         require("root", reason)
+
+
+def require_source(source: str) -> None:
+    try:
+        ummunotify.open(source).close()
+    except ummunotify.SourceUnavailableError as error:
+        require(source.partition(":")[0], str(error))
 
 
 def require_module(name: str) -> Any:

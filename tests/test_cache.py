@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from cache_check import wrong
 from registrar import Recorder
-from support import in_child, map_memory, require_module, unmap_memory
+from support import in_child, map_memory, require_module, require_source, unmap_memory
 
 import ummunotify
 from ummunotify import (
@@ -739,6 +739,7 @@ def test_without_a_source_each_use_registers(
 
 
 def test_memory_that_cannot_be_watched(registrar: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_source("uffd")
     monkeypatch.setenv("UMMUNOTIFY_SOURCE", "uffd")
     with RegistrationCache(registrar) as cache, mmap.mmap(-1, PAGE) as shared:  # which uffd cannot watch
         with pytest.warns(RuntimeWarning, match="registered anew for each use, because.*") as warned:
@@ -751,6 +752,7 @@ def test_memory_that_cannot_be_watched(registrar: Recorder, monkeypatch: pytest.
 
 
 def test_a_warning_that_is_an_error_loses_nothing(registrar: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_source("uffd")
     monkeypatch.setenv("UMMUNOTIFY_SOURCE", "uffd")
     with RegistrationCache(registrar) as cache, mmap.mmap(-1, PAGE) as shared, warnings.catch_warnings():
         warnings.simplefilter("error")

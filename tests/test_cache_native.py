@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from registrar import Recorder
-from support import map_memory, require, unmap_memory
+from support import map_memory, require, require_source, unmap_memory
 
 import ummunotify
 from ummunotify import RegistrationCache
@@ -111,6 +111,7 @@ def test_the_header_in_cplusplus(tmp_path: Path) -> None:
 
 
 def test_c_without_python(keeper: object, tmp_path: Path) -> None:
+    require_source("uffd")
     program = tmp_path / "cache"
     flags = ["-std=c11", "-D_DEFAULT_SOURCE", "-Wall", "-Wextra", "-Werror", f"-I{HEADERS}"]
     link = [f"-L{LIBRARIES}", "-lummunotify", f"-Wl,-rpath,{LIBRARIES}"]

@@ -17,10 +17,9 @@ import pytest
 from benchmarks import device as benchmark
 from daemons import COMMAND, NOBODY, PATIENCE, Daemon
 from other_users import require_another_user
-from support import require
+from support import require_source
 from test_c import HERE, build, output
 
-import ummunotify
 from ummunotify._abi import SOCKET_ENVIRONMENT as SOCKET
 from ummunotify.cli.config import LIB
 
@@ -143,16 +142,9 @@ def test_interface(source: str, case: str, suite: str, request: pytest.FixtureRe
         socket = request.getfixturevalue("shared_daemon").path
         result = call(suite, case, user=NOBODY, environment={"LD_PRELOAD": PRELOAD, SOCKET: socket})
     else:
-        uffd_or_skip()
+        require_source("uffd")
         result = call(*RUN, "--source", "uffd", "--", suite, case)
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{case}\n", ""), result.stderr
-
-
-def uffd_or_skip() -> None:
-    try:
-        ummunotify.open("uffd").close()
-    except ummunotify.SourceUnavailableError as error:
-        require("uffd", str(error))
 
 
 def test_all_cases_are_found() -> None:
@@ -164,7 +156,7 @@ def test_program_of_2010(source: str, public: Path, request: pytest.FixtureReque
     if source == BPF:
         request.getfixturevalue("privileged")
     else:
-        uffd_or_skip()
+        require_source("uffd")
     flags = output(*COMMAND, "config", "--cflags").split()
     program = build(EXAMPLE, public / "ummunotify_2010", "-std=gnu99", *flags)
     result = call(*RUN, "--source", source, program)
@@ -188,7 +180,7 @@ def test_no_linear_scan(source: str, public: Path, request: pytest.FixtureReques
     """Counted in basic blocks that are executed, so that time does not matter."""
     environment = {"UMMUNOTIFY_SOURCE": "uffd"}
     if source == UFFD:
-        uffd_or_skip()
+        require_source("uffd")
     else:
         environment = {SOCKET: request.getfixturevalue("shared_daemon").path}
     program = build(HERE / "device_work.c", public / "work", *device_sources(), "-fsanitize-coverage=trace-pc")
@@ -244,6 +236,7 @@ def test_uffd_only_if_asked_for(programs: dict[str, str], public: Path) -> None:
 
 def test_set_uid(programs: dict[str, str], public: Path, shared_daemon: Daemon) -> None:
     """Nothing gets into such a program, and it says so."""
+    require_source("uffd")
     program = public / "set_uid"
     shutil.copy(programs["open"], program)
     program.chmod(0o4755)
@@ -255,6 +248,7 @@ def test_set_uid(programs: dict[str, str], public: Path, shared_daemon: Daemon) 
 
 
 def test_static(public: Path) -> None:
+    require_source("uffd")
     program = build(public / "open.c", public / "static", "-static")
     result = call(*RUN, "--source", "uffd", program)
     assert result.returncode == 1

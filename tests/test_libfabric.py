@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from daemons import COMMAND
-from support import require
+from support import require, require_source
 from test_c import HERE, build, flags, run, source
 
 __all__ = ["source"]  # a fixture
@@ -73,6 +73,7 @@ def test_cache_that_was_disabled(source: str) -> None:
 
 
 def test_programs_without_libfabric() -> None:
+    require_source("uffd")
     assert run(*RUN, "--source", "uffd", "echo", "said") == "said\n"
 
 
@@ -110,6 +111,7 @@ def test_plugin_with_its_own_libfabric(tmp_path: Path, source: str) -> None:
 
 def test_old_program(tmp_path: Path) -> None:
     """Linked with the first version of fi_getinfo, whose structures are shorter, it still gets that."""
+    require_source("uffd")
     program = tmp_path / "old.c"
     program.write_text("""
         #include <rdma/fabric.h>

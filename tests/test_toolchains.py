@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import require_source
 
 from ummunotify import Notifier
 
@@ -54,6 +55,7 @@ def test_what_the_kernel_is_handed_is_cleared(keeper: Notifier, tmp_path: Path, 
     links = ["-pthread", "-ldl", "-Wl,-soname,libummunotify.so", "-Wl,-z,nodelete"]
     command = [compiler, *flags, '-DUMN_VERSION="pattern"', *includes, *sources, *links, "-o", str(library)]
     subprocess.run(command, check=True)
+    require_source("uffd")
     for source in (keeper.source, "uffd"):
         environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
         subprocess.run([sys.executable, "-c", SEES, source, str(library)], env=environment, check=True)
