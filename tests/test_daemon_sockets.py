@@ -1,4 +1,4 @@
-"""Where the daemon listens: it replaces nothing but what a daemon has left, and no other user can replace its socket."""
+"""Where the daemon listens: it replaces only what a daemon has left, and no other user can replace its socket."""
 
 from __future__ import annotations
 
@@ -234,12 +234,13 @@ def test_another_user_cannot_take_the_place(folder: Path) -> None:
     path = folder / "socket"
 
     def attack(_: object) -> list[str]:
-        failed = []
-        for name, act in {
-            "unlink": lambda: path.unlink(),
+        attempts: dict[str, Callable[[], object]] = {
+            "unlink": path.unlink,
             "rename": lambda: path.rename(folder / "gone"),
             "unlock": lambda: os.unlink(f"{path}.lock"),
-        }.items():
+        }
+        failed = []
+        for name, act in attempts.items():
             try:
                 act()
             except PermissionError:

@@ -35,7 +35,7 @@ _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERRO
 
 
 class _Journal(logging.Handler):
-    """Writes to the journal, sd_journal_send(3): whoever reads it can ask for each field."""
+    """Writes to the journal, sd_journal_send(3), where each field can be asked for."""
 
     def __init__(self) -> None:
         """OSError: there is none."""
@@ -50,10 +50,11 @@ class _Journal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         fields = {"message": record.getMessage(), "priority": _PRIORITY.get(record.levelno, 5)}
         fields |= {f"ummunotify_{name}": value for name, value in getattr(record, "fields", {}).items()}
-        lines = (f"{name.upper()}={value}".replace("\n", " ") for name, value in fields.items())
-        # It is not waited for: then whoever fills the journal would stop the daemon.
+        # A field that no line feed ends is not stored.
+        lines = (f"{name.upper()}={value}".replace("\n", " ") + "\n" for name, value in fields.items())
+        # Not waiting: a client that fills the journal must not stop the daemon.
         with contextlib.suppress(OSError):
-            self._socket.send("\n".join(lines).encode(), socket.MSG_DONTWAIT)
+            self._socket.send("".join(lines).encode(), socket.MSG_DONTWAIT)
 
 
 def _to_journal() -> bool:
@@ -283,8 +284,8 @@ def _load(options: _Options, undo: contextlib.ExitStack) -> Loaded:
     undo.callback(loaded.program.close)
     if loaded.kvm >= 0:
         undo.callback(os.close, loaded.kvm)
-    for what, why in loaded.missing:
-        event(logging.WARNING, "missing", what=what, why=why)
+    for probes, why in loaded.missing:
+        event(logging.WARNING, "missing", probes=probes, why=why)
     return loaded
 
 
