@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from daemons import (
     COMMAND,
     NOBODY,
@@ -47,6 +48,7 @@ from ummunotify import _abi
 from ummunotify._abi import Gives, Op, Probe, Reply, Request, Status
 from ummunotify.bpf import feeder, libbpf
 from ummunotify.cli.daemon import closed_folder
+from ummunotify.cli.doctor import doctor
 from ummunotify.daemon import batches
 from ummunotify.daemon.limits import TABLE, Limits, Usage
 from ummunotify.daemon.server import STEPS_FOREIGN, STEPS_OWN
@@ -82,6 +84,45 @@ def test_the_first_example_of_the_readme(daemon: Daemon) -> None:
     name, said = as_nobody(program)
     assert name == "daemon:kvm"
     assert re.fullmatch(r"0x[0-9a-f]+-0x[0-9a-f]+: munmap by thread \d+\n", said)
+
+
+def test_root_takes_it_too(daemon: Daemon) -> None:
+    """One program for the host instead of one for each process; what was opened before goes on."""
+    with ummunotify.open() as umn, ummunotify.open("bpf") as own:
+        assert umn.source == "daemon:kvm"
+        assert own.source == "bpf:kvm"
+        daemon.end()
+        with ummunotify.open() as another:
+            assert another.source == "bpf:kvm"
+            for each in (umn, own, another):
+                change(each)
+
+
+def test_doctor_says_what_many_programs_cost(daemon: Daemon) -> None:
+    def find() -> Any:
+        return json.loads(subprocess.run([*COMMAND, "doctor", "--json"], capture_output=True, check=True).stdout)
+
+    with ummunotify.open("bpf"):
+        found = find()
+        assert found["sources"][0]["source"] == "daemon:kvm"
+        assert int(found["machine"]["BPF programs"].split()[0]) >= 2  # the daemon's, and this process's
+        assert not found["advice"]
+        daemon.end()
+        found = find()
+        count = int(found["machine"]["BPF programs"].split()[0])
+        assert count >= 1
+        assert f"{count} now" in found["advice"]
+        assert "ummunotify daemon install" in found["advice"]
+
+
+def test_only_root_counts_the_programs(directory: Path) -> None:
+    def program(_: Connection) -> tuple[str, str]:
+        found = json.loads(CliRunner().invoke(doctor, ["--json"]).stdout)
+        return found["machine"]["BPF programs"], found["advice"]
+
+    said, advice = as_nobody(program)
+    assert "only root" in said
+    assert not advice
 
 
 def test_waiting_and_growing(daemon: Daemon) -> None:

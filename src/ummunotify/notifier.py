@@ -70,9 +70,9 @@ class Finding(NamedTuple):
 
 
 def survey() -> list[Finding]:
-    """Try every source, best first."""
+    """Try every source, best first (as in sources/candidates.c), whatever UMMUNOTIFY_SOURCE says."""
     findings = []
-    for name in ("bpf", "daemon", "uffd"):
+    for name in ("daemon", "bpf", "uffd"):
         for candidate in source_names(name):
             try:
                 with open(candidate) as opened:

@@ -54,7 +54,7 @@ enum umn_status {
 	UMN_STATUSES
 };
 
-/* Numbers on the wire. The order of preference is sources.c's. */
+/* Numbers on the wire. The order of preference is in sources/candidates.c. */
 enum umn_probe { UMN_PROBE_KVM, UMN_PROBE_MMU_NOTIFIER, UMN_PROBE_ZAP, UMN_PROBES };
 
 /* What comes after segment 0, in this order. The rest is what keeps the program attached. */

@@ -289,7 +289,7 @@ static int open_notifier(struct ummunotify **result, const struct ummunotify_opt
 		return count;
 	for (int i = 0; i < count; i++) {
 		/* All of them for the same reason. */
-		if (i && candidates[i]->kind == UMN_BPF && !options->feeder)
+		if (i && candidates[i]->kind == UMN_BPF && candidates[i - 1]->kind == UMN_BPF && !options->feeder)
 			continue;
 		*result = try_source(candidates[i], options, epoll);
 		if (*result)

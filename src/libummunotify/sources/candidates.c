@@ -10,14 +10,20 @@
 #include "sources/connection.h"
 
 /*
- * Best first. mmu_notifier knows whose change it is, and of what kind; kvm has to conclude that; zap costs other processes time too.
+ * Best first.
+ *
+ * The daemon comes before a program of the process's own, which sees the same: each more program that is attached slows down the changes
+ * of all processes on the host that watch (with zap, of all), while the daemon has one for all of them. Of the probes, mmu_notifier
+ * knows whose change it is, and of what kind; kvm has to conclude that; zap costs processes that do not watch time too. uffd is
+ * last: it refuses memory whose changes it cannot see.
+ *
  * The names with a daemon's probe stand for the same daemon: they are tried only where they are asked for.
  */
 static const struct umn_candidate all[UMN_CANDIDATES_MAX] = {
+	{"daemon", UMN_DAEMON, -1},
 	{"bpf:mmu_notifier", UMN_BPF, UMN_PROBE_MMU_NOTIFIER},
 	{"bpf:kvm", UMN_BPF, UMN_PROBE_KVM},
 	{"bpf:zap", UMN_BPF, UMN_PROBE_ZAP},
-	{"daemon", UMN_DAEMON, -1},
 	{"daemon:mmu_notifier", UMN_DAEMON, UMN_PROBE_MMU_NOTIFIER},
 	{"daemon:kvm", UMN_DAEMON, UMN_PROBE_KVM},
 	{"daemon:zap", UMN_DAEMON, UMN_PROBE_ZAP},

@@ -105,6 +105,8 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map__set_max_entries": (_INT, _POINTER, _U32),
     "bpf_map_freeze": (_INT, _INT),
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
+    "bpf_prog_get_next_id": (_INT, _U32, _POINTER),
+    "bpf_prog_get_fd_by_id": (_INT, _U32),
     "bpf_prog_test_run_opts": (_INT, _INT, _POINTER),
     "bpf_raw_tracepoint_open": (_INT, _STRING, _INT),
     "bpf_enable_stats": (_INT, _INT),
@@ -344,6 +346,31 @@ def program_info(fd: int) -> ProgramInfo:
     if size.value < ctypes.sizeof(info):
         raise BpfError(errno.EOPNOTSUPP, "describe a program: the kernel does not count recursion misses")
     return ProgramInfo(info.run_time_ns, info.run_cnt, info.recursion_misses)
+
+
+def loaded_programs() -> list[tuple[int, str]]:
+    """Type and name of each program on this host. Raises BpfError: EPERM without CAP_SYS_ADMIN."""
+    found: list[tuple[int, str]] = []
+    number = _U32(0)
+    while True:
+        try:
+            _call("find programs", "bpf_prog_get_next_id", number, ctypes.byref(number))
+        except BpfError as error:
+            if error.errno == errno.ENOENT:
+                return found
+            raise
+        info, size = _ProgramInfo(), _U32(ctypes.sizeof(_ProgramInfo))
+        try:
+            fd = _call("open a program", "bpf_prog_get_fd_by_id", number, undo=os.close)
+        except BpfError as error:
+            if error.errno == errno.ENOENT:  # it is gone
+                continue
+            raise
+        try:
+            _call("describe a program", "bpf_obj_get_info_by_fd", fd, ctypes.byref(info), ctypes.byref(size))
+        finally:
+            os.close(fd)
+        found.append((info.type, info.name.decode()))
 
 
 class _TestRunOpts(ctypes.Structure):

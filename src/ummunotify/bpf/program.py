@@ -19,6 +19,9 @@ _TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
 _TABLE_MAPS = ("segments", "rings", "tables", "owners", "handshakes", "control")
 
+_PROGRAM_TYPES = (2, 17)
+"""BPF_PROG_TYPE_KPROBE, BPF_PROG_TYPE_RAW_TRACEPOINT."""
+
 _CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
 _LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
@@ -206,6 +209,15 @@ class Program:
         """Everything of every table may be invalid: to the program `kvm`, a change of all addresses. OSError."""
         everything = bytes(8) + b"\xff" * 8
         libbpf.program_run(self.code.number(), everything)
+
+
+def count_on_host() -> int | None:
+    """How many feeders there are on this host, of all processes. None: only root can know."""
+    names = {*(probe.label for probe in Probe), _NO_USER_READS}
+    try:
+        return sum(kind in _PROGRAM_TYPES and name in names for kind, name in libbpf.loaded_programs())
+    except OSError:
+        return None
 
 
 def _check_kernel(probe: Probe) -> None:

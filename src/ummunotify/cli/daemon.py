@@ -13,8 +13,10 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,7 +24,8 @@ from .._abi import SOCKET_PATH, Probe
 from ..bpf import libbpf
 from ..daemon import privileges
 from ..daemon.limits import SPARE, Limits
-from ..daemon.loading import load
+from ..daemon.listening import listening
+from ..daemon.loading import Loaded, load
 from ..daemon.log import event
 from ..daemon.server import SEGMENTS_AT_ONCE, Server
 from ..errors import UnavailableError
@@ -32,7 +35,7 @@ _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERRO
 
 
 class _Journal(logging.Handler):
-    """Writes to the journal, sd_journal_send(3): whoever reads it can ask for each field."""
+    """Writes to the journal, sd_journal_send(3), where each field can be asked for."""
 
     def __init__(self) -> None:
         """OSError: there is none."""
@@ -47,10 +50,11 @@ class _Journal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         fields = {"message": record.getMessage(), "priority": _PRIORITY.get(record.levelno, 5)}
         fields |= {f"ummunotify_{name}": value for name, value in getattr(record, "fields", {}).items()}
-        lines = (f"{name.upper()}={value}".replace("\n", " ") for name, value in fields.items())
-        # It is not waited for: then whoever fills the journal would stop the daemon.
+        # A field that no line feed ends is not stored.
+        lines = (f"{name.upper()}={value}".replace("\n", " ") + "\n" for name, value in fields.items())
+        # Not waiting: a client that fills the journal must not stop the daemon.
         with contextlib.suppress(OSError):
-            self._socket.send("\n".join(lines).encode(), socket.MSG_DONTWAIT)
+            self._socket.send("".join(lines).encode(), socket.MSG_DONTWAIT)
 
 
 def _to_journal() -> bool:
@@ -77,41 +81,13 @@ def _fail(what: str) -> click.ClickException:
 
 
 def _inherited() -> socket.socket | None:
-    """The socket that systemd listens at for us, sd_listen_fds(3)."""
+    """The socket at which systemd listens for the daemon, sd_listen_fds(3)."""
     if os.environ.pop("LISTEN_PID", None) != str(os.getpid()) or not int(os.environ.pop("LISTEN_FDS", "0")):
         return None
     os.set_inheritable(_LISTEN_FD, False)
     listener = socket.socket(fileno=_LISTEN_FD)
     if listener.type != socket.SOCK_SEQPACKET:
         raise _fail("the socket unit has to say ListenSequentialPacket=")
-    return listener
-
-
-def _bind(path: str, mode: int, group: int) -> socket.socket:
-    """Listen there, in place of a daemon that has ended. Raises OSError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise _fail(f"{path} is there and is not a socket")
-            try:
-                listener.connect(path)
-                raise _fail(f"a daemon listens at {path} already; stop it, or choose another --socket")
-            except ConnectionRefusedError:
-                os.unlink(path)
-        Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        # Nobody may connect before the mode is what it should be.
-        mask = os.umask(0o777)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(mask)
-        os.chown(path, -1, group)
-        os.chmod(path, mode)
-        listener.listen(socket.SOMAXCONN)
-    except BaseException:
-        listener.close()
-        raise
     return listener
 
 
@@ -162,11 +138,20 @@ def _user(context: click.Context, parameter: click.Parameter, value: str | None)
     return user and (user.pw_uid, user.pw_gid)
 
 
+def _owner(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    try:
+        owner = None if value is None else os.stat(value)
+    except OSError as error:
+        raise click.BadParameter(f"{value} has no owner: {error.strerror}") from None
+    return owner and (owner.st_uid, owner.st_gid)
+
+
 @click.group("daemon", invoke_without_command=True)
 @click.option("--socket", "path", default=SOCKET_PATH, show_default=True, help="Where to listen.")
 @click.option("--mode", default="0666", show_default=True, callback=_mode, help="The socket's mode.")
 @click.option("--group", callback=_group, help="The socket's group.")
 @click.option("--user", callback=_user, help="The user to become. Left out, the user stays; privileges go.")
+@click.option("--user-of", "owner", callback=_owner, help="The user to become: the owner of this directory.")
 @click.option("--clients", default=Limits.clients, show_default=True, type=click.IntRange(1, 65536), help="At most.")
 @click.option("--clients-per-user", default=Limits.clients_per_user, show_default=True, type=click.IntRange(1))
 @click.option(
@@ -194,82 +179,131 @@ def _user(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--metrics", help="Serve figures for Prometheus at unix:PATH or 127.0.0.1:PORT.")
 @click.option("-v", "--verbose", is_flag=True, help="Log each client that comes and goes.")
 @click.pass_context
-def daemon(context: click.Context, /, **options: object) -> None:
+def daemon(context: click.Context, /, **options: Any) -> None:
     """Serve notifications to users who may not load BPF programs.
 
     Needs root, or CAP_BPF and CAP_PERFMON; gives up everything else. Ends on SIGTERM; clients that are connected
-    are told of changes as long as they live, whatever becomes of this.
+    are told of changes as long as they live, whatever becomes of the daemon.
     """
     if context.invoked_subcommand is None:
-        _serve(**options)  # type: ignore[arg-type]
+        _serve(_Options(**options))
 
 
-def _serve(
-    path: str,
-    mode: int,
-    group: int,
-    user: tuple[int, int] | None,
-    clients: int,
-    clients_per_user: int,
-    memory: int,
-    memory_per_user: int,
-    ready: int,
-    probe: str | None,
-    kvm: bool,
-    bpf_statistics: bool,
-    metrics: str | None,
-    verbose: bool,
-) -> None:
-    _log(logging.DEBUG if verbose else logging.INFO)
-    limits = Limits(clients, min(clients, clients_per_user), memory << 20, min(memory, memory_per_user) << 20)
+@dataclass(frozen=True)
+class _Options:
+    """The command's options, by their names."""
+
+    path: str
+    mode: int
+    group: int
+    user: tuple[int, int] | None
+    owner: tuple[int, int] | None
+    clients: int
+    clients_per_user: int
+    memory: int
+    memory_per_user: int
+    ready: int
+    probe: str | None
+    kvm: bool
+    bpf_statistics: bool
+    metrics: str | None
+    verbose: bool
+
+    @property
+    def becomes(self) -> tuple[int, int] | None:
+        """The uid and gid of the user to become."""
+        return self.user or self.owner
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            self.clients,
+            min(self.clients, self.clients_per_user),
+            self.memory << 20,
+            min(self.memory, self.memory_per_user) << 20,
+        )
+
+
+def _serve(options: _Options) -> None:
+    _log(logging.DEBUG if options.verbose else logging.INFO)
     with contextlib.ExitStack() as undo:
-        try:
-            _room(clients, ready)
-            if bpf_statistics:
+        with _errors_said():
+            _room(options.clients, options.ready)
+            if options.bpf_statistics:
                 undo.callback(os.close, libbpf.enable_statistics())
-            endpoint = None if metrics is None else undo.enter_context(_metrics_listener(metrics))
-            listener = _inherited() or _bind(path, mode, group)
-            undo.callback(listener.close)
-            # Before that: where kernel.perf_event_paranoid is above 2, as on Debian, kprobes take CAP_SYS_ADMIN.
-            program, kvm_fd = load(probe, kvm, clients + ready)
-            undo.callback(program.close)
-            if kvm_fd >= 0:
-                undo.callback(os.close, kvm_fd)
-            privileges.drop(user)
-            server = Server(listener, program, kvm_fd, limits, ready)
+            listener, metrics = _listen(options, undo)
+            # Privileges last: where kernel.perf_event_paranoid is above 2, as on Debian, kprobes take CAP_SYS_ADMIN.
+            loaded = _load(options, undo)
+            privileges.drop(options.becomes)
+            server = Server(listener, loaded.program, loaded.kvm, options.limits, options.ready)
             undo.callback(server.close)
-        except UnavailableError as error:
-            raise _fail(str(error)) from None
-        except PermissionError as error:
-            raise _fail(f"{error}; run this as root, or with CAP_BPF and CAP_PERFMON") from None
-        except (OSError, ValueError) as error:
-            raise _fail(str(error)) from None
-        if endpoint is not None:
+        if metrics is not None:
             from ..daemon.metrics import Endpoint
 
-            Endpoint(server, endpoint)
-        event(
-            logging.INFO,
-            "started",
-            pid=os.getpid(),
-            uid=os.geteuid(),
-            socket=listener.getsockname(),
-            clients=clients,
-            probe=program.probe.label,
-        )
-        server.run(lambda: _notify("READY=1"))
-        _notify("STOPPING=1")
-        event(logging.INFO, "stopped", clients=server.summary().clients)
+            Endpoint(server, metrics)
+        _run(server, options, loaded)
 
 
 @contextlib.contextmanager
-def _metrics_listener(address: str) -> Iterator[socket.socket]:
+def _errors_said() -> Iterator[None]:
+    """What goes wrong at the start ends the command with one line."""
     try:
-        from ..daemon.metrics import listen
-    except ImportError:
-        raise _fail("--metrics needs the package prometheus-client: pip install 'ummunotify[metrics]'") from None
-    with listen(address) as listener:
-        yield listener
+        yield
+    except UnavailableError as error:
+        raise _fail(str(error)) from None
+    except PermissionError as error:
+        raise _fail(f"{error}; run this as root, or with CAP_BPF and CAP_PERFMON") from None
+    except (OSError, ValueError) as error:
+        raise _fail(str(error)) from None
+
+
+def _listen(options: _Options, undo: contextlib.ExitStack) -> tuple[socket.socket, socket.socket | None]:
+    """The daemon's socket, and that for figures. Raises UnavailableError, OSError, ValueError."""
+    owners = options.becomes[:1] if options.becomes else ()
+    metrics = None
+    if options.metrics is not None:
+        try:
+            from ..daemon.metrics import listen
+        except ImportError:
+            raise _fail("--metrics needs the package prometheus-client: pip install 'ummunotify[metrics]'") from None
+        metrics = undo.enter_context(listen(options.metrics, owners))
+    listener = _inherited()
+    if listener is None:
+        return (
+            undo.enter_context(
+                listening(options.path, socket.SOCK_SEQPACKET, mode=options.mode, group=options.group, owners=owners)
+            ),
+            metrics,
+        )
+    return undo.enter_context(listener), metrics
+
+
+def _load(options: _Options, undo: contextlib.ExitStack) -> Loaded:
+    """Raises UnavailableError, OSError."""
+    loaded = load(options.probe, options.kvm, options.clients + options.ready)
+    undo.callback(loaded.program.close)
+    if loaded.kvm >= 0:
+        undo.callback(os.close, loaded.kvm)
+    for probes, why in loaded.missing:
+        event(logging.WARNING, "missing", probes=probes, why=why)
+    return loaded
+
+
+def _run(server: Server, options: _Options, loaded: Loaded) -> None:
+    """Until SIGTERM."""
+    event(
+        logging.INFO,
+        "started",
+        pid=os.getpid(),
+        uid=os.geteuid(),
+        socket=server.address,
+        clients=options.clients,
+        probe=loaded.program.probe.label,
+        kvm="given" if loaded.kvm >= 0 else "not given",
+    )
+    server.run(lambda: _notify("READY=1"))
+    _notify("STOPPING=1")
+    event(logging.INFO, "stopped", clients=server.summary().clients)
 
 
 def closed_folder(path: str) -> Path | None:

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bpf import libbpf
-from ..notifier import survey
+from ..bpf.program import count_on_host
+from ..notifier import Finding, survey
 
 _CAP_PERFMON, _CAP_BPF, _CAP_SYS_ADMIN = 38, 39, 21
 
@@ -32,7 +33,25 @@ def _libbpf() -> str:
         return "not installed"
 
 
-def _machine() -> dict[str, str]:
+def _programs(count: int | None) -> str:
+    """Before any source is opened here."""
+    if count is None:
+        return "not known: only root can count them"
+    return f"{count} attached, of all processes"
+
+
+def _advice(findings: list[Finding], programs: int | None) -> str:
+    """What to do where processes have programs of their own."""
+    if not programs or any(finding.available for finding in findings if finding.source.startswith("daemon")):
+        return ""
+    return (
+        f"There is no daemon, so each process that loads BPF has a program of its own: {programs} now. Each adds to "
+        "what a munmap takes in all processes that watch. With a daemon there is one program for all: see "
+        "`ummunotify daemon install`."
+    )
+
+
+def _machine(programs: int | None) -> dict[str, str]:
     return {
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "user": f"uid {os.geteuid()}, {', '.join(_capabilities()) or 'no capability that matters here'}",
@@ -41,6 +60,7 @@ def _machine() -> dict[str, str]:
         "/dev/kvm": ("usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "not permitted")
         if os.path.exists("/dev/kvm")
         else "not there",
+        "BPF programs": _programs(programs),
     }
 
 
@@ -52,10 +72,13 @@ def doctor(as_json: bool) -> None:
     Opens each source of invalidations, unmaps a page and looks whether the source has seen it. Exits with 0 if
     at least one source works, and with 1 if none does.
     """
-    machine, findings = _machine(), survey()
+    programs = count_on_host()
+    machine, findings = _machine(programs), survey()
     works = any(finding.available for finding in findings)
+    advice = _advice(findings, programs)
     if as_json:
-        click.echo(json.dumps({"machine": machine, "sources": [f._asdict() for f in findings]}, indent=2))
+        sources = [finding._asdict() for finding in findings]
+        click.echo(json.dumps({"machine": machine, "sources": sources, "advice": advice}, indent=2))
         raise SystemExit(not works)
 
     console = Console(highlight=False, markup=False, emoji=False)
@@ -75,6 +98,8 @@ def doctor(as_json: bool) -> None:
             table.add_row(finding.source, Text("not available", style="red"), what)
     console.print(table)
     console.print()
+    if advice:
+        console.print(advice + "\n")
     if works:
         best = next(finding.source for finding in findings if finding.available)
         console.print(Text(f"ummunotify works here: it will use {best}.", style="bold green"))

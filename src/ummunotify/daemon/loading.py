@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 from .._abi import Probe
 from .._core import open_kvm
@@ -16,13 +17,23 @@ _PREFERENCE = (Probe.KVM, Probe.MMU_NOTIFIER, Probe.ZAP)
 client is preempted inside bpf system calls, so with `kvm` no client can slow down the others."""
 
 
-def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
-    """Attach this probe, or else the first that works here. The program, and /dev/kvm for clients; -1: they get none.
+class Loaded(NamedTuple):
+    """What the daemon works with."""
+
+    program: Program
+    kvm: int
+    """/dev/kvm, for clients; -1: they get none."""
+    missing: list[tuple[str, str]]
+    """Probes that would have been better, and why there are none."""
+
+
+def load(probe: str | None, give_kvm: bool, tables: int) -> Loaded:
+    """Attach this probe, or else the first that works here.
 
     Raises UnavailableError, OSError, with nothing left open.
     """
     tried = [each.label for each in _PREFERENCE] if probe is None else [probe]
-    refusals: list[tuple[str, UnavailableError]] = []
+    missing: list[tuple[str, UnavailableError]] = []
     kvm = -1
     if give_kvm and tried != ["zap"]:
         try:
@@ -31,17 +42,17 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> tuple[Program, int]:
             if probe is not None:
                 raise
             tried.remove("zap")  # the only one for which clients need none
-            refusals.append((", ".join(tried), error))
+            missing.append((", ".join(tried), error))
             tried = ["zap"]
     try:
         for each in tried:
             try:
-                return _attach(each, tables), kvm
+                return Loaded(_attach(each, tables), kvm, [(names, str(error)) for names, error in missing])
             except UnavailableError as error:
-                refusals.append((each, error))
-        if len({str(error) for _, error in refusals}) == 1:  # it is not the probe's fault
-            raise refusals[0][1]
-        raise UnavailableError(". ".join(f"{names}: {error}" for names, error in refusals), "")
+                missing.append((each, error))
+        if len({str(error) for _, error in missing}) == 1:  # it is not the probe's fault
+            raise missing[0][1]
+        raise UnavailableError(". ".join(f"{names}: {error}" for names, error in missing), "")
     except BaseException:
         if kvm >= 0:
             os.close(kvm)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from .listening import listening
 from .server import Server
 
 _CONNECTIONS = 8
 """At a time; one more ends the oldest."""
 _REQUEST_MOST = 8192
+_BACKLOG = 16
 
 
 class _Figures(Collector):
@@ -48,23 +49,23 @@ class _Figures(Collector):
         yield refused
 
 
-def listen(address: str) -> socket.socket:
-    """A listening socket at `unix:PATH` or `HOST:PORT`, a loopback address. ValueError, OSError."""
+@contextlib.contextmanager
+def listen(address: str, owners: Collection[int] = ()) -> Iterator[socket.socket]:
+    """A listening socket at `unix:PATH` or `HOST:PORT`, a loopback address; for `owners` see `listening`.
+
+    ValueError, UnavailableError, OSError.
+    """
     kind, _, rest = address.partition(":")
     if kind == "unix":
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(rest)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(rest)
-    else:
-        host, _, port = address.rpartition(":")
-        if host not in ("127.0.0.1", "[::1]", "localhost") or not port.isdecimal():
-            raise ValueError(f"metrics are served at unix:PATH or 127.0.0.1:PORT, not at {address!r}")
-        listener = socket.create_server(
-            (host.strip("[]"), int(port)), family=socket.AF_INET6 if "[" in host else socket.AF_INET
-        )
-    listener.listen(16)
-    return listener
+        with listening(rest, socket.SOCK_STREAM, owners=owners, backlog=_BACKLOG) as listener:
+            yield listener
+        return
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "[::1]", "localhost") or not port.isdecimal():
+        raise ValueError(f"metrics are served at unix:PATH or 127.0.0.1:PORT, not at {address!r}")
+    family = socket.AF_INET6 if "[" in host else socket.AF_INET
+    with socket.create_server((host.strip("[]"), int(port)), family=family, backlog=_BACKLOG) as listener:
+        yield listener
 
 
 class Endpoint:

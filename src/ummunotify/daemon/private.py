@@ -9,10 +9,12 @@ import shutil
 import signal
 import socket
 import tempfile
+from pathlib import Path
 
 from ..errors import UnavailableError
 from . import privileges
 from .limits import Limits
+from .listening import check_directory
 from .loading import load
 from .server import Server
 
@@ -55,6 +57,7 @@ def _serve(program: int, say: int, probe: str | None) -> None:
         try:
             directory = tempfile.mkdtemp(prefix="ummunotify-")
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            check_directory(Path(directory))
             os.chdir("/")
             path = os.path.join(directory, "socket")
             listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
@@ -63,10 +66,10 @@ def _serve(program: int, say: int, probe: str | None) -> None:
             _keep_only({program, say, listener.fileno()})
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            loaded, kvm = load(probe, True, _LIMITS.clients + _READY)
-            undo.callback(loaded.close)
+            loaded = load(probe, True, _LIMITS.clients + _READY)
+            undo.callback(loaded.program.close)
             privileges.drop(None)
-            server = Server(listener, loaded, kvm, _LIMITS, _READY)
+            server = Server(listener, loaded.program, loaded.kvm, _LIMITS, _READY)
             undo.callback(server.close)
         except UnavailableError as error:
             os.write(say, f"\n{error.reason}\n{error.remedy}".encode())

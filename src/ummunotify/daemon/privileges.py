@@ -8,7 +8,7 @@ import os
 CAP_PERFMON, CAP_BPF = 38, 39
 KEPT = 1 << CAP_BPF | 1 << CAP_PERFMON
 
-_PR_SET_KEEPCAPS, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 8, 24, 38
+_PR_SET_KEEPCAPS, _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 8, 23, 24, 38
 _VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -31,12 +31,9 @@ def drop(user: tuple[int, int] | None) -> None:
     """
     if os.geteuid() == 0:
         number = 0
-        while True:
-            if not KEPT >> number & 1:
-                try:
-                    _prctl(_PR_CAPBSET_DROP, number)
-                except OSError:
-                    break  # the kernel does not know it, nor those above
+        while (bounded := _libc.prctl(_PR_CAPBSET_READ, ctypes.c_ulong(number))) >= 0:  # the kernel knows it
+            if bounded and not KEPT >> number & 1:
+                _prctl(_PR_CAPBSET_DROP, number)
             number += 1
     if user is not None:
         _prctl(_PR_SET_KEEPCAPS, 1)

@@ -54,6 +54,7 @@ class Server:
         """
         self.counters: Counter[str] = Counter()
         self.loop = Loop()
+        self.address = str(listener.getsockname())
         self._program = program
         self._tables = program.tables
         self._kvm = kvm
