@@ -272,7 +272,7 @@ def test_exposure(units: Path) -> None:
 def test_verify(units: Path) -> None:
     systemd()
     done = subprocess.run(
-        ["systemd-analyze", "verify", units / "ummunotify.service", units / "ummunotify.socket"],
+        ["systemd-analyze", "--man=no", "verify", units / "ummunotify.service", units / "ummunotify.socket"],
         capture_output=True,
         text=True,
         check=False,
