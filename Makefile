@@ -6,12 +6,12 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/
 # No path of the machine gets into the object, so it is the same wherever it is built.
-BPF_OBJECT := $(abspath src/ummunotify/bpf/watch.bpf.o)
-BPF_COMPILE = cd src/libummunotify/bpf && \
+# Of the folder's program: $(call BPF_COMPILE,FOLDER,PROGRAM,OBJECT)
+BPF_COMPILE = cd src/libummunotify/$(1) && \
 	zig=$$($(abspath $(RUN))/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent)') && \
 	ZIG_GLOBAL_CACHE_DIR=$$(mktemp -d $(abspath $(VENV))/zig.XXXXXX) $$zig/zig cc -target bpfel-freestanding -mcpu=v3 -O2 -g \
 	-fno-stack-protector -Wall -Wextra -Wno-unused-parameter -I.. -idirafter /usr/include \
-	-fdebug-compilation-dir=. -ffile-prefix-map=$$zig=zig -c watch.bpf.c -o
+	-fdebug-compilation-dir=. -ffile-prefix-map=$$zig=zig -c $(2).bpf.c -o $(abspath $(3))
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
@@ -62,11 +62,14 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 
 # The committed object is what users load: they need no compiler for BPF.
 bpf: $(VENV)/tools
-	$(BPF_COMPILE) $(BPF_OBJECT)
+	$(call BPF_COMPILE,bpf,watch,src/ummunotify/bpf/watch.bpf.o)
+	$(call BPF_COMPILE,daemon,peers,src/ummunotify/bpf/peers.bpf.o)
 
 check-bpf: $(VENV)/tools
-	$(BPF_COMPILE) $(abspath $(VENV))/watch.bpf.o
-	cmp $(VENV)/watch.bpf.o $(BPF_OBJECT)
+	$(call BPF_COMPILE,bpf,watch,$(VENV)/watch.bpf.o)
+	$(call BPF_COMPILE,daemon,peers,$(VENV)/peers.bpf.o)
+	cmp $(VENV)/watch.bpf.o src/ummunotify/bpf/watch.bpf.o
+	cmp $(VENV)/peers.bpf.o src/ummunotify/bpf/peers.bpf.o
 
 clean:
 	rm -rf $(VENV) build

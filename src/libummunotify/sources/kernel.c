@@ -134,8 +134,8 @@ static int refused(const struct kernel_connection *c, const struct umn_reply *re
 		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "install the same version of ummunotify on both sides",
 				"the daemon speaks version %llu of the protocol, this library version %d", value, UMN_PROTOCOL_VERSION);
 	case UMN_STATUS_CLIENTS:
-		return umn_fail(UMMUNOTIFY_LIMIT, ENODEV, "raise its --clients", "the daemon serves %llu notifiers, as many as it may",
-				value);
+		return umn_fail(UMMUNOTIFY_LIMIT, ENODEV, "close some, or raise the daemon's --clients",
+				"the daemon serves %llu notifiers, of which this user has its share", value);
 	case UMN_STATUS_USER_CLIENTS:
 		return umn_fail(UMMUNOTIFY_LIMIT, ENODEV, "close some, or raise the daemon's --clients-per-user",
 				"this user has %llu notifiers open, as many as the daemon allows", value);
@@ -143,8 +143,8 @@ static int refused(const struct kernel_connection *c, const struct umn_reply *re
 		return umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "watch fewer regions, or raise the daemon's --memory-per-user",
 				"this user's tables would take more than the %llu MiB that the daemon allows", value >> 20);
 	case UMN_STATUS_MEMORY:
-		return umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "raise its --memory",
-				"the tables of all users take the %llu MiB that the daemon allows", value >> 20);
+		return umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "watch fewer regions, or raise the daemon's --memory",
+				"the daemon allows the tables of all users %llu MiB, of which this user has its share", value >> 20);
 	case UMN_STATUS_PROCESS_CLIENTS:
 		return umn_fail(UMMUNOTIFY_LIMIT, ENODEV, "close notifiers that are no longer needed",
 				"this process has %llu notifiers, as many as it can have", value);

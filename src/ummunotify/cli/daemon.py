@@ -25,7 +25,7 @@ from ..bpf import libbpf
 from ..daemon import privileges
 from ..daemon.limits import SPARE, Limits
 from ..daemon.listening import listening
-from ..daemon.loading import Loaded, load
+from ..daemon.loading import Loaded, load, load_who
 from ..daemon.log import event
 from ..daemon.server import SEGMENTS_AT_ONCE, Server
 from ..errors import UnavailableError
@@ -234,8 +234,9 @@ def _serve(options: _Options) -> None:
             listener, metrics = _listen(options, undo)
             # Privileges last: where kernel.perf_event_paranoid is above 2, as on Debian, kprobes take CAP_SYS_ADMIN.
             loaded = _load(options, undo)
+            who = _load_who(undo)
             privileges.drop(options.becomes)
-            server = Server(listener, loaded.program, loaded.kvm, options.limits, options.ready)
+            server = Server(listener, loaded.program, loaded.kvm, options.limits, options.ready, who)
             undo.callback(server.close)
         if metrics is not None:
             from ..daemon.metrics import Endpoint
@@ -287,6 +288,18 @@ def _load(options: _Options, undo: contextlib.ExitStack) -> Loaded:
     for probes, why in loaded.missing:
         event(logging.WARNING, "missing", probes=probes, why=why)
     return loaded
+
+
+def _load_who(undo: contextlib.ExitStack) -> int:
+    try:
+        who = load_who()
+    except libbpf.BpfError as error:  # a kernel that is locked down
+        event(
+            logging.WARNING, "missing", users="uids of user namespaces count as users", why=str(error).splitlines()[0]
+        )
+        return -1
+    undo.callback(os.close, who)
+    return who
 
 
 def _run(server: Server, options: _Options, loaded: Loaded) -> None:

@@ -1,4 +1,7 @@
-"""How much a user may have, so that a hostile one cannot take it from the others."""
+"""How much a user may have, so that a hostile one cannot take it from the others.
+
+A user is not a uid: see peers.bpf.c.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,15 @@ class Limits:
     """Of all tables, in bytes: some 75 a region."""
     memory_per_user: int = _PHYSICAL // 8
 
+    @property
+    def shared(self) -> bool:
+        """Is it for more than one user? Then no user gets more than what is left for the others.
+
+        Without that, as many users as fit into the limit could leave nothing to the next. With it each of them gets
+        half of what the others have left.
+        """
+        return self.clients_per_user < self.clients
+
 
 class Usage:
     """What each user has."""
@@ -40,53 +52,62 @@ class Usage:
         self.clients: Counter[int] = Counter()
         self.memory: Counter[int] = Counter()
 
-    def connect(self, uid: int) -> bool:
+    def connect(self, user: int) -> bool:
         """Count a connection in. There may be some more than clients: for `ummunotify status`."""
-        if self.connections.total() >= self.limits.clients + SPARE:
+        limits = self.limits
+        if self.connections[user] >= self._most(
+            self.connections, user, limits.clients + SPARE, limits.clients_per_user + SPARE
+        ):
             return False
-        if self.connections[uid] >= self.limits.clients_per_user + SPARE:
-            return False
-        self.connections[uid] += 1
+        self.connections[user] += 1
         return True
 
-    def disconnect(self, uid: int) -> None:
-        self._subtract(self.connections, uid, 1)
+    def disconnect(self, user: int) -> None:
+        self._subtract(self.connections, user, 1)
 
-    def enter(self, uid: int) -> tuple[Status, int]:
+    def enter(self, user: int) -> tuple[Status, int]:
         """Count a client in, or say what limit it would exceed."""
-        if self.clients.total() >= self.limits.clients:
-            return Status.CLIENTS, self.limits.clients
-        if self.clients[uid] >= self.limits.clients_per_user:
-            return Status.USER_CLIENTS, self.limits.clients_per_user
-        if self.memory.total() + TABLE > self.limits.memory:
-            return Status.MEMORY, self.limits.memory
-        if self.memory[uid] + TABLE > self.limits.memory_per_user:
-            return Status.USER_MEMORY, self.limits.memory_per_user
-        self.clients[uid] += 1
-        self.memory[uid] += TABLE
-        return Status.OK, 0
+        limits = self.limits
+        most = self._most(self.clients, user, limits.clients, limits.clients_per_user)
+        if self.clients[user] >= most:
+            if most == limits.clients_per_user:
+                return Status.USER_CLIENTS, most
+            return Status.CLIENTS, limits.clients
+        granted, status, limit = self._grant(user, TABLE, 1)
+        self.clients[user] += granted
+        return status, limit
 
-    def grow(self, uid: int, segments: int) -> tuple[int, Status, int]:
+    def grow(self, user: int, segments: int) -> tuple[int, Status, int]:
         """Count up to `segments` in; how many there may be, and if none what limit they would exceed."""
-        of_all, of_user = self.limits.memory - self.memory.total(), self.limits.memory_per_user - self.memory[uid]
-        granted = min(segments, max(0, min(of_all, of_user)) // SEGMENT)
-        if not granted:
-            if of_user < SEGMENT:
-                return 0, Status.USER_MEMORY, self.limits.memory_per_user
-            return 0, Status.MEMORY, self.limits.memory
-        self.memory[uid] += granted * SEGMENT
-        return granted, Status.OK, 0
+        return self._grant(user, SEGMENT, segments)
 
-    def shrink(self, uid: int, segments: int) -> None:
-        self._subtract(self.memory, uid, segments * SEGMENT)
+    def _grant(self, user: int, size: int, count: int) -> tuple[int, Status, int]:
+        """Memory."""
+        limits = self.limits
+        most = self._most(self.memory, user, limits.memory, limits.memory_per_user)
+        granted = min(count, max(0, most - self.memory[user]) // size)
+        self.memory[user] += granted * size
+        if granted:
+            return granted, Status.OK, 0
+        if most == limits.memory_per_user:
+            return 0, Status.USER_MEMORY, most
+        return 0, Status.MEMORY, limits.memory
 
-    def leave(self, uid: int, segments: int) -> None:
+    def _most(self, used: Counter[int], user: int, limit: int, limit_per_user: int) -> int:
+        """How much the user may have in all."""
+        left = limit - used.total() + used[user]
+        return max(0, min(limit_per_user, (left + 1) // 2 if self.limits.shared else left))
+
+    def shrink(self, user: int, segments: int) -> None:
+        self._subtract(self.memory, user, segments * SEGMENT)
+
+    def leave(self, user: int, segments: int) -> None:
         """Count a client out that had so many segments."""
-        self._subtract(self.clients, uid, 1)
-        self._subtract(self.memory, uid, TABLE + (segments - 1) * SEGMENT)
+        self._subtract(self.clients, user, 1)
+        self._subtract(self.memory, user, TABLE + (segments - 1) * SEGMENT)
 
     @staticmethod
-    def _subtract(counter: Counter[int], uid: int, amount: int) -> None:
-        counter[uid] -= amount
-        if not counter[uid]:
-            del counter[uid]
+    def _subtract(counter: Counter[int], user: int, amount: int) -> None:
+        counter[user] -= amount
+        if not counter[user]:
+            del counter[user]

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from ..errors import UnavailableError
 
+BACKLOG = 128
+"""Connections that wait to be accepted; others wait in connect(). In a flood this is what each client waits for."""
 _SYMLINKS_MOST = 40
 """As many as the kernel follows."""
 
@@ -28,7 +30,7 @@ def listening(
     mode: int | None = None,
     group: int = -1,
     owners: Collection[int] = (),
-    backlog: int = socket.SOMAXCONN,
+    backlog: int = BACKLOG,
 ) -> Iterator[socket.socket]:
     """A socket that listens at `path`, in place of one that a daemon has left there.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from .._abi import Probe
 from .._core import open_kvm
+from ..bpf import libbpf
 from ..bpf.program import Program, attached
 from ..errors import SourceUnavailableError, UnavailableError
 from ..notifier import open as open_notifier
@@ -15,6 +17,14 @@ from .server import STEPS_FOREIGN, STEPS_OWN
 _PREFERENCE = (Probe.KVM, Probe.MMU_NOTIFIER, Probe.ZAP)
 """Another order than a process's own (`ummunotify_sources`): the kernel may skip the programs of the last two while a
 client is preempted inside bpf system calls, so with `kvm` no client can slow down the others."""
+
+
+def load_who() -> int:
+    """The program that tells to whom a connection counts: peers.bpf.c. OSError, if the kernel refuses it."""
+    data = Path(libbpf.__file__).with_name("peers.bpf.o").read_bytes()
+    with libbpf.BpfObject(data, "ummunotify") as loaded:
+        loaded.load()
+        return loaded.program_fd("user")
 
 
 class Loaded(NamedTuple):

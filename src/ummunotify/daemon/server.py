@@ -47,8 +47,12 @@ _GATHER_SECONDS = 0.002
 class Server:
     """Serves one listening socket with one loaded program."""
 
-    def __init__(self, listener: socket.socket, program: Program, kvm: int, limits: Limits, ready: int) -> None:
+    def __init__(
+        self, listener: socket.socket, program: Program, kvm: int, limits: Limits, ready: int, who: int = -1
+    ) -> None:
         """`program` is attached and has room for `limits.clients` + `ready` tables; `kvm` is -1 if clients get none.
+
+        `who`: the program that tells to whom a connection counts; -1: to its uid.
 
         OSError.
         """
@@ -59,9 +63,10 @@ class Server:
         self._tables = program.tables
         self._kvm = kvm
         self._usage = Usage(limits)
-        self._clients = Clients(self.loop, listener, self._usage, self.counters, self._do, self._gone)
+        self._clients = Clients(self.loop, listener, who, self._usage, self.counters, self._do, self._gone)
         self._by_table: dict[int, Client] = {}
-        self._waiting: list[Client] = []
+        self._waiting = Queue()
+        self._taken: Counter[int] = Counter()  # tables, by each user since the last batch
         self._stock = Stock(program.tables, ready)
         self._started = time.monotonic()
         self._checked = self._started
@@ -75,6 +80,8 @@ class Server:
         self.loop.run(started, self._timeout, self._turn)
 
     def _timeout(self) -> float | None:
+        if self._clients.late:
+            return 0
         if self._stock.idle_work() and not self._stock.batch:
             return _GATHER_SECONDS
         return CHECK_SECONDS if self._clients.to_check else None
@@ -82,6 +89,7 @@ class Server:
     def _turn(self, idle: bool) -> None:
         self._clients.next_turn()
         self._check()
+        idle = idle and not self._clients.late
         due = self._waiting or self._stock.growing or (idle and self._stock.idle_work())
         if due and not self._stock.batch:
             self._build()
@@ -110,14 +118,13 @@ class Server:
 
     def _gone(self, client: Client) -> None:
         """Its connection has ended."""
-        if client in self._waiting:
-            self._waiting.remove(client)
-            self._usage.leave(client.uid, 1)
+        if self._waiting.remove(client):
+            self._usage.leave(client.user, 1)
         if client.table < 0:
             return
         for growing in [growing for growing in self._stock.growing if growing[0] is client]:
             self._stock.growing.remove(growing)
-            self._usage.shrink(client.uid, growing[1])
+            self._usage.shrink(client.user, growing[1])
         if client.secret is not None:
             self._tables.cancel(client.secret)
         self._tables.unlink(client.table)
@@ -125,7 +132,7 @@ class Server:
         os.close(client.segment_fd)
         self._stock.release(client)
         self.counters["left"] += 1
-        event(logging.DEBUG, "left", uid=client.uid, pid=client.pid, table=client.table)
+        event(logging.DEBUG, "left", uid=client.uid, user=client.user, pid=client.pid, table=client.table)
 
     # ---- requests ----
 
@@ -145,18 +152,23 @@ class Server:
         if request.version != PROTOCOL_VERSION:
             client.answer(Reply(Status.VERSION, value=PROTOCOL_VERSION).pack())
             return
-        status, limit = self._usage.enter(client.uid)
+        status, limit = self._usage.enter(client.user)
         if status != Status.OK:
-            self._clients.warn(client, f"limit:{status.name}")
+            self._clients.warn(f"limit:{status.name}", client.pid, client.uid, client.user)
             client.answer(Reply(status, value=limit).pack())
             return
         client.busy = True
-        if self._stock.ready:
+        if self._may_take(client.user):
             self._give(client)
         else:
-            self._waiting.append(client)
+            self._waiting.add(client)
+
+    def _may_take(self, user: int) -> bool:
+        """A part of the tables that are ready is for users who have taken none since the last batch."""
+        return len(self._stock.ready) > (self._stock.target // 4 if self._taken[user] else 0)
 
     def _give(self, client: Client) -> None:
+        self._taken[client.user] += 1
         client.table, client.segment_fd, ring = self._stock.ready.pop()
         client.segments = 1
         self._by_table[client.table] = client
@@ -175,7 +187,7 @@ class Server:
         finally:
             os.close(ring)
         self.counters["came"] += 1
-        event(logging.DEBUG, "came", uid=client.uid, pid=client.pid, table=client.table)
+        event(logging.DEBUG, "came", uid=client.uid, user=client.user, pid=client.pid, table=client.table)
 
     def _settle(self, client: Client) -> None:
         assert client.secret is not None
@@ -192,9 +204,9 @@ class Server:
 
     def _grow(self, client: Client) -> None:
         wanted = next_segments(client.segments, SEGMENTS_AT_ONCE)
-        granted, status, limit = self._usage.grow(client.uid, wanted)
+        granted, status, limit = self._usage.grow(client.user, wanted)
         if status != Status.OK:
-            self._clients.warn(client, f"limit:{status.name}")
+            self._clients.warn(f"limit:{status.name}", client.pid, client.uid, client.user)
             client.answer(Reply(status, value=limit).pack())
             return
         client.busy = True
@@ -207,7 +219,7 @@ class Server:
         for table in range(first, self._tables.used):
             other = self._by_table.get(table)
             # Of others' clients only root learns.
-            if other is not None and client.uid in (0, os.geteuid(), other.uid):
+            if other is not None and client.uid in (0, other.uid):
                 client.answer(self._record(other).pack())
                 return
         client.answer(Reply(Status.END).pack())
@@ -259,26 +271,65 @@ class Server:
             return
         failed = Reply(Status.FAILED, value=shortage.error)
         for client, count in shortage.growing:
-            self._usage.shrink(client.uid, count)
+            self._usage.shrink(client.user, count)
             self._clients.answer(client, failed)
-        for client in self._waiting[shortage.made :]:
-            self._waiting.remove(client)
-            self._usage.leave(client.uid, 1)
+        while len(self._waiting) > shortage.made:
+            client = self._waiting.take_last()
+            self._usage.leave(client.user, 1)
             self._clients.answer(client, failed)
 
     def _built(self) -> None:
         """It is done."""
         batch = self._stock.end()
-        for _, count, uid in batch.released:
-            if uid is not None:
-                self._usage.leave(uid, count)
+        for _, count, user in batch.released:
+            if user is not None:
+                self._usage.leave(user, count)
         for client, _, fds in batch.grown:
             self._clients.answer(client, Reply(Status.OK, len(fds)), fds)
             for fd in fds:
                 os.close(fd)
-        while self._waiting and self._stock.ready:
-            client = self._waiting.pop(0)
+        self._taken.clear()
+        while (waiting := self._waiting.next(self._taken)) is not None and self._may_take(waiting.user):
+            self._waiting.remove(waiting)
             try:
-                self._give(client)
+                self._give(waiting)
             except OSError:
-                self._clients.drop(client)
+                self._clients.drop(waiting)
+
+
+class Queue:
+    """Clients that wait for tables: the users take turns."""
+
+    def __init__(self) -> None:
+        self._by_user: dict[int, dict[Client, None]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, client: Client) -> None:
+        self._by_user.setdefault(client.user, {})[client] = None
+        self._count += 1
+
+    def remove(self, client: Client) -> bool:
+        """False: it did not wait."""
+        clients = self._by_user.get(client.user, {})
+        if client not in clients:
+            return False
+        del clients[client]
+        self._count -= 1
+        if not clients:
+            del self._by_user[client.user]
+        return True
+
+    def next(self, taken: Counter[int]) -> Client | None:
+        """The first of the user that has taken the fewest tables. None: no client waits."""
+        user = min(self._by_user, key=lambda user: taken[user], default=None)
+        return None if user is None else next(iter(self._by_user[user]))
+
+    def take_last(self) -> Client:
+        """The last of the user for which most wait."""
+        clients = max(self._by_user.values(), key=len)
+        client = next(reversed(clients))
+        self.remove(client)
+        return client
