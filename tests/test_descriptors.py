@@ -195,3 +195,70 @@ def test_descriptors_that_the_program_closes_or_replaces(how: str, when: str, so
     )
     assert result.returncode == 0, result.stdout
     assert result.stdout.startswith("done"), result.stdout
+
+
+ENDS = """
+import ctypes, os, sys, threading
+sys.path.insert(0, sys.argv[1])
+import ummunotify
+from support import map_memory, unmap_memory
+from ummunotify.selftest.changes import store
+
+source, call, by = sys.argv[2:]
+PAGE, COUNT = 4096, 300
+libc = ctypes.CDLL(None, use_errno=True)
+umn = ummunotify.open(source)
+address = map_memory(COUNT * PAGE)
+for i in range(COUNT):
+    store(address + i * PAGE)
+regions = [umn.watch((address + i * PAGE, PAGE)) for i in range(COUNT)]
+
+def drain():
+    # Python's read takes what there is piece by piece; C's callers do.
+    if by == "the process":
+        os.closerange(3, 200)
+    else:
+        assert libc.syscall(436, 3, 0xFFFFFFFF, 2) == 0  # CLOSE_RANGE_UNSHARE
+    unmap_memory(address, PAGE)
+    found = set()
+    for i in range(2):
+        try:
+            if call == "dispatch":
+                umn.dispatch(lambda event: found.add(event.region))
+            else:
+                found.update(event.region for event in umn.read())
+        except ummunotify.DescriptorClosedError:
+            assert i == 1
+    assert regions[0] in found
+    assert not regions[0].valid
+
+thread = threading.Thread(target=drain)
+thread.start()
+thread.join()
+assert not regions[0].valid
+unmap_memory(address + PAGE, PAGE)
+assert not regions[1].valid
+umn.close()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("call", ["read", "dispatch"])
+@pytest.mark.parametrize("by", ["the process", "a thread, of its own table"])
+def test_reading_ends(by: str, call: str, source: str) -> None:
+    """Also where the source can no longer say what has changed."""
+    try:
+        ummunotify.open(source).close()
+    except ummunotify.SourceUnavailableError as error:
+        require(source.partition(":")[0], str(error))
+    result = subprocess.run(
+        [sys.executable, "-c", ENDS, str(Path(__file__).parent), source, call, by],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert (result.stdout, result.returncode) == ("done\n", 0)

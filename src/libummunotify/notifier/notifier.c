@@ -43,6 +43,8 @@ struct ummunotify {
 	 * the kind that fails (EDEADLK) where the thread has it already. */
 	pthread_mutex_t growing;
 
+	bool blind; /* the source could not say what has changed, and so everything was invalidated */
+
 	pthread_mutex_t lock; /* reading against unwatching: what is unwatched is not reported; and of the next four */
 	bool wakes;	      /* changes send wake-ups */
 	struct umn_wakeup wakeup;
@@ -570,21 +572,27 @@ static bool is_unseen(const struct ummunotify *umn)
 	return umn_generation(umn_table_header(umn->table)) != umn_table_seen(umn->table);
 }
 
-/* `dispatching`: there is room for one, and a callback will decide whether it is delivered. */
-static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading,
-			     bool dispatching)
+/* Sees to it that what has changed by now is in the table. Negative: that is not known, and it has been said why. Then everything is
+ * reported once; if each call did that, a caller that reads until there is nothing would never end. */
+static int catch_up(struct ummunotify *umn)
 {
-	uint64_t counter = 0;
-	size_t n = 0;
+	int missed = umn->connection->may_have_missed(umn->connection);
 
-	/* Before it is seen to that all changes which it has counted are in the table. */
-	if (umn->connection->counter)
-		counter = __atomic_load_n(umn->connection->counter, __ATOMIC_ACQUIRE);
-	if (umn->connection->may_have_missed(umn->connection))
-		umn_table_invalidate_all(umn->table);
 	/* As in grow. */
 	if (!umn_process_is(umn->epoch))
 		return fail_forked();
+	if (missed > 0 || (missed < 0 && !__atomic_exchange_n(&umn->blind, true, __ATOMIC_RELAXED)))
+		umn_table_invalidate_all(umn->table);
+	return missed < 0 ? missed : 0;
+}
+
+/* `counter`: what the connection's was before catch_up. `dispatching`: there is room for one, and a callback will decide whether it is
+ * delivered. */
+static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading,
+			     uint64_t counter, bool dispatching)
+{
+	size_t n = 0;
+
 	pthread_mutex_lock(&umn->lock);
 	if (umn->wakes) {
 		/* In this order no wake-up is lost: what hits after arming sends one again. */
@@ -617,12 +625,19 @@ static ptrdiff_t read_events(struct ummunotify *umn, struct ummunotify_event *ev
 ptrdiff_t umn_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room, struct umn_reading *reading)
 {
 	ptrdiff_t result = enter(umn);
+	uint64_t counter = 0;
+	int error;
 
 	if (result)
 		return result;
-	result = read_events(umn, events, room, reading, false);
+	if (umn->connection->counter)
+		counter = __atomic_load_n(umn->connection->counter, __ATOMIC_ACQUIRE);
+	error = catch_up(umn);
+	if (!umn_process_is(umn->epoch))
+		return error;
+	result = read_events(umn, events, room, reading, counter, false);
 	leave(umn);
-	return result;
+	return result ? result : error;
 }
 
 ptrdiff_t ummunotify_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room)
@@ -654,6 +669,7 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 	struct ummunotify_event event;
 	ptrdiff_t result = enter(umn), n;
 	bool stopped = false;
+	int error;
 
 	if (result)
 		return result;
@@ -661,10 +677,13 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 		leave(umn);
 		return 0;
 	}
+	error = catch_up(umn);
+	if (!umn_process_is(umn->epoch))
+		return error;
 	/* One by one: what was not delivered, because a callback stops, stays in the table. */
 	do {
 		__atomic_add_fetch(&umn->delivering, 1, __ATOMIC_SEQ_CST);
-		n = read_events(umn, &event, 1, &reading, true);
+		n = read_events(umn, &event, 1, &reading, 0, true);
 		if (n > 0) {
 			stopped = callback(&event, context);
 			/* The callback has forked, and this is the child: other threads of the parent may hold the locks for ever. */
@@ -678,7 +697,9 @@ ptrdiff_t ummunotify_dispatch(struct ummunotify *umn, int (*callback)(const stru
 	} while (n > 0 && !stopped && !__atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST));
 	pthread_mutex_unlock(&umn->dispatching);
 	leave(umn);
-	return stopped ? -ECANCELED : result;
+	if (stopped)
+		return -ECANCELED;
+	return result ? result : error;
 }
 
 /* ---- Waiting ---- */

@@ -26,8 +26,9 @@ struct umn_connection {
 	int (*add_wakeup)(struct umn_connection *connection, int epoll);
 	/* Makes it unreadable until the next wake-up. */
 	void (*acknowledge)(struct umn_connection *connection);
-	/* May a change have been missed since this was last asked? Waits, for a source whose news comes late. */
-	bool (*may_have_missed)(struct umn_connection *connection);
+	/* May a change have been missed since this was last asked? Waits, for a source whose news comes late. 0, 1, or a negative errno: it
+	 * cannot be known any more, or not in this thread. */
+	int (*may_have_missed)(struct umn_connection *connection);
 	/* Notes why it refused to watch [start, end) with this errno (umn_source.watch). Returns -error. NULL: it refuses nothing. */
 	int (*refused)(struct umn_connection *connection, int error, uint64_t start, uint64_t end);
 	/* A descriptor of a page that begins with the counter, which can only be read; the caller's to close. */

@@ -346,7 +346,7 @@ static void acknowledge(struct umn_connection *connection)
 }
 
 /* A daemon looks by itself. Where a probe has gaps, they are known already. */
-static bool may_have_missed(struct umn_connection *connection)
+static int may_have_missed(struct umn_connection *connection)
 {
 	struct kernel_connection *c = (struct kernel_connection *)connection;
 

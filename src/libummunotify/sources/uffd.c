@@ -1535,7 +1535,12 @@ void umn_uffd_start_failure(struct umn_uffd_failure *failure)
 
 bool umn_uffd_is_broken(const struct umn_uffd *u)
 {
-	return load(&u->broken) || (load(&u->regions) && has_ended(u, load(&uffd_state.instance)));
+	if (load(&u->broken))
+		return true;
+	if (!load(&u->regions))
+		return false;
+	/* If another thread unwatches the last region, it counts that before it closes the descriptor. */
+	return has_ended(u, load(&uffd_state.instance)) || (!umn_descriptor_intact(&uffd_state.uffd) && load(&u->regions));
 }
 
 void *umn_uffd_add_segment(struct umn_uffd *u, uint32_t pages)

@@ -220,9 +220,11 @@ static void acknowledge(struct umn_connection *connection)
 	umn_uffd_acknowledge(uffd_of(connection));
 }
 
-static bool may_have_missed(struct umn_connection *connection)
+static int may_have_missed(struct umn_connection *connection)
 {
-	return !connection->source->wait_delivered(connection->source, WAIT_MILLISECONDS);
+	if (connection->source->wait_delivered(connection->source, WAIT_MILLISECONDS))
+		return 0;
+	return umn_uffd_is_broken(uffd_of(connection)) ? refused(connection, UMN_UFFD_CLOSED, 0, 0) : 1;
 }
 
 static int open_counter(struct umn_connection *connection)
