@@ -694,8 +694,9 @@ cdef class Notifier:
         invalidation goes to one of them. Takes time in proportion to what it returns.
 
         `timeout` is how long to wait for something, in seconds; None: for as long as it takes. Without
-        anything in time the list is empty. Raises ClosedError, also when it is closed meanwhile, ValueError for a
-        timeout that is not a number, and DescriptorClosedError if it cannot wait.
+        anything in time the list is empty. Where gevent or eventlet have replaced select.select, green threads run meanwhile.
+        Raises ClosedError, also when it is closed meanwhile, ValueError for a timeout that is not a number, and
+        DescriptorClosedError if it cannot wait, or if the source can see no more.
         """
         cdef double deadline = 0, left = 0
         cdef int milliseconds, result

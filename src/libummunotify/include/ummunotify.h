@@ -133,7 +133,8 @@ struct ummunotify_event {
 };
 
 /* Takes up to `room` events: each region once, however often it was hit, in the order in which they were first hit. Returns how many;
- * 0: nothing has changed. Does not wait. Regions stay watched, and are reported again when they are hit again. */
+ * 0: nothing has changed. Does not wait. Regions stay watched, and are reported again when they are hit again. With the source uffd, once
+ * the program has closed its descriptors: all regions, once, and from then on an error (UMMUNOTIFY_DESCRIPTOR). */
 ptrdiff_t ummunotify_read(struct ummunotify *umn, struct ummunotify_event *events, size_t room);
 
 /* Calls back with each event, until there is none. Other threads that dispatch wait until the callbacks are done, so after this
