@@ -124,9 +124,14 @@ class Header(NamedTuple):
 class Control(NamedTuple):
     tables: int
     handshakes: int
-    mm: int
+    space: int
     sole_table: int
+    steps_own: int
     steps_foreign: int
+    steps_share: int
+    waiters_own: int
+    waiters_foreign: int
+    waiters_relay: int
     def pack(self) -> bytes: ...
     @classmethod
     def unpack(cls, data: bytes) -> Self: ...

@@ -75,12 +75,13 @@ cdef extern from "abi/maps.h":
         uint64_t generation
         uint32_t overflow, regions
     struct umn_fed_table:
-        uint64_t mm
-        uint32_t next, cells
+        uint64_t space, mm
+        uint32_t uid, next, cells
     struct umn_control:
         uint32_t tables, handshakes
-        uint64_t mm
-        uint32_t sole_table, steps_foreign
+        uint64_t space
+        uint32_t sole_table, steps_own, steps_foreign, steps_share
+        uint32_t waiters_own, waiters_foreign, waiters_relay
     struct umn_call:
         uint8_t whose, type, start, last, extent
         uint8_t members[UMN_CALL_MEMBERS]
@@ -277,21 +278,40 @@ class Header(namedtuple("Header", "generation regions overflows")):
         return cls(c.generation, c.regions, c.overflow)
 
 
-class Control(namedtuple("Control", "tables handshakes mm sole_table steps_foreign")):
+class Control(
+    namedtuple(
+        "Control",
+        "tables handshakes space sole_table steps_own steps_foreign steps_share waiters_own waiters_foreign waiters_relay",
+    )
+):
     """struct umn_control."""
 
     __slots__ = ()
 
     def pack(self):
         cdef umn_control c
-        c.tables, c.handshakes, c.mm, c.sole_table, c.steps_foreign = self
+        memset(&c, 0, sizeof(c))
+        c.tables, c.handshakes, c.space, c.sole_table = self[:4]
+        c.steps_own, c.steps_foreign, c.steps_share = self[4:7]
+        c.waiters_own, c.waiters_foreign, c.waiters_relay = self[7:]
         return packed(&c, sizeof(c))
 
     @classmethod
     def unpack(cls, bytes data):
         cdef umn_control c
         copy(&c, data, sizeof(c))
-        return cls(c.tables, c.handshakes, c.mm, c.sole_table, c.steps_foreign)
+        return cls(
+            c.tables,
+            c.handshakes,
+            c.space,
+            c.sole_table,
+            c.steps_own,
+            c.steps_foreign,
+            c.steps_share,
+            c.waiters_own,
+            c.waiters_foreign,
+            c.waiters_relay,
+        )
 
 
 def call_cookie(whose, type, start, last, extent, members=()):

@@ -1,4 +1,4 @@
-from typing import Protocol, Self, final
+from typing import NamedTuple, Protocol, Self, final
 
 MAP: int
 PROGRAM: int
@@ -21,11 +21,16 @@ class Descriptor:
 def skipped_runs(program: Descriptor) -> int: ...
 def next_segments(segments: int, most: int) -> int: ...
 
+class Bounds(NamedTuple):
+    steps_own: int
+    steps_foreign: int
+    waiters_own: int
+    waiters_foreign: int
+    waiters_relay: int
+
 @final
 class Tables:
-    def __new__(
-        cls, maps: dict[str, Descriptor], capacity: int, *, steps_foreign: int = ..., steps_own: int = ...
-    ) -> Self: ...
+    def __new__(cls, maps: dict[str, Descriptor], capacity: int, bounds: Bounds | None = ...) -> Self: ...
     @property
     def capacity(self) -> int: ...
     @property

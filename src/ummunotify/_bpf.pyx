@@ -12,10 +12,11 @@ its maps, as those are the parent's.
 cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.errno cimport E2BIG, EBADF, ECHILD, EINVAL, ENOENT, ENOMEM, ENOSPC, ESTALE, errno
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 import os
+from typing import NamedTuple
 
 from .bpf.libbpf import BpfError
 from .errors import DescriptorLostError, UnavailableError
@@ -90,16 +91,17 @@ cdef extern from "abi/maps.h" nogil:
     const uint32_t UMN_RING_BYTES
     const uint32_t UMN_STEPS_MAX
     struct umn_fed_table:
-        uint64_t mm
+        uint64_t space
         uint32_t next, cells
         uint32_t pid_namespace, pid_namespace_device
     struct umn_control:
         uint32_t tables, handshakes
-        uint64_t mm
-        uint32_t sole_table, steps_foreign
+        uint64_t space
+        uint32_t sole_table, steps_own, steps_foreign, steps_share
+        uint32_t waiters_own, waiters_foreign, waiters_relay
 
 cdef enum:
-    STEPS_LEAST = 32  # enough to invalidate some regions among a million: 3 for each of the 5 levels, 1 for each hit
+    STEPS_LEAST = 8  # enough to find some regions among a million: 1 for each of the 5 levels, 1 for each further hit
 
 cdef int start_error = umn_bpf_objects_start()
 if start_error:
@@ -211,6 +213,16 @@ def skipped_runs(Descriptor program not None):
 # ---- What one loaded program feeds ----
 
 
+class Bounds(NamedTuple):
+    """What a change may take in tables of several users: see pays() and send_wakeup() in watch.bpf.c."""
+
+    steps_own: int
+    steps_foreign: int
+    waiters_own: int
+    waiters_foreign: int
+    waiters_relay: int
+
+
 @cython.final
 cdef class Tables:
     """The tables that one loaded program feeds.
@@ -218,8 +230,8 @@ cdef class Tables:
     A table is taken (a number), gets segments and a wake-up, and is expected: the address space that shows the secret becomes its
     own. Then it is bound: fed from now on. At the end it is unlinked, its memory is taken out, and the number is given back.
 
-    `steps_foreign` bounds the work in all tables on behalf of a change that may be another process's; -1: all tables are this
-    process's own, and each may take what it needs. `steps_own` bounds the work in one table on behalf of any change.
+    `bounds`: what a change may take, if the tables are of several users: Bounds. None: all tables are this process's own, and each may
+    take what it needs.
 
     OSError and DescriptorLostError leave everything as it was, if nothing else is said.
     """
@@ -230,18 +242,16 @@ cdef class Tables:
     cdef dict fed  # table: its address space
     cdef readonly int capacity, used
     cdef int open_handshakes
-    cdef int64_t steps_foreign
-    cdef uint32_t steps_own
+    cdef object bounds
 
-    def __cinit__(self, dict maps not None, int capacity, *, int64_t steps_foreign=-1, uint32_t steps_own=UMN_STEPS_MAX):
+    def __cinit__(self, dict maps not None, int capacity, bounds=None):
         """`maps`: the program's, by their names."""
         self.segments, self.rings, self.tables = maps["segments"], maps["rings"], maps["tables"]
         self.owners, self.handshakes, self.control = maps["owners"], maps["handshakes"], maps["control"]
         self.capacity = capacity
         self.unused = list(range(capacity - 1, -1, -1))
         self.fed = {}
-        self.steps_foreign = steps_foreign
-        self.steps_own = steps_own
+        self.bounds = bounds
 
     @property
     def free(self):
@@ -252,17 +262,14 @@ cdef class Tables:
         check(umn_bpf_lookup(self.tables.fd(), &table, value), "look up a table")
         return 0
 
-    cdef int put_table(self, uint32_t table, uint64_t mm, uint32_t next, uint32_t cells) except -1:
-        cdef umn_fed_table value
-        self.get_table(table, &value)  # the pid namespace in it is the program's to write
-        value.mm, value.next, value.cells = mm, next, cells
-        check(umn_bpf_update(self.tables.fd(), &table, &value), "change a table")
+    cdef int put_table(self, uint32_t table, umn_fed_table *value) except -1:
+        check(umn_bpf_update(self.tables.fd(), &table, value), "change a table")
         return 0
 
-    cdef uint32_t first_of(self, uint64_t mm) except? 0:
+    cdef uint32_t first_of(self, uint64_t space) except? 0:
         """The address space's first table, plus 1."""
         cdef uint32_t table = 0
-        cdef int error = umn_bpf_lookup(self.owners.fd(), &mm, &table)
+        cdef int error = umn_bpf_lookup(self.owners.fd(), &space, &table)
         if error != -ENOENT:
             check(error, "look up an address space")
         return table
@@ -274,12 +281,17 @@ cdef class Tables:
         value.tables = self.used
         value.handshakes = self.open_handshakes
         if len(self.fed) == 1:
-            for table, mm in self.fed.items():
-                value.sole_table, value.mm = table + 1, mm
-        value.steps_foreign = UMN_STEPS_MAX
-        if self.steps_foreign >= 0:
+            for table, space in self.fed.items():
+                value.sole_table, value.space = table + 1, space
+        if self.bounds is None:
+            value.steps_own = value.steps_foreign = value.steps_share = UMN_STEPS_MAX
+            value.waiters_own = value.waiters_foreign = value.waiters_relay = UINT32_MAX
+        else:
+            value.steps_own, value.steps_foreign = self.bounds.steps_own, self.bounds.steps_foreign
             # Each table has its share, so that none can use up the others'. One that takes more gives up by itself.
-            value.steps_foreign = max(STEPS_LEAST, self.steps_foreign // max(1, len(self.fed)))
+            value.steps_share = max(STEPS_LEAST, value.steps_foreign // max(1, len(self.fed)))
+            value.waiters_own, value.waiters_foreign = self.bounds.waiters_own, self.bounds.waiters_foreign
+            value.waiters_relay = self.bounds.waiters_relay
         check(umn_bpf_update(self.control.fd(), &zero, &value), "change the control map")
         return 0
 
@@ -290,8 +302,10 @@ cdef class Tables:
     cdef int take_table(self) except -1:
         cdef int table = self.unused.pop()
         cdef int used = self.used
+        cdef umn_fed_table none
+        memset(&none, 0, sizeof(none))
         try:
-            self.put_table(table, 0, 0, 0)
+            self.put_table(table, &none)
             if table >= used:
                 self.used = table + 1
                 self.put_control()
@@ -311,10 +325,9 @@ cdef class Tables:
 
     cdef int allow_steps(self, int table, int count) except -1:
         cdef umn_fed_table value
-        cdef uint64_t cells
         self.get_table(table, &value)
-        cells = min(value.cells + count * <uint64_t>UMN_CELLS_PER_SEGMENT, <uint64_t>self.steps_own)
-        return self.put_table(table, value.mm, value.next, cells)
+        value.cells += count * UMN_CELLS_PER_SEGMENT
+        return self.put_table(table, &value)
 
     def put_segments(self, list items not None):
         """Of several tables: (table, number, a map's descriptor), all at the price of one.
@@ -363,18 +376,18 @@ cdef class Tables:
 
     cdef bint bind_table(self, uint32_t table, uint64_t secret) except -1:
         cdef umn_fed_table value
-        cdef uint32_t first, number = table + 1
+        cdef uint32_t number = table + 1
         self.close_handshake(secret)
         self.get_table(table, &value)
-        if not value.mm:
+        if not value.space:
             return False
-        if list(self.fed.values()).count(value.mm) >= <int>UMN_TABLES_PER_MM_MAX:
+        if list(self.fed.values()).count(value.space) >= <int>UMN_TABLES_PER_MM_MAX:
             raise OSError(E2BIG, "the process has too many tables")
-        first = self.first_of(value.mm)
+        value.next = self.first_of(value.space)
         # In this order: a program that finds the table finds those behind it too.
-        self.put_table(table, value.mm, first, value.cells)
-        check(umn_bpf_update(self.owners.fd(), &value.mm, &number), "change an address space's tables")
-        self.fed[table] = value.mm
+        self.put_table(table, &value)
+        check(umn_bpf_update(self.owners.fd(), &value.space, &number), "change an address space's tables")
+        self.fed[table] = value.space
         self.put_control()
         return True
 
@@ -389,25 +402,27 @@ cdef class Tables:
         cdef umn_fed_table value, before
         cdef uint32_t first, previous
         self.get_table(table, &value)
-        if value.mm:
-            first = self.first_of(value.mm)
+        if value.space:
+            first = self.first_of(value.space)
             if first == table + 1:
                 if value.next:
-                    check(umn_bpf_update(self.owners.fd(), &value.mm, &value.next), "change an address space's tables")
+                    check(umn_bpf_update(self.owners.fd(), &value.space, &value.next), "change an address space's tables")
                 else:
-                    check(umn_bpf_delete(self.owners.fd(), &value.mm), "forget an address space")
+                    check(umn_bpf_delete(self.owners.fd(), &value.space), "forget an address space")
             else:
                 while first:
                     previous = first - 1
                     self.get_table(previous, &before)
                     first = before.next
                     if first == table + 1:
-                        self.put_table(previous, before.mm, value.next, before.cells)
+                        before.next = value.next
+                        self.put_table(previous, &before)
                         break
         self.fed.pop(table, None)
         self.put_control()
         # Not `next`: a program may be on its way through it to another table of this address space.
-        return self.put_table(table, 0, value.next, 0)
+        value.space, value.cells = 0, 0
+        return self.put_table(table, &value)
 
     def drop(self, int table, int segments):
         """Stop feeding the table, forget its memory and its wake-up, and give its number back. Waits as put_segments does."""

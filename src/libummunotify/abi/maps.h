@@ -21,21 +21,33 @@
 
 /* In the map `tables`, by the table's number. */
 struct umn_fed_table {
-	uint64_t mm;	/* 0: its owner has not shown itself yet, or is gone */
+	uint64_t space; /* the number of the address space (space_of in watch.bpf.c); 0: its owner has not shown itself yet, or is gone */
+	uint64_t mm;	/* where that one's mm_struct was when the owner showed itself */
+	uint32_t uid;	/* the owner's then */
 	uint32_t next;	/* the next table of the same address space, plus 1 */
 	uint32_t cells; /* in all its segments: no walk of a sound index takes more steps */
 	/* Its owner's pid namespace, by the inode number and device of /proc/PID/ns/pid; 0: not known. Written at the handshake. */
 	uint32_t pid_namespace, pid_namespace_device;
+	uint32_t unused;
 };
 
 /* The one value in the map `control`. */
 struct umn_control {
 	uint32_t tables;	/* tables with this number and above have never been used */
 	uint32_t handshakes;	/* how many are open */
-	uint64_t mm;		/* if just one table is being fed: its address space, ... */
+	uint64_t space;		/* if just one table is being fed: its address space, ... */
 	uint32_t sole_table;	/* ... and its number plus 1 */
-	uint32_t steps_foreign; /* the most that a change may take on behalf of a table that may be another user's */
+	/* The most that a change may take ... */
+	uint32_t steps_own;	/* in all tables of the address space that makes it */
+	uint32_t steps_foreign; /* in all tables that may be others' ... */
+	uint32_t steps_share;	/* ... and in each of them */
+	/* For how many that wait a change may send wake-ups, to each as above; UINT32_MAX: they are not counted. And a run of the daemon's. */
+	uint32_t waiters_own, waiters_foreign, waiters_relay;
+	uint32_t unused;
 };
+
+/* What is added for each wake-up to the number of those that wait for it. */
+#define UMN_WAKEUP_COST 8
 
 /*
  * How a function is called to which the probe `zap` is attached: the attachment's cookie. Arguments are numbered from 0, members in
@@ -57,8 +69,8 @@ struct umn_call {
 enum { UMN_OF_MM, UMN_OF_HOLDER, UMN_OF_MOVE };
 enum { UMN_TO_END, UMN_TO_LENGTH, UMN_TO_PAGE, UMN_TO_PMD, UMN_TO_PUD, UMN_TO_FOLIO, UMN_TO_MOVED };
 
-UMN_STATIC_ASSERT(sizeof(struct umn_fed_table) == 24, "a table");
-UMN_STATIC_ASSERT(sizeof(struct umn_control) == 24, "control");
+UMN_STATIC_ASSERT(sizeof(struct umn_fed_table) == 40, "a table");
+UMN_STATIC_ASSERT(sizeof(struct umn_control) == 48, "control");
 UMN_STATIC_ASSERT(sizeof(struct umn_call) == 8, "a cookie has 64 bits");
 
 #endif

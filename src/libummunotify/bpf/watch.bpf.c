@@ -56,7 +56,15 @@ struct rw_semaphore___rt {
 struct maple_tree {
 	void *ma_root;
 };
+struct atomic {
+	int counter;
+};
+struct mm_context {
+	__u64 ctx_id;
+};
 struct mm_struct {
+	struct atomic mm_users;
+	struct mm_context context;
 	struct maple_tree mm_mt;
 	struct rw_semaphore mmap_lock;
 	unsigned long locked_vm;
@@ -114,6 +122,33 @@ struct folio {
 	unsigned long _flags_1;
 	unsigned char _folio_order;
 };
+struct list_head {
+	struct list_head *next;
+};
+struct wait_queue_head {
+	struct list_head head;
+};
+struct wait_queue_entry {
+	struct list_head entry;
+};
+struct bpf_ringbuf {
+	struct wait_queue_head waitq;
+};
+struct bpf_ringbuf_map {
+	struct bpf_ringbuf *rb;
+};
+struct eventpoll {
+	struct wait_queue_head poll_wait;
+};
+struct eppoll_entry;
+struct epitem {
+	struct eppoll_entry *pwqlist;
+	struct eventpoll *ep;
+};
+struct eppoll_entry {
+	struct epitem *base;
+	struct wait_queue_entry wait;
+};
 struct folio___memdesc {
 	struct {
 		unsigned long f;
@@ -155,7 +190,7 @@ struct {
 	__type(key, uint32_t);
 	__type(value, struct umn_fed_table);
 } tables SEC(".maps");
-/* An address space's first table, plus 1. */
+/* An address space's first table, plus 1, by its number (space_of). */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
@@ -176,6 +211,26 @@ struct {
 	__type(key, uint32_t);
 	__type(value, struct umn_control);
 } control SEC(".maps");
+
+/* The tables whose owners are still to be woken up. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, uint32_t);
+} due SEC(".maps");
+/* There are such tables. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, uint32_t);
+} any_due SEC(".maps");
+/* By which the daemon learns of them. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, UMN_RING_BYTES);
+} relay SEC(".maps");
 
 /* See `doubt` below. The daemon's clients can map it, too: it is frozen, so nobody but programs can write it. */
 struct {
@@ -289,62 +344,409 @@ static __always_inline uint32_t thread_for(struct umn_fed_table *table)
 	return numbers.pid;
 }
 
-/* One table's share of a change. A global function, so that the verifier looks at it once. */
-__attribute__((noinline)) int feed(uint32_t id, uint64_t start, uint64_t end, int32_t syscall, uint32_t steps)
-{
-	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
-	struct umn_walk w = {.segments_at = id * UMN_SEGMENTS, .start = start, .end = end, .syscall = syscall};
-	uint64_t wake = 1;
-	void *ring;
+/* ---- Which address space? ---- */
 
-	if (!table || !table->mm)
-		return 0;
-	w.header = header_of(id);
-	if (!w.header || !umn_in_hull(w.header, start, end))
-		return 0;
-	w.thread = thread_for(table);
-	if (steps > table->cells)
-		steps = table->cells;
-	if (umn_invalidate(&w, steps)) {
-		ring = bpf_map_lookup_elem(&rings, &id);
-		if (ring)
-			bpf_ringbuf_output(ring, &wake, sizeof wake, 0);
-	}
-	return 0;
+/*
+ * An address space's number: x86 numbers them for its TLBs, from 1, in 64 bits (init_new_context), when they are made, and no number is
+ * used twice. The mm_struct's address would not do: the next process may get it, and with that the tables of one that has ended.
+ */
+static __always_inline uint64_t space_of(struct mm_struct *mm)
+{
+	return mm ? mm->context.ctx_id : 0;
 }
+
+/* The same, of an mm_struct that is not the current task's. */
+static __always_inline uint64_t space_at(uint64_t mm)
+{
+	return BPF_CORE_READ((struct mm_struct *)mm, context.ctx_id);
+}
+
+/*
+ * The first table, from args[0] on, whose address space has ended, plus 1; 0: there is none. Attached to nothing: the daemon runs it.
+ *
+ * An address space that has not ended has a user, and its mm_struct is where it was. So what is read there is the truth. Of one that has
+ * ended whatever is read will do: at worst a table stays bound to a number that nothing has any more.
+ */
+struct search {
+	uint32_t table; /* the next */
+	uint32_t found; /* plus 1 */
+	uint32_t left;	/* see try_wakeup */
+};
+
+static long find_ended(uint32_t unused, struct search *search)
+{
+	uint32_t id = search->table++;
+	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
+	struct mm_struct *mm;
+
+	if (!table || !table->space)
+		return 0;
+	mm = (struct mm_struct *)table->mm;
+	if (BPF_CORE_READ(mm, context.ctx_id) == table->space && BPF_CORE_READ(mm, mm_users.counter) > 0)
+		return 0;
+	search->found = id + 1;
+	return 1;
+}
+
+SEC("raw_tp/none")
+int ended(uint64_t *args)
+{
+	struct search search = {.table = args[0]};
+	uint32_t zero = 0;
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
+
+	if (ctl)
+		bpf_loop(ctl->tables, find_ended, &search, 0);
+	return search.found;
+}
+
+/* ---- Waking owners up. ---- */
+
+/*
+ * A wake-up runs on this CPU, as soon as interrupts are on, and takes time for each that waits: threads in poll, epolls, and what waits
+ * for those, of which a user can make millions. So these are counted before, and a change pays for a limited number. Wake-ups that
+ * are over it are noted down. The daemon sends them, and changes that come later do. Between the count and the wake-up there is time
+ * for a few more to begin to wait.
+ *
+ * Nothing keeps the lists from changing meanwhile. A count that goes astray comes to its limit, or to memory that cannot be read.
+ */
+#define WAIT_LEVELS 8 /* a power of two, and more than the kernel lets epolls be nested */
+struct count {
+	uint64_t head[WAIT_LEVELS], at[WAIT_LEVELS]; /* the lists that this is in: the first is the wake-up's */
+	uint32_t level;
+	uint32_t found;
+	uint32_t done;
+};
+/* Not on the stack, which is too small. Should another program use it meanwhile, which can only be where programs can be preempted, both
+ * counts are wrong. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, struct count);
+} counts SEC(".maps");
+
+static long count_next(uint32_t unused, void *context)
+{
+	uint32_t zero = 0, level;
+	struct count *count = bpf_map_lookup_elem(&counts, &zero);
+	uint64_t at, eppoll, item = 0, list = 0, ep = 0, head;
+
+	if (!count)
+		return 1;
+	level = count->level & (WAIT_LEVELS - 1);
+	at = count->at[level];
+	if (at == count->head[level]) {
+		count->done = !level;
+		count->level = level - 1;
+		return !level;
+	}
+	count->found++;
+	if (bpf_probe_read_kernel(&count->at[level], sizeof at, (void *)(at + bpf_core_field_offset(struct list_head, next))))
+		return 1;
+	/* Is it an epoll's? What an epoll waits with and its item point to each other. */
+	eppoll = at - bpf_core_field_offset(struct wait_queue_entry, entry) - bpf_core_field_offset(struct eppoll_entry, wait);
+	bpf_probe_read_kernel(&item, sizeof item, (void *)(eppoll + bpf_core_field_offset(struct eppoll_entry, base)));
+	bpf_probe_read_kernel(&list, sizeof list, (void *)(item + bpf_core_field_offset(struct epitem, pwqlist)));
+	if (list != eppoll)
+		return 0;
+	if (bpf_probe_read_kernel(&ep, sizeof ep, (void *)(item + bpf_core_field_offset(struct epitem, ep))) || level == WAIT_LEVELS - 1)
+		return 1;
+	head = ep + bpf_core_field_offset(struct eventpoll, poll_wait) + bpf_core_field_offset(struct wait_queue_head, head);
+	level = (level + 1) & (WAIT_LEVELS - 1);
+	count->head[level] = head;
+	count->level = level;
+	return bpf_probe_read_kernel(&count->at[level], sizeof head, (void *)(head + bpf_core_field_offset(struct list_head, next))) != 0;
+}
+
+/* How many wait for the ring, or more than `most`. */
+static __always_inline uint32_t count_waiters(void *ring, uint32_t most)
+{
+	uint32_t zero = 0;
+	struct count *count = bpf_map_lookup_elem(&counts, &zero);
+	struct bpf_ringbuf *rb;
+	uint64_t head;
+
+	if (!count || !bpf_core_type_exists(struct bpf_ringbuf_map) || !bpf_core_type_exists(struct eppoll_entry) ||
+	    !bpf_core_field_exists(((struct epitem *)0)->pwqlist))
+		return 0;
+	rb = ((struct bpf_ringbuf_map *)ring)->rb;
+	head = (uint64_t)rb + bpf_core_field_offset(struct bpf_ringbuf, waitq) + bpf_core_field_offset(struct wait_queue_head, head);
+	count->level = count->found = count->done = 0;
+	count->head[0] = head;
+	if (bpf_probe_read_kernel(&count->at[0], sizeof head, (void *)(head + bpf_core_field_offset(struct list_head, next))))
+		return most + 1;
+	/* Each takes one step, and one for the end of its list. */
+	bpf_loop(2 * most + 1, count_next, 0, 0);
+	return count->done ? count->found : most + 1;
+}
+
+/* Sends the wake-up if `*left`, what may still be paid for that, is enough. Nothing is counted if that is UINT32_MAX, or if memory must
+ * not be read but what the verifier understands (`blind`). */
+static __always_inline int try_wakeup(uint32_t id, uint32_t *left, int blind)
+{
+	void *ring = bpf_map_lookup_elem(&rings, &id);
+	uint32_t cost = UMN_WAKEUP_COST;
+	uint64_t wake = 1;
+
+	if (!ring)
+		return 1;
+	if (*left == UINT32_MAX)
+		cost = 0;
+	else if (!blind)
+		cost += count_waiters(ring, *left);
+	if (cost > *left) {
+		*left -= *left / 4; /* to count takes less than to wake up */
+		return 0;
+	}
+	*left -= cost;
+	bpf_ringbuf_output(ring, &wake, sizeof wake, 0);
+	return 1;
+}
+
+/* Wakes the table's owner up, now or later. */
+static __always_inline void send_wakeup(uint32_t id, uint32_t *left, int blind)
+{
+	uint32_t *is_due, *any, zero = 0;
+	uint64_t wake = 1;
+
+	if (try_wakeup(id, left, blind))
+		return;
+	is_due = bpf_map_lookup_elem(&due, &id);
+	any = bpf_map_lookup_elem(&any_due, &zero);
+	/* In this order (full barriers): a search that has cleared the second, and missed the first, is followed by another. */
+	if (is_due && any && __sync_lock_test_and_set(is_due, 1) != UINT32_MAX && !__sync_lock_test_and_set(any, 1))
+		bpf_ringbuf_output(&relay, &wake, sizeof wake, 0);
+}
+
+static __always_inline long wake_due(struct search *search, int blind)
+{
+	uint32_t zero = 0, id = search->table++, *is_due = bpf_map_lookup_elem(&due, &id);
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct umn_header *header;
+	uint32_t before = search->left;
+
+	if (!ctl || !is_due || !UMN_LOAD(is_due) || !__sync_lock_test_and_set(is_due, 0) ||
+	    try_wakeup(id, &search->left, blind))
+		return 0;
+	if (before == ctl->waiters_relay) {
+		/* Too many wait for it. The next change tries again. */
+		header = header_of(id);
+		if (header)
+			UMN_STORE(&header->armed, 1);
+		return 0;
+	}
+	__sync_lock_test_and_set(is_due, 1);
+	search->found = id + 1;
+	return 1;
+}
+
+static long wake_next_due(uint32_t unused, struct search *search)
+{
+	return wake_due(search, 0);
+}
+
+static long wake_next_due_blind(uint32_t unused, struct search *search)
+{
+	return wake_due(search, 1);
+}
+
+/* Wakes up owners that were not when they should have been, from table args[0] on. Returns with which to go on, or 0: that was all.
+ * Attached to nothing: the daemon runs it. */
+static __always_inline int wake_all(uint64_t *args, int blind)
+{
+	struct search search = {.table = args[0]};
+	uint32_t zero = 0, *any = bpf_map_lookup_elem(&any_due, &zero);
+	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
+
+	if (!ctl || !any)
+		return 0;
+	/* A full barrier: see send_wakeup. */
+	if (!search.table && __sync_lock_test_and_set(any, 0) == UINT32_MAX)
+		return 0;
+	search.left = ctl->waiters_relay;
+	if (blind)
+		bpf_loop(ctl->tables, wake_next_due_blind, &search, 0);
+	else
+		bpf_loop(ctl->tables, wake_next_due, &search, 0);
+	return search.found ? search.found - 1 : 0;
+}
+
+SEC("raw_tp/none")
+int wake_all_due(uint64_t *args)
+{
+	return wake_all(args, 0);
+}
+
+SEC("raw_tp/none")
+int wake_all_due_blind(uint64_t *args)
+{
+	return wake_all(args, 1);
+}
+
+/* ---- Feeding tables. ---- */
 
 struct change {
 	uint64_t start, end;
 	int32_t syscall;
-	uint32_t steps;
-	uint32_t table; /* plus 1 */
+	uint32_t own;	/* the current task changes its own memory */
+	uint32_t share; /* the most steps in one table */
+	uint32_t left;	/* steps in all tables */
+	uint32_t table; /* the next of the address space's, plus 1; or the first of `tables` */
+	uint32_t tables;
+	uint32_t waiters; /* see send_wakeup */
 };
 
-static long feed_next(uint32_t unused, struct change *change)
+/* Any region may be invalid. As in umn_invalidate; using the results makes these ordered operations. Returns 1. */
+static __always_inline int give_up(struct umn_header *header)
 {
-	uint32_t id = change->table - 1;
-	struct umn_fed_table *table;
+	return __sync_fetch_and_add(&header->overflow, 1) != UINT32_MAX &&
+	       __sync_fetch_and_add(&header->generation, 1) != UINT64_MAX;
+}
 
-	feed(id, change->start, change->end, change->syscall, UMN_STEPS_MAX);
-	table = bpf_map_lookup_elem(&tables, &id);
+/*
+ * May the table's owner know what the current task changes in its own memory? A second wall behind the number of the address space. A
+ * process can become another user only with privileges, so its table was mostly opened by root. Of others the table gives up.
+ */
+static __always_inline int is_for(struct umn_fed_table *table)
+{
+	return !table->uid || table->uid == (uint32_t)bpf_get_current_uid_gid();
+}
+
+/* What the change may take: in the tables of the address space that makes it, or in all. */
+static __always_inline void pays(struct change *change, struct umn_control *ctl, int own)
+{
+	change->share = own ? ctl->steps_own : ctl->steps_share;
+	change->left = own ? ctl->steps_own : ctl->steps_foreign;
+	change->waiters = own ? ctl->waiters_own : ctl->waiters_foreign;
+}
+
+/* What is charged for a table at least: finding it, counting in and out, and telling it. */
+#define STEPS_LEAST 8
+
+/* One table's share of a change. */
+static __always_inline int feed_table(uint32_t id, struct change *change, int blind)
+{
+	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
+	struct umn_walk w = {.segments_at = id * UMN_SEGMENTS};
+	uint32_t steps;
+	int wake;
+
+	if (!change || !table || !table->space)
+		return 0;
+	w.start = change->start;
+	w.end = change->end;
+	w.syscall = change->syscall;
+	w.header = header_of(id);
+	if (!w.header || !umn_in_hull(w.header, w.start, w.end))
+		return 0;
+	steps = change->share < table->cells ? change->share : table->cells;
+	if (change->left < steps)
+		steps = change->left;
+	if (!steps || (change->own && !is_for(table))) {
+		wake = give_up(w.header) && UMN_LOAD(&w.header->armed) && __sync_lock_test_and_set(&w.header->armed, 0);
+	} else {
+		w.thread = thread_for(table);
+		wake = umn_invalidate(&w, steps);
+		steps = w.taken < STEPS_LEAST ? STEPS_LEAST : w.taken;
+		change->left -= steps < change->left ? steps : change->left;
+	}
+	if (wake)
+		send_wakeup(id, &change->waiters, blind);
+	return 0;
+}
+
+/* Global functions, so that the verifier looks at them once. */
+__attribute__((noinline)) int feed(uint32_t id, struct change *change)
+{
+	return feed_table(id, change, 0);
+}
+
+__attribute__((noinline)) int feed_blind(uint32_t id, struct change *change)
+{
+	return feed_table(id, change, 1);
+}
+
+/* The tables of one address space. They take `left` steps together, and those that come after that give up. */
+static __always_inline long go_on(struct change *change, uint32_t id)
+{
+	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
+
 	change->table = table ? table->next : 0;
 	return !change->table;
 }
 
-static long feed_foreign(uint32_t id, struct change *change)
+static long feed_next(uint32_t unused, struct change *change)
 {
-	feed(id, change->start, change->end, change->syscall, change->steps);
-	return 0;
+	uint32_t id = change->table - 1;
+
+	feed(id, change);
+	return go_on(change, id);
 }
 
-static __always_inline void feed_mm(uint64_t mm, struct change *change)
+static long feed_next_blind(uint32_t unused, struct change *change)
 {
-	uint32_t *first = bpf_map_lookup_elem(&owners, &mm);
+	uint32_t id = change->table - 1;
+
+	feed_blind(id, change);
+	return go_on(change, id);
+}
+
+static __always_inline void feed_space(uint64_t space, struct change *change, int blind)
+{
+	uint32_t *first = bpf_map_lookup_elem(&owners, &space);
 
 	if (!first)
 		return;
 	change->table = *first;
-	bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next, change, 0);
+	if (blind)
+		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next_blind, change, 0);
+	else
+		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next, change, 0);
+}
+
+/* All tables, beginning with one at random: if `left` is used up, it is not always the same that give up. */
+static __always_inline uint32_t foreign(uint32_t number, struct change *change)
+{
+	uint32_t id = number + change->table;
+
+	return id < change->tables ? id : id - change->tables;
+}
+
+static long feed_foreign(uint32_t number, struct change *change)
+{
+	feed(foreign(number, change), change);
+	return 0;
+}
+
+static long feed_foreign_blind(uint32_t number, struct change *change)
+{
+	feed_blind(foreign(number, change), change);
+	return 0;
+}
+
+static __always_inline void feed_all(struct umn_control *ctl, struct change *change, int blind)
+{
+	uint32_t zero = 0, *any = bpf_map_lookup_elem(&any_due, &zero);
+	struct search search = {};
+
+	change->tables = ctl->tables;
+	if (!change->tables)
+		return;
+	change->table = bpf_get_prandom_u32() % change->tables;
+	if (blind)
+		bpf_loop(change->tables, feed_foreign_blind, change, 0);
+	else
+		bpf_loop(change->tables, feed_foreign, change, 0);
+	/* Should the daemon have ended: what is left of this change's wake-ups is for those that are due. */
+	if (!any || !UMN_LOAD(any) || !change->waiters)
+		return;
+	search.table = change->table;
+	search.left = change->waiters;
+	if (blind)
+		bpf_loop(change->tables, wake_next_due_blind, &search, 0);
+	else
+		bpf_loop(change->tables, wake_next_due, &search, 0);
 }
 
 /* ---- Whose change is it? The kvm probe does not say, so it has to follow from what the current task is doing. ---- */
@@ -621,15 +1023,18 @@ static __always_inline enum scope scope_of(struct task_struct *task, struct pt_r
 
 /* A new owner shows that it is in this address space: it zaps a page of its own with the secret it was given in an argument
  * register that the system call does not use. */
-static __always_inline void shake_hands(uint64_t mm, uint64_t secret)
+static __always_inline void shake_hands(struct task_struct *task, uint64_t secret)
 {
 	uint32_t *id = bpf_map_lookup_elem(&handshakes, &secret);
 	struct umn_fed_table *table = id ? bpf_map_lookup_elem(&tables, id) : 0;
 
-	if (table && !table->mm) {
-		note_pid_namespace(table);
-		table->mm = mm;
-	}
+	if (!table || table->space)
+		return;
+	table->mm = (uint64_t)task->mm;
+	table->uid = bpf_get_current_uid_gid();
+	note_pid_namespace(table);
+	/* Last: what finds this finds the others. The compiler and x86 keep the order. */
+	UMN_STORE(&table->space, space_of(task->mm));
 }
 
 static __always_inline int kvm_change(uint64_t *args, int blind)
@@ -641,7 +1046,7 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	struct pt_regs *regs;
 	struct umn_control *ctl;
 	uint32_t zero = 0;
-	uint64_t mm;
+	uint64_t space;
 
 	ctl = bpf_map_lookup_elem(&control, &zero);
 	if (!ctl)
@@ -654,8 +1059,7 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	}
 	task = bpf_get_current_task_btf();
 	regs = (struct pt_regs *)bpf_task_pt_regs(task);
-	mm = (uint64_t)task->mm;
-	change.steps = ctl->steps_foreign;
+	space = space_of(task->mm);
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
@@ -663,16 +1067,20 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 			return 0;
 		scope = scope_of(task, regs, &change);
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
-			shake_hands(mm, regs->r8);
+			shake_hands(task, regs->r8);
 		if (scope == OWN && !writes_mappings(task) && may_be_forged(task))
 			scope = ANYBODY;
 	}
-	if (ctl->sole_table && ctl->mm == mm)
-		return feed(ctl->sole_table - 1, change.start, change.end, change.syscall, UMN_STEPS_MAX);
-	if (scope == OWN)
-		feed_mm(mm, &change);
+	change.own = scope == OWN;
+	pays(&change, ctl, change.own || (ctl->sole_table && ctl->space == space));
+	if (ctl->sole_table && ctl->space == space && blind)
+		feed_blind(ctl->sole_table - 1, &change);
+	else if (ctl->sole_table && ctl->space == space)
+		feed(ctl->sole_table - 1, &change);
+	else if (change.own)
+		feed_space(space, &change, blind);
 	else
-		bpf_loop(ctl->tables, feed_foreign, &change, 0);
+		feed_all(ctl, &change, blind);
 	return 0;
 }
 
@@ -709,23 +1117,15 @@ static long give_up_on(uint32_t id, void *unused)
 	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
 	struct umn_header *header = header_of(id);
 
-	/* As in umn_invalidate; using the results makes these ordered operations. */
-	if (table && table->mm && header && __sync_fetch_and_add(&header->overflow, 1) != UINT32_MAX)
-		return __sync_fetch_and_add(&header->generation, 1) == UINT64_MAX;
-	return 0;
+	return table && table->space && header && !give_up(header);
 }
 
-static long wake(uint32_t id, void *unused)
+static long wake(uint32_t id, uint32_t *left)
 {
 	struct umn_header *header = header_of(id);
-	uint64_t one = 1;
-	void *ring;
 
-	if (header && UMN_LOAD(&header->armed) && __sync_lock_test_and_set(&header->armed, 0)) {
-		ring = bpf_map_lookup_elem(&rings, &id);
-		if (ring)
-			bpf_ringbuf_output(ring, &one, sizeof one, 0);
-	}
+	if (header && UMN_LOAD(&header->armed) && __sync_lock_test_and_set(&header->armed, 0))
+		send_wakeup(id, left, 0);
 	return 0;
 }
 
@@ -736,7 +1136,7 @@ int doubt(void *unused)
 	uint32_t zero = 0;
 	struct umn_doubts *all = bpf_map_lookup_elem(&doubts, &zero);
 	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
-	uint32_t *doubted_here = bpf_map_lookup_elem(&doubted, &zero);
+	uint32_t *doubted_here = bpf_map_lookup_elem(&doubted, &zero), left;
 	int *active;
 
 	if (!all || !ctl || !doubted_here || !&bpf_prog_active)
@@ -750,7 +1150,8 @@ int doubt(void *unused)
 	} else {
 		bpf_loop(ctl->tables, give_up_on, 0, 0);
 		*doubted_here = !__sync_fetch_and_sub(&all->cpus, 1);
-		bpf_loop(ctl->tables, wake, 0, 0);
+		left = ctl->waiters_foreign;
+		bpf_loop(ctl->tables, wake, &left, 0);
 	}
 	return 1;
 }
@@ -761,24 +1162,28 @@ int doubt(void *unused)
 static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uint64_t start, uint64_t end, int may_stay)
 {
 	struct change change = {.start = start, .end = end, .syscall = -1};
+	uint64_t space = space_at(mm);
 	struct task_struct *task;
 	struct pt_regs *regs;
 
-	if (ctl->sole_table && !ctl->handshakes && ctl->mm != mm)
+	if (ctl->sole_table && !ctl->handshakes && ctl->space != space)
 		return 0;
 	task = bpf_get_current_task_btf();
 	regs = (struct pt_regs *)bpf_task_pt_regs(task);
-	if (mm == (uint64_t)task->mm && regs->ax == (unsigned long)-ENOSYS &&
+	change.own = mm == (uint64_t)task->mm;
+	pays(&change, ctl, change.own);
+	if (change.own && regs->ax == (unsigned long)-ENOSYS &&
 	    !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) && !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
 		if (ctl->handshakes && change.syscall == NR_madvise)
-			shake_hands(mm, regs->r8);
+			shake_hands(task, regs->r8);
 		if (may_stay && leaves_pages(task, regs, &change, 0))
 			return 0;
 	}
-	if (ctl->sole_table && ctl->mm == mm)
-		return feed(ctl->sole_table - 1, start, end, change.syscall, UMN_STEPS_MAX);
-	feed_mm(mm, &change);
+	if (ctl->sole_table && ctl->space == space)
+		feed(ctl->sole_table - 1, &change);
+	else
+		feed_space(space, &change, 0);
 	return 0;
 }
 
@@ -865,7 +1270,7 @@ int zap(struct pt_regs *ctx)
 		mm = member(whose, how.call.members[0]);
 	if (how.call.type == UMN_OF_MOVE) /* that was a vm_area_struct */
 		mm = (uint64_t)BPF_CORE_READ((struct vm_area_struct *)mm, vm_mm);
-	if (ctl->sole_table && !ctl->handshakes && ctl->mm != mm)
+	if (ctl->sole_table && !ctl->handshakes && ctl->space != space_at(mm))
 		return 0;
 	start = arguments[how.call.start % ARGUMENTS];
 	last = arguments[how.call.last % ARGUMENTS];

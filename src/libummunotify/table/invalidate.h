@@ -26,7 +26,9 @@
 
 #include "abi/layout.h"
 
-#define UMN_PUSH_TRIES (1u << 16)
+/* Each try that fails is another feeder's that succeeded, or the owner's; so only a hostile owner makes many fail. */
+#define UMN_PUSH_TRIES 1024u
+#define UMN_PUSH_TRIES_LEAST 64u
 
 struct umn_walk {
 	UMN_WALK_FIELDS
@@ -38,11 +40,13 @@ struct umn_walk {
 	uint32_t first, last; /* the chain of slots that this walk made pending, the last hit first */
 	uint32_t done;	      /* the last UMN_REPEAT finished, rather than reaching its bound */
 	uint32_t gave_up;
-	uint32_t enter;		    /* the node to enter next; 0: go on with the last one entered */
-	uint32_t depth;		    /* how many nodes were entered and not left */
+	uint32_t enter;		    /* the node to enter next; 0: go on with the last one that waits */
+	uint32_t depth;		    /* how many nodes wait: further entries of theirs are to be followed */
 	uint32_t zero;		    /* 0, unknown to the BPF verifier: see umn_invalidate */
-	uint32_t node[UMN_LEVELS];  /* the nodes that were entered */
-	uint32_t left[UMN_LEVELS];  /* of each: the entries that overlap and are still to be followed, one bit each */
+	uint32_t node[UMN_LEVELS];  /* the nodes that wait */
+	uint32_t left[UMN_LEVELS];  /* of each: the entries that overlap and are still to be followed, one bit each, at least one */
+	uint32_t taken;		    /* steps, and tries to push that failed */
+	uint32_t tries;		    /* the latter */
 };
 
 /* Invalidates one slot. Coalesces hits: only the feeder whose operation sets UMN_PENDING chains the slot, so it is on the list at
@@ -103,60 +107,63 @@ static UMN_INLINE uint32_t umn_lowest(uint32_t bits)
 	return below * 0x01010101 >> 24;
 }
 
-/* One step of the depth-first walk: enters a node, or follows one entry of the current node, or goes up. */
-static long umn_step(uint32_t unused, struct umn_walk *w)
+/*
+ * One step of the depth-first walk: enters a node, or goes back to one that waits, and follows one entry of it. A node waits only if
+ * more than one entry overlaps. So a walk on a single path takes one step for each level, and none for the way back.
+ */
+static long umn_step(uint32_t number, struct umn_walk *w)
 {
-	uint32_t depth = w->depth & (UMN_LEVELS - 1), above = (depth - 1) & (UMN_LEVELS - 1), i, ref;
+	uint32_t depth = w->depth & (UMN_LEVELS - 1), i, ref;
 	struct umn_node *node;
 	struct umn_slot *slot;
 
-	(void)unused;
+	w->taken = number + 1;
 	if (w->enter) {
 		node = umn_node_at(w, w->enter);
 		if (!node || depth != w->depth)
 			goto give_up;
 		w->node[depth] = w->enter;
 		w->left[depth] = umn_overlapping(w, node);
-		w->depth = (depth + 1) | w->zero;
 		w->enter = w->zero;
-		return 0;
+	} else {
+		depth = (depth - 1) & (UMN_LEVELS - 1);
+		node = umn_node_at(w, w->node[depth]);
+		if (!node)
+			goto give_up;
 	}
-	if (!w->left[above]) {
-		w->depth = above | w->zero;
-		w->done = !above;
-		return !above;
+	if (w->left[depth]) {
+		i = umn_lowest(w->left[depth]);
+		UMN_OPAQUE(i); /* what is compared is what is used */
+		w->left[depth] &= w->left[depth] - 1;
+		if (i >= UMN_FANOUT)
+			goto give_up;
+		/* The owner may have reused this entry since its bounds were loaded, and Arm may load the two in either order. Then
+		 * a watch that had not returned when this change began is missed, or hit without need; both are allowed. */
+		ref = UMN_LOAD(&node->ref[i]);
+		if (ref && UMN_LOAD(&node->level)) {
+			w->enter = ref;
+		} else if (ref) {
+			slot = umn_slot_at(w, ref);
+			if (!slot)
+				goto give_up;
+			umn_hit(w, slot, ref);
+		}
 	}
-	i = umn_lowest(w->left[above]);
-	w->left[above] &= w->left[above] - 1;
-	node = umn_node_at(w, w->node[above]);
-	if (!node || i >= UMN_FANOUT)
-		goto give_up;
-	/* The owner may have reused this entry since its bounds were loaded, and Arm may load the two in either order. Then a watch
-	 * that had not returned when this change began is missed, or hit without need; both are allowed. */
-	ref = UMN_LOAD(&node->ref[i]);
-	if (!ref)
-		return 0;
-	if (UMN_LOAD(&node->level)) {
-		w->enter = ref;
-		return 0;
-	}
-	slot = umn_slot_at(w, ref);
-	if (!slot)
-		goto give_up;
-	umn_hit(w, slot, ref);
-	return 0;
+	w->depth = (depth + !!w->left[depth]) | w->zero;
+	w->done = !w->depth && !w->enter;
+	return w->done;
 give_up:
 	w->gave_up = 1;
 	return 1;
 }
 
 /* One attempt to push the walk's chain on the list. */
-static long umn_push(uint32_t unused, struct umn_walk *w)
+static long umn_push(uint32_t number, struct umn_walk *w)
 {
 	struct umn_slot *last = umn_slot_at(w, w->last);
 	uint32_t head;
 
-	(void)unused;
+	w->tries = number;
 	if (!last)
 		return 1;
 	head = UMN_LOAD(&w->header->head);
@@ -204,7 +211,7 @@ static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 	 * program for dead, and removes it. So it must know nothing of what steps change. Later ones would follow each depth by
 	 * itself. */
 	w->zero = UMN_LOAD(&header->zero);
-	w->depth = w->hit = w->first = w->last = w->done = w->zero;
+	w->depth = w->hit = w->first = w->last = w->done = w->taken = w->tries = w->zero;
 	w->gave_up |= w->zero;
 	w->node[w->zero & (UMN_LEVELS - 1)] = w->left[w->zero & (UMN_LEVELS - 1)] = w->zero;
 	w->enter = UMN_LOAD(&header->root);
@@ -215,7 +222,12 @@ static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 	}
 	if (w->first) {
 		w->done = w->zero;
-		UMN_REPEAT(UMN_PUSH_TRIES, umn_push, w);
+		if (steps > UMN_PUSH_TRIES)
+			steps = UMN_PUSH_TRIES;
+		if (steps < UMN_PUSH_TRIES_LEAST)
+			steps = UMN_PUSH_TRIES_LEAST;
+		UMN_REPEAT(steps, umn_push, w);
+		w->taken += w->tries;
 		if (!w->done)
 			w->gave_up = 1; /* the chain is lost; the owner finds it again when it handles the overflow */
 	}

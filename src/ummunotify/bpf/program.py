@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from .._abi import SEGMENTS, STEPS_MAX, Probe
-from .._bpf import LINK, MAP, PROGRAM, Descriptor, Tables
+from .._abi import SEGMENTS, Probe, u64
+from .._bpf import LINK, MAP, PROGRAM, Bounds, Descriptor, Tables
 from ..errors import UnavailableError
 from . import libbpf, zap
 
@@ -15,6 +16,8 @@ _NO_USER_READS = "kvm_blind"
 """The program for the probe kvm where the kernel is locked down."""
 _GAPS = "doubt"
 """The program that notices where the kernel may skip the others."""
+_ENDED, _WAKE = "ended", ("wake_all_due", "wake_all_due_blind")
+"""Programs that are attached to nothing: for tables whose address space has ended, and for wake-ups that are due."""
 _TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
 _TABLE_MAPS = ("segments", "rings", "tables", "owners", "handshakes", "control")
@@ -117,12 +120,13 @@ class Program:
     It is unloaded when this object is gone, and everybody else has closed the links.
     """
 
-    def __init__(self, probe: Probe, tables: int, *, steps_foreign: int = -1, steps_own: int = STEPS_MAX) -> None:
-        """Load. What `steps_foreign` and `steps_own` bound: see Tables. Raises UnavailableError."""
+    def __init__(self, probe: Probe, tables: int, bounds: Bounds | None = None) -> None:
+        """Load. `bounds`: see Tables. Raises UnavailableError."""
         self.probe = probe
         self.links: list[Descriptor] = []
         self.probe_gaps: Descriptor | None = None
         self._gaps_code: Descriptor | None = None
+        self._ended_code: Descriptor | None = None  # where programs may not read memory there is none
         _check_kernel(probe)
         data = Path(libbpf.__file__).with_name("watch.bpf.o").read_bytes()
         try:
@@ -137,20 +141,27 @@ class Program:
         except OSError as error:
             raise why(error) from error
         self.maps = maps
-        self.tables = Tables(maps, tables, steps_foreign=steps_foreign, steps_own=steps_own)
+        self.tables = Tables(maps, tables, bounds)
 
     def _load(self, data: bytes, tables: int, program: str) -> dict[str, Descriptor]:
         """The maps. OSError."""
         kprobe = self.probe != Probe.KVM
         with libbpf.BpfObject(data, "ummunotify") as loaded:
             loaded.set_max_entries("segments", tables * SEGMENTS)
-            for name in ("rings", "tables", "owners", "handshakes"):
+            for name in ("rings", "tables", "owners", "handshakes", "due"):
                 loaded.set_max_entries(name, tables)
-            for name in (*(probe.label for probe in Probe), _NO_USER_READS, _GAPS):
-                loaded.set_autoload(name, name == program or (kprobe and name == _GAPS))
+            reads = program != _NO_USER_READS
+            wake = _WAKE[not reads]
+            wanted = {program, wake, *((_GAPS,) if kprobe else ()), *((_ENDED,) if reads else ())}
+            for name in (*(probe.label for probe in Probe), _NO_USER_READS, _GAPS, _ENDED, *_WAKE):
+                loaded.set_autoload(name, name in wanted)
             loaded.load()
             maps = {name: Descriptor(f"the map {name}", MAP, loaded.map_fd(name)) for name in _TABLE_MAPS}
             self.code = Descriptor("the program", PROGRAM, loaded.program_fd(program))
+            self.relay = Descriptor("the map relay", MAP, loaded.map_fd("relay"))
+            self._wake_code = Descriptor(f"the program {wake}", PROGRAM, loaded.program_fd(wake))
+            if reads:
+                self._ended_code = Descriptor(f"the program {_ENDED}", PROGRAM, loaded.program_fd(_ENDED))
             if kprobe:
                 self._gaps_code = Descriptor(f"the program {_GAPS}", PROGRAM, loaded.program_fd(_GAPS))
                 self.probe_gaps = Descriptor("the map doubts", MAP, loaded.map_fd("doubts"))
@@ -192,8 +203,8 @@ class Program:
 
     def descriptors(self) -> list[Descriptor]:
         """All of them."""
-        others = [each for each in (self.probe_gaps, self._gaps_code) if each is not None]
-        return [*self.maps.values(), self.code, *others, *self.links]
+        others = [each for each in (self.probe_gaps, self._gaps_code, self._ended_code) if each is not None]
+        return [*self.maps.values(), self.relay, self.code, self._wake_code, *others, *self.links]
 
     def check(self) -> None:
         """Raises DescriptorLostError if the process has closed descriptors that cannot be opened again."""
@@ -204,6 +215,25 @@ class Program:
         """Close all descriptors. May be called more than once."""
         for descriptor in self.descriptors():
             descriptor.close()
+
+    def ended(self) -> Iterator[int]:
+        """The tables whose address space has ended, whatever keeps their connections open. OSError.
+
+        None where the kernel is locked down: there such a table stays until its connection ends, and is fed nothing.
+        """
+        first = 0
+        while self._ended_code is not None:
+            first = libbpf.program_run(self._ended_code.number(), u64(first))
+            if not first:
+                break
+            yield first - 1
+
+    def wake_due(self, first: int) -> int:
+        """Wake up owners that changes have left for later, from this table on.
+
+        Returns with which to go on, or 0: that was all. OSError.
+        """
+        return libbpf.program_run(self._wake_code.number(), u64(first))
 
     def invalidate_all(self) -> None:
         """Everything of every table may be invalid: to the program `kvm`, a change of all addresses. OSError."""
@@ -240,8 +270,8 @@ def _check_kernel(probe: Probe) -> None:
         )
 
 
-def attached(probe: Probe, tables: int, *, steps_foreign: int = -1, steps_own: int = STEPS_MAX) -> Program:
+def attached(probe: Probe, tables: int, bounds: Bounds | None = None) -> Program:
     """Load and attach. Raises UnavailableError."""
-    program = Program(probe, tables, steps_foreign=steps_foreign, steps_own=steps_own)
+    program = Program(probe, tables, bounds)
     program.attach()
     return program

@@ -12,7 +12,7 @@ from ..bpf import libbpf
 from ..bpf.program import Program, attached
 from ..errors import SourceUnavailableError, UnavailableError
 from ..notifier import open as open_notifier
-from .server import STEPS_FOREIGN, STEPS_OWN
+from .server import BOUNDS
 
 _PREFERENCE = (Probe.KVM, Probe.MMU_NOTIFIER, Probe.ZAP)
 """Another order than a process's own (`ummunotify_sources`): the kernel may skip the programs of the last two while a
@@ -76,4 +76,4 @@ def _attach(probe: str, tables: int) -> Program:
             open_notifier("bpf:zap").close()
         except SourceUnavailableError as error:
             raise UnavailableError(error.reasons.get("bpf:zap", str(error)), "") from None
-    return attached(Probe[probe.upper()], tables, steps_foreign=STEPS_FOREIGN, steps_own=STEPS_OWN)
+    return attached(Probe[probe.upper()], tables, BOUNDS)

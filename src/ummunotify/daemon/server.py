@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import socket
 import time
@@ -24,7 +25,7 @@ from .._abi import (
     Status,
     Summary,
 )
-from .._bpf import next_segments, read_map
+from .._bpf import Bounds, next_segments, read_map
 from ..bpf import libbpf
 from ..bpf.program import Program
 from .batches import Stock
@@ -33,15 +34,43 @@ from .limits import SEGMENT, TABLE, Limits, Usage
 from .log import event
 from .loop import Loop
 
-STEPS_FOREIGN = 8192
-"""The most that a change takes on behalf of tables that may be other users', some 20 ns each."""
-STEPS_OWN = 1 << 18
-"""The most that it takes in each table of the process that makes it: 5 ms, in which the CPU does nothing else."""
+BOUNDS = Bounds(
+    # Some 5 ms, in which the CPU does nothing else: a region that is hit takes 50 to 150 ns.
+    steps_own=1 << 15,
+    # Some 200 us: at least 8 for each table that is concerned, some 45 ns each.
+    steps_foreign=3072,
+    # Some 100 us: each thread that waits takes up to 1 us, and each wake-up as such as much as 8.
+    waiters_own=4096,
+    waiters_foreign=128,
+    waiters_relay=512,
+)
+"""What a change may take of its CPU, on behalf of its process's tables and of others'.
+
+A notifier for which more than `waiters_relay` - 8 wait is not woken up by others' changes.
+"""
 SEGMENTS_AT_ONCE = 32
 """In an answer, which its client may leave unread. The kernel lets as many descriptors be on their way as the daemon
 may open, and then refuses to pass on any more."""
 
 _GATHER_SECONDS = 0.002
+
+
+class Relay:
+    """By which the BPF program says that wake-ups are due: a ring buffer of which only this is the reader."""
+
+    def __init__(self, fd: int) -> None:
+        """OSError. The descriptor stays the caller's."""
+        self.fd = fd
+        self._consumed = mmap.mmap(fd, PAGE)
+        self._produced = mmap.mmap(fd, PAGE, prot=mmap.PROT_READ, offset=PAGE)
+
+    def clear(self) -> None:
+        """It is readable no more, until the program says so again."""
+        self._consumed[:8] = self._produced[:8]
+
+    def close(self) -> None:
+        self._consumed.close()
+        self._produced.close()
 
 
 class Server:
@@ -72,6 +101,10 @@ class Server:
         self._checked = self._started
         self._skipped = libbpf.program_info(program.code.number()).recursion_misses
         self.loop.watch(self._stock.fd, self._built)
+        self._relay = Relay(program.relay.number())
+        self._to_wake: int | None = None
+        """From this table on wake-ups may be due."""
+        self.loop.watch(self._relay.fd, self._wake)
         self._build()
 
     def run(self, started: Callable[[], None]) -> None:
@@ -79,8 +112,12 @@ class Server:
         self._clients.listen()
         self.loop.run(started, self._timeout, self._turn)
 
+    def _wake(self) -> None:
+        self._relay.clear()
+        self._to_wake = 0
+
     def _timeout(self) -> float | None:
-        if self._clients.late:
+        if self._to_wake is not None or self._clients.late:
             return 0
         if self._stock.idle_work() and not self._stock.batch:
             return _GATHER_SECONDS
@@ -88,6 +125,9 @@ class Server:
 
     def _turn(self, idle: bool) -> None:
         self._clients.next_turn()
+        if self._to_wake is not None:
+            # A run keeps its CPU for some 100 us, so one for each turn.
+            self._to_wake = self._program.wake_due(self._to_wake) or None
         self._check()
         idle = idle and not self._clients.late
         due = self._waiting or self._stock.growing or (idle and self._stock.idle_work())
@@ -101,6 +141,10 @@ class Server:
             return
         self._checked = now
         self._clients.check(now)
+        for table in self._program.ended():
+            # Its connection is kept by another process: a child of a fork, or one that was given a copy.
+            if (client := self._by_table.get(table)) is not None and not client.busy:
+                self._clients.drop(client)
         if self._program.probe != Probe.KVM:
             return  # the kernel may skip others, and clients know at once: see `doubt` in watch.bpf.c
         skipped = libbpf.program_info(self._program.code.number()).recursion_misses
@@ -114,6 +158,7 @@ class Server:
         """Close what it has; clients whose tables are bound are fed on."""
         self._clients.close()
         self._stock.close()
+        self._relay.close()
         self.loop.close()
 
     def _gone(self, client: Client) -> None:
