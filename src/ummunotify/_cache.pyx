@@ -44,7 +44,9 @@ from .errors import (
 from .types import CacheStats
 
 cdef extern from "Python.h":
-    PyObject *PyEval_GetFrame()
+    ctypedef struct PyFrameObject:
+        pass
+    PyFrameObject *PyEval_GetFrame()
     int PyErr_ResourceWarning(PyObject *source, Py_ssize_t stack_level, const char *format, ...) except -1
 
 cdef tuple LIMITS = (EAGAIN, EDQUOT, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC)
@@ -77,7 +79,7 @@ cdef list begin(object registrar):
     the handler, that lock would never be released. So the frames below this one are looked at, not the thread: a green
     thread that the registrar has switched to may call it.
     """
-    frame = <object>PyEval_GetFrame() if PyEval_GetFrame() is not NULL else None
+    frame = <object><PyObject *>PyEval_GetFrame() if PyEval_GetFrame() is not NULL else None
     nested = False
     if running:
         mine = [caller for caller, other in running if other is registrar]
@@ -92,7 +94,7 @@ cdef list begin(object registrar):
 cdef int end(object registrar) except -1:
     """The last of this frame's calls is over."""
     cdef Py_ssize_t i
-    frame = <object>PyEval_GetFrame() if PyEval_GetFrame() is not NULL else None
+    frame = <object><PyObject *>PyEval_GetFrame() if PyEval_GetFrame() is not NULL else None
     for i in range(len(running) - 1, -1, -1):
         if running[i][0] is frame and running[i][1] is registrar:
             del running[i]
