@@ -79,7 +79,7 @@ _new_tuple = tuple.__new__
 cdef str CHANGED = sys.intern("changed")
 cdef str VALID = sys.intern("valid")
 
-EPOLL = "anon_inode:[eventpoll]"
+cdef str EPOLL = "anon_inode:[eventpoll]"
 
 WAIT_MAX = 86400.0
 """Seconds; the library takes a number of milliseconds in 32 bits."""
