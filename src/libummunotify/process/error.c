@@ -72,9 +72,11 @@ const struct ummunotify_failure *ummunotify_failure(void)
 
 const char *ummunotify_error(void)
 {
-	snprintf(last.text, sizeof last.text, "%s%s%s%s%s", last.what, *last.what ? ": " : "", last.why, *last.remedy ? "; " : "",
-		 last.remedy);
-	return last.text;
+	/* What does not fit is cut off. GCC 16 warns of that unless the result is used. */
+	int length = snprintf(last.text, sizeof last.text, "%s%s%s%s%s", last.what, *last.what ? ": " : "", last.why,
+			      *last.remedy ? "; " : "", last.remedy);
+
+	return length < 0 ? last.what : last.text;
 }
 
 static void copy(char *to, size_t size, const char *from)
