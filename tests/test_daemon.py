@@ -939,7 +939,7 @@ def test_the_log_has_no_addresses(daemon: Daemon) -> None:
     assert "0x" not in daemon.log.read_text()
 
 
-def test_doubt_reaches_everybody(daemon: Daemon) -> None:
+def test_a_probe_gap_reaches_all_clients(daemon: Daemon) -> None:
     """What the daemon does if the kernel has skipped a run of the program."""
     with ummunotify.open(source="bpf") as umn:
         regions = [umn.watch((address, PAGE)) for address in (1 << 20, 1 << 40)]

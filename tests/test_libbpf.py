@@ -41,7 +41,7 @@ def test_load_and_attach() -> None:
         with pytest.raises(BpfError, match="EBADF"):
             loaded.map_fd("tables")
         loaded.set_max_entries("tables", 7)
-        for needs_kprobes in ("mmu_notifier", "doubt", "zap", "kvm_blind", "wake_all_due_blind"):
+        for needs_kprobes in ("mmu_notifier", "probe_gap", "zap", "kvm_no_reads", "wake_all_due_no_reads"):
             loaded.set_autoload(needs_kprobes, False)
         loaded.load()
         with pytest.raises(BpfError, match="EBUSY"):

@@ -41,7 +41,7 @@ def test_a_user_is_told(daemon: Daemon, options: list[str]) -> None:
 
 
 def test_what_a_client_holds_gives_it_no_power(daemon: Daemon) -> None:
-    """It could keep others in the dark if it could write the map of doubts."""
+    """It could keep others in the dark if it could write the map of probe gaps."""
 
     def program(_: Connection) -> list[int]:
         with connect() as connection:

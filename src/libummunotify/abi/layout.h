@@ -91,7 +91,7 @@ struct umn_slot {
 };
 
 /* For the probes that the kernel may skip: see sources/probe_gap.h. The feeder writes it, for all its tables. */
-struct umn_doubts {
+struct umn_probe_gaps {
 	uint32_t cpus; /* on how many the kernel may be skipping the probe now */
 	uint32_t times; /* how often that has begun; counted before `cpus`; wraps */
 };

@@ -232,21 +232,21 @@ struct {
 	__uint(max_entries, UMN_RING_BYTES);
 } relay SEC(".maps");
 
-/* See `doubt` below. The daemon's clients can map it, too: it is frozen, so nobody but programs can write it. */
+/* See `probe_gap` below. The daemon's clients can map it, too: it is frozen, so only programs can write it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, uint32_t);
-	__type(value, struct umn_doubts);
-} doubts SEC(".maps");
-/* Is this CPU one of those that `doubts` counts? */
+	__type(value, struct umn_probe_gaps);
+} probe_gaps SEC(".maps");
+/* Is this CPU one of those that `probe_gaps` counts? */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, uint32_t);
 	__type(value, uint32_t);
-} doubted SEC(".maps");
+} gap_on_cpu SEC(".maps");
 
 /* ---- The feeder. ---- */
 
@@ -482,8 +482,8 @@ static __always_inline uint32_t count_waiters(void *ring, uint32_t most)
 }
 
 /* Sends the wake-up if `*left`, what may still be paid for that, is enough. Nothing is counted if that is UINT32_MAX, or if memory must
- * not be read but what the verifier understands (`blind`). */
-static __always_inline int try_wakeup(uint32_t id, uint32_t *left, int blind)
+ * not be read but what the verifier understands (`no_reads`). */
+static __always_inline int try_wakeup(uint32_t id, uint32_t *left, int no_reads)
 {
 	void *ring = bpf_map_lookup_elem(&rings, &id);
 	uint32_t cost = UMN_WAKEUP_COST;
@@ -493,7 +493,7 @@ static __always_inline int try_wakeup(uint32_t id, uint32_t *left, int blind)
 		return 1;
 	if (*left == UINT32_MAX)
 		cost = 0;
-	else if (!blind)
+	else if (!no_reads)
 		cost += count_waiters(ring, *left);
 	if (cost > *left) {
 		*left -= *left / 4; /* to count takes less than to wake up */
@@ -505,12 +505,12 @@ static __always_inline int try_wakeup(uint32_t id, uint32_t *left, int blind)
 }
 
 /* Wakes the table's owner up, now or later. */
-static __always_inline void send_wakeup(uint32_t id, uint32_t *left, int blind)
+static __always_inline void send_wakeup(uint32_t id, uint32_t *left, int no_reads)
 {
 	uint32_t *is_due, *any, zero = 0;
 	uint64_t wake = 1;
 
-	if (try_wakeup(id, left, blind))
+	if (try_wakeup(id, left, no_reads))
 		return;
 	is_due = bpf_map_lookup_elem(&due, &id);
 	any = bpf_map_lookup_elem(&any_due, &zero);
@@ -519,7 +519,7 @@ static __always_inline void send_wakeup(uint32_t id, uint32_t *left, int blind)
 		bpf_ringbuf_output(&relay, &wake, sizeof wake, 0);
 }
 
-static __always_inline long wake_due(struct search *search, int blind)
+static __always_inline long wake_due(struct search *search, int no_reads)
 {
 	uint32_t zero = 0, id = search->table++, *is_due = bpf_map_lookup_elem(&due, &id);
 	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
@@ -527,7 +527,7 @@ static __always_inline long wake_due(struct search *search, int blind)
 	uint32_t before = search->left;
 
 	if (!ctl || !is_due || !UMN_LOAD(is_due) || !__sync_lock_test_and_set(is_due, 0) ||
-	    try_wakeup(id, &search->left, blind))
+	    try_wakeup(id, &search->left, no_reads))
 		return 0;
 	if (before == ctl->waiters_relay) {
 		/* Too many wait for it. The next change tries again. */
@@ -546,14 +546,14 @@ static long wake_next_due(uint32_t unused, struct search *search)
 	return wake_due(search, 0);
 }
 
-static long wake_next_due_blind(uint32_t unused, struct search *search)
+static long wake_next_due_no_reads(uint32_t unused, struct search *search)
 {
 	return wake_due(search, 1);
 }
 
 /* Wakes up owners that were not when they should have been, from table args[0] on. Returns with which to go on, or 0: that was all.
  * Attached to nothing: the daemon runs it. */
-static __always_inline int wake_all(uint64_t *args, int blind)
+static __always_inline int wake_all(uint64_t *args, int no_reads)
 {
 	struct search search = {.table = args[0]};
 	uint32_t zero = 0, *any = bpf_map_lookup_elem(&any_due, &zero);
@@ -565,8 +565,8 @@ static __always_inline int wake_all(uint64_t *args, int blind)
 	if (!search.table && __sync_lock_test_and_set(any, 0) == UINT32_MAX)
 		return 0;
 	search.left = ctl->waiters_relay;
-	if (blind)
-		bpf_loop(ctl->tables, wake_next_due_blind, &search, 0);
+	if (no_reads)
+		bpf_loop(ctl->tables, wake_next_due_no_reads, &search, 0);
 	else
 		bpf_loop(ctl->tables, wake_next_due, &search, 0);
 	return search.found ? search.found - 1 : 0;
@@ -579,7 +579,7 @@ int wake_all_due(uint64_t *args)
 }
 
 SEC("raw_tp/none")
-int wake_all_due_blind(uint64_t *args)
+int wake_all_due_no_reads(uint64_t *args)
 {
 	return wake_all(args, 1);
 }
@@ -625,7 +625,7 @@ static __always_inline void pays(struct change *change, struct umn_control *ctl,
 #define STEPS_LEAST 8
 
 /* One table's share of a change. */
-static __always_inline int feed_table(uint32_t id, struct change *change, int blind)
+static __always_inline int feed_table(uint32_t id, struct change *change, int no_reads)
 {
 	struct umn_fed_table *table = bpf_map_lookup_elem(&tables, &id);
 	struct umn_walk w = {.segments_at = id * UMN_SEGMENTS};
@@ -652,7 +652,7 @@ static __always_inline int feed_table(uint32_t id, struct change *change, int bl
 		change->left -= steps < change->left ? steps : change->left;
 	}
 	if (wake)
-		send_wakeup(id, &change->waiters, blind);
+		send_wakeup(id, &change->waiters, no_reads);
 	return 0;
 }
 
@@ -662,7 +662,7 @@ __attribute__((noinline)) int feed(uint32_t id, struct change *change)
 	return feed_table(id, change, 0);
 }
 
-__attribute__((noinline)) int feed_blind(uint32_t id, struct change *change)
+__attribute__((noinline)) int feed_no_reads(uint32_t id, struct change *change)
 {
 	return feed_table(id, change, 1);
 }
@@ -684,23 +684,23 @@ static long feed_next(uint32_t unused, struct change *change)
 	return go_on(change, id);
 }
 
-static long feed_next_blind(uint32_t unused, struct change *change)
+static long feed_next_no_reads(uint32_t unused, struct change *change)
 {
 	uint32_t id = change->table - 1;
 
-	feed_blind(id, change);
+	feed_no_reads(id, change);
 	return go_on(change, id);
 }
 
-static __always_inline void feed_space(uint64_t space, struct change *change, int blind)
+static __always_inline void feed_space(uint64_t space, struct change *change, int no_reads)
 {
 	uint32_t *first = bpf_map_lookup_elem(&owners, &space);
 
 	if (!first)
 		return;
 	change->table = *first;
-	if (blind)
-		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next_blind, change, 0);
+	if (no_reads)
+		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next_no_reads, change, 0);
 	else
 		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next, change, 0);
 }
@@ -719,13 +719,13 @@ static long feed_foreign(uint32_t number, struct change *change)
 	return 0;
 }
 
-static long feed_foreign_blind(uint32_t number, struct change *change)
+static long feed_foreign_no_reads(uint32_t number, struct change *change)
 {
-	feed_blind(foreign(number, change), change);
+	feed_no_reads(foreign(number, change), change);
 	return 0;
 }
 
-static __always_inline void feed_all(struct umn_control *ctl, struct change *change, int blind)
+static __always_inline void feed_all(struct umn_control *ctl, struct change *change, int no_reads)
 {
 	uint32_t zero = 0, *any = bpf_map_lookup_elem(&any_due, &zero);
 	struct search search = {};
@@ -734,8 +734,8 @@ static __always_inline void feed_all(struct umn_control *ctl, struct change *cha
 	if (!change->tables)
 		return;
 	change->table = bpf_get_prandom_u32() % change->tables;
-	if (blind)
-		bpf_loop(change->tables, feed_foreign_blind, change, 0);
+	if (no_reads)
+		bpf_loop(change->tables, feed_foreign_no_reads, change, 0);
 	else
 		bpf_loop(change->tables, feed_foreign, change, 0);
 	/* Should the daemon have ended: what is left of this change's wake-ups is for those that are due. */
@@ -743,8 +743,8 @@ static __always_inline void feed_all(struct umn_control *ctl, struct change *cha
 		return;
 	search.table = change->table;
 	search.left = change->waiters;
-	if (blind)
-		bpf_loop(change->tables, wake_next_due_blind, &search, 0);
+	if (no_reads)
+		bpf_loop(change->tables, wake_next_due_no_reads, &search, 0);
 	else
 		bpf_loop(change->tables, wake_next_due, &search, 0);
 }
@@ -888,7 +888,7 @@ static __always_inline int populates(struct task_struct *task, struct pt_regs *r
  * aligned 2 MiB, the kernel reports these 2 MiB, whether there is a huge page or not.
  *
  * The current task is inside the 64-bit system call `change->syscall`, holds the mmap lock for writing, and does not reclaim memory.
- * When in doubt: no. docs/architecture.md, "Splits of huge pages", says why nothing else that these calls do passes all tests.
+ * If it is not certain: no. docs/architecture.md, "Splits of huge pages", says why nothing else that these calls do passes all tests.
  */
 static __always_inline int splits(struct task_struct *task, struct pt_regs *regs, struct change *change)
 {
@@ -946,10 +946,10 @@ static __always_inline int splits(struct task_struct *task, struct pt_regs *regs
  * that with the mmap lock held for writing. What else may happen in these calls, or on the way out of them, does not have it: faults
  * of the kernel's own accesses to user memory, which break copy-on-write (a fork stores the child's number, a signal its frame).
  *
- * The current task is inside the 64-bit system call `change->syscall`. `blind`: memory must not be read but what the verifier
+ * The current task is inside the 64-bit system call `change->syscall`. `no_reads`: memory must not be read but what the verifier
  * understands.
  */
-static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs *regs, struct change *change, int blind)
+static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs *regs, struct change *change, int no_reads)
 {
 	if (!writes_mappings(task) || (task->flags & PF_MEMALLOC))
 		return 0;
@@ -963,7 +963,7 @@ static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs
 		if (within(change, regs->di, regs->si))
 			return !populates(task, regs);
 	}
-	return !blind && splits(task, regs, change);
+	return !no_reads && splits(task, regs, change);
 }
 
 /*
@@ -1037,7 +1037,7 @@ static __always_inline void shake_hands(struct task_struct *task, uint64_t secre
 	UMN_STORE(&table->space, space_of(task->mm));
 }
 
-static __always_inline int kvm_change(uint64_t *args, int blind)
+static __always_inline int kvm_change(uint64_t *args, int no_reads)
 {
 	struct change change = {.start = args[0], .end = args[1], .syscall = -1};
 	struct umn_header *header;
@@ -1063,7 +1063,7 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
 	    !(task->thread_info.status & TS_COMPAT)) {
 		change.syscall = regs->orig_ax;
-		if (leaves_pages(task, regs, &change, blind))
+		if (leaves_pages(task, regs, &change, no_reads))
 			return 0;
 		scope = scope_of(task, regs, &change);
 		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
@@ -1073,14 +1073,14 @@ static __always_inline int kvm_change(uint64_t *args, int blind)
 	}
 	change.own = scope == OWN;
 	pays(&change, ctl, change.own || (ctl->sole_table && ctl->space == space));
-	if (ctl->sole_table && ctl->space == space && blind)
-		feed_blind(ctl->sole_table - 1, &change);
+	if (ctl->sole_table && ctl->space == space && no_reads)
+		feed_no_reads(ctl->sole_table - 1, &change);
 	else if (ctl->sole_table && ctl->space == space)
 		feed(ctl->sole_table - 1, &change);
 	else if (change.own)
-		feed_space(space, &change, blind);
+		feed_space(space, &change, no_reads);
 	else
-		feed_all(ctl, &change, blind);
+		feed_all(ctl, &change, no_reads);
 	return 0;
 }
 
@@ -1092,7 +1092,7 @@ int kvm(uint64_t *args)
 
 /* For kernels that are locked down, where nothing may be read but what the verifier understands: the splits of huge pages count. */
 SEC("raw_tp/kvm_unmap_hva_range")
-int kvm_blind(uint64_t *args)
+int kvm_no_reads(uint64_t *args)
 {
 	return kvm_change(args, 1);
 }
@@ -1105,10 +1105,10 @@ int kvm_blind(uint64_t *args)
  * can. Whoever runs on that CPU then changes his memory unseen, until the other one is back and done.
  *
  * Programs at raw tracepoints run all the same. So this one looks whenever a CPU goes over to another task (and on each CPU
- * once in the beginning). While a CPU's count is raised behind the back of the task that runs there, it is counted in `doubts`,
+ * once in the beginning). While a CPU's count is raised behind the back of the task that runs there, it is counted in `probe_gaps`,
  * and owners take no region for valid (sources/probe_gap.c). When it no longer is, everything may be invalid, and only then
- * (full barriers between) is the CPU not counted any more: an owner who finds no doubt, and after that no overflow, has
- * missed nothing. Last come the wake-ups, for whoever found out by himself that there was doubt.
+ * (full barriers between) is the CPU not counted any more: an owner that finds no gap, and after that no overflow, has
+ * missed nothing. Last come the wake-ups, for owners that found by themselves that there was a gap.
  */
 extern int bpf_prog_active __ksym __weak;
 
@@ -1131,25 +1131,25 @@ static long wake(uint32_t id, uint32_t *left)
 
 /* Returns 1 if it can do its work. */
 SEC("raw_tp/sched_switch")
-int doubt(void *unused)
+int probe_gap(void *unused)
 {
 	uint32_t zero = 0;
-	struct umn_doubts *all = bpf_map_lookup_elem(&doubts, &zero);
+	struct umn_probe_gaps *all = bpf_map_lookup_elem(&probe_gaps, &zero);
 	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
-	uint32_t *doubted_here = bpf_map_lookup_elem(&doubted, &zero), left;
+	uint32_t *gap_here = bpf_map_lookup_elem(&gap_on_cpu, &zero), left;
 	int *active;
 
-	if (!all || !ctl || !doubted_here || !&bpf_prog_active)
+	if (!all || !ctl || !gap_here || !&bpf_prog_active)
 		return 0;
 	active = bpf_this_cpu_ptr(&bpf_prog_active);
-	if (!*active == !*doubted_here)
+	if (!*active == !*gap_here)
 		return 1;
 	if (*active) {
 		__sync_fetch_and_add(&all->times, 1); /* ordered by the next: using the result makes it a full barrier */
-		*doubted_here = __sync_fetch_and_add(&all->cpus, 1) != UINT32_MAX;
+		*gap_here = __sync_fetch_and_add(&all->cpus, 1) != UINT32_MAX;
 	} else {
 		bpf_loop(ctl->tables, give_up_on, 0, 0);
-		*doubted_here = !__sync_fetch_and_sub(&all->cpus, 1);
+		*gap_here = !__sync_fetch_and_sub(&all->cpus, 1);
 		left = ctl->waiters_foreign;
 		bpf_loop(ctl->tables, wake, &left, 0);
 	}

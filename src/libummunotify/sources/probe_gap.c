@@ -61,7 +61,7 @@ int umn_probe_gap_show_secret(struct umn_probe_gap *gap, uint64_t secret)
 	for (int i = 0; i < 1000 && !certain && !error; i++) {
 		/*
 		 * Read in this order, with the system call between the halves: were the program skipped there, then on a CPU whose
-		 * doubt began either before the second line, which sees it, or after the first, and the last sees that.
+		 * gap began either before the second line, which sees it, or after the first, and the last sees that.
 		 */
 		uint32_t times = __atomic_load_n(&gap->shared->times, __ATOMIC_SEQ_CST);
 

@@ -11,7 +11,7 @@
 
 struct umn_probe_gap {
 	struct umn_source source;
-	const struct umn_doubts *shared;
+	const struct umn_probe_gaps *shared;
 };
 
 /* fd: the map. 0 or -errno. */

@@ -12,11 +12,11 @@ from .._bpf import LINK, MAP, PROGRAM, Bounds, Descriptor, Tables
 from ..errors import UnavailableError
 from . import libbpf, zap
 
-_NO_USER_READS = "kvm_blind"
+_NO_USER_READS = "kvm_no_reads"
 """The program for the probe kvm where the kernel is locked down."""
-_GAPS = "doubt"
+_GAPS = "probe_gap"
 """The program that notices where the kernel may skip the others."""
-_ENDED, _WAKE = "ended", ("wake_all_due", "wake_all_due_blind")
+_ENDED, _WAKE = "ended", ("wake_all_due", "wake_all_due_no_reads")
 """Programs that are attached to nothing: for tables whose address space has ended, and for wake-ups that are due."""
 _TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
@@ -164,7 +164,7 @@ class Program:
                 self._ended_code = Descriptor(f"the program {_ENDED}", PROGRAM, loaded.program_fd(_ENDED))
             if kprobe:
                 self._gaps_code = Descriptor(f"the program {_GAPS}", PROGRAM, loaded.program_fd(_GAPS))
-                self.probe_gaps = Descriptor("the map doubts", MAP, loaded.map_fd("doubts"))
+                self.probe_gaps = Descriptor("the map probe_gaps", MAP, loaded.map_fd("probe_gaps"))
                 libbpf.map_freeze(self.probe_gaps.number())
         return maps
 
@@ -184,7 +184,7 @@ class Program:
         self.links.append(Descriptor(f"the link to {name}", LINK, fd))
 
     def _notice_gaps(self) -> None:
-        """Notice what the kernel skips at kprobes: see `doubt` in watch.bpf.c. Raises UnavailableError, OSError."""
+        """Notice what the kernel skips at kprobes: see `probe_gap` in watch.bpf.c. Raises UnavailableError, OSError."""
         assert self._gaps_code is not None
         self._link("sched_switch", libbpf.raw_tracepoint_open("sched_switch", self._gaps_code.number()))
         # Each CPU once: what it runs now may have been there before.

@@ -146,7 +146,7 @@ class Server:
             if (client := self._by_table.get(table)) is not None and not client.busy:
                 self._clients.drop(client)
         if self._program.probe != Probe.KVM:
-            return  # the kernel may skip others, and clients know at once: see `doubt` in watch.bpf.c
+            return  # the kernel may skip others, and clients know at once: see `probe_gap` in watch.bpf.c
         skipped = libbpf.program_info(self._program.code.number()).recursion_misses
         if skipped != self._skipped:
             # Cannot be, as a raw tracepoint's programs do not nest. If it can, all clients have to be told.
