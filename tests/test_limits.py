@@ -135,6 +135,55 @@ FILTERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+LATE = """
+import ctypes, os, sys
+sys.path.insert(0, sys.argv[2])
+import ummunotify
+from support import map_memory, unmap_memory
+from ummunotify.selftest.changes import store
+libc = ctypes.CDLL(None, use_errno=True)
+PAGE, COUNT = 4096, 300
+umn = ummunotify.open(sys.argv[1])
+address = map_memory(COUNT * PAGE)
+for i in range(COUNT):
+    store(address + i * PAGE)
+regions = [umn.watch((address + i * PAGE, PAGE)) for i in range(COUNT)]
+{code}
+unmap_memory(address, PAGE)
+assert not regions[0].valid
+seen = set()
+try:
+    for _ in range(3):
+        seen.update(event.region for event in umn.read())
+except ummunotify.UmmunotifyError as error:
+    print(error)
+assert regions[0] in seen
+unmap_memory(address + PAGE, PAGE)
+assert not regions[1].valid
+umn.close()
+"""
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_bpf_is_refused_after_opening(source: str) -> None:
+    """Reading ends, and says that it does not know any more whether the kernel has skipped runs."""
+    try:
+        ummunotify.open(source).close()
+    except ummunotify.SourceUnavailableError as error:
+        require(source.partition(":")[0], str(error))
+    program = LATE.replace("{code}", SECCOMP + f"refuse({BPF})")
+    result = subprocess.run(
+        [sys.executable, "-c", program, source, str(Path(__file__).parent)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert (result.stderr, result.returncode) == ("", 0)
+    assert bool(result.stdout) == source.startswith("bpf")
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("refused", FILTERS)
 def test_seccomp(refused: str, source: str) -> None:

@@ -12,7 +12,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyObject_GenericGetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EINTR
+from libc.errno cimport EINTR, EIO
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -263,7 +263,8 @@ cdef int feeder_may_have_missed(void *connection) noexcept with gil:
         return bool((<object>connection).may_have_missed())
     except BaseException as error:
         note(error, 0)
-        return 1  # it is not known
+        # A signal handler's exception is passed on, and the next call knows again.
+        return 1 if get_ident() in raised else -EIO
 
 
 cdef void feeder_disconnect(void *connection) noexcept with gil:

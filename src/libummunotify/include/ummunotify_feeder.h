@@ -21,7 +21,8 @@ struct ummunotify_feeder {
 	/* Answers one request of this connection, with up to UMN_FDS_MAX descriptors, which the caller closes. 0, or -errno with
 	 * ummunotify_failed. One thread at a time for each connection. */
 	int (*exchange)(void *connection, const struct umn_request *request, struct umn_reply *reply, int *fds);
-	/* Has the kernel skipped runs of the program since this was last asked? NULL: it cannot. */
+	/* Has the kernel skipped runs of the program since this was last asked? 0, 1, or -errno with ummunotify_failed: that cannot be
+	 * known any more. NULL: it cannot skip any. */
 	int (*may_have_missed)(void *connection);
 	/* The end of the connection, in the process that made it. */
 	void (*disconnect)(void *connection);
@@ -29,7 +30,7 @@ struct ummunotify_feeder {
 };
 
 #pragma GCC visibility push(default)
-/* For `connect` and `exchange`: why the source does not work here. Returns -ENODEV. */
+/* For these functions: why the source does not work here. Returns -ENODEV. */
 int ummunotify_failed(const char *why, const char *remedy);
 
 /* A descriptor that is connected to the daemon, for its status; or -errno. */

@@ -350,7 +350,7 @@ static int may_have_missed(struct umn_connection *connection)
 {
 	struct kernel_connection *c = (struct kernel_connection *)connection;
 
-	return c->feeder && c->feeder->may_have_missed && !c->probe_gap.shared && c->feeder->may_have_missed(c->fed);
+	return c->feeder && c->feeder->may_have_missed && !c->probe_gap.shared ? c->feeder->may_have_missed(c->fed) : 0;
 }
 
 static int open_counter(struct umn_connection *connection)
