@@ -459,15 +459,16 @@ static long count_next(uint32_t unused, void *context)
 	return bpf_probe_read_kernel(&count->at[level], sizeof head, (void *)(head + bpf_core_field_offset(struct list_head, next))) != 0;
 }
 
-/* How many wait for the ring, or more than `most`. */
-static __always_inline uint32_t count_waiters(void *ring, uint32_t most)
+/* How many wait for the table's ring, or more than `most`. A global function, so that the verifier looks at it once. */
+__attribute__((noinline)) int count_waiters(uint32_t id, uint32_t most)
 {
 	uint32_t zero = 0;
+	void *ring = bpf_map_lookup_elem(&rings, &id);
 	struct count *count = bpf_map_lookup_elem(&counts, &zero);
 	struct bpf_ringbuf *rb;
 	uint64_t head;
 
-	if (!count || !bpf_core_type_exists(struct bpf_ringbuf_map) || !bpf_core_type_exists(struct eppoll_entry) ||
+	if (!ring || !count || !bpf_core_type_exists(struct bpf_ringbuf_map) || !bpf_core_type_exists(struct eppoll_entry) ||
 	    !bpf_core_field_exists(((struct epitem *)0)->pwqlist))
 		return 0;
 	rb = ((struct bpf_ringbuf_map *)ring)->rb;
@@ -494,7 +495,7 @@ static __always_inline int try_wakeup(uint32_t id, uint32_t *left, int no_reads)
 	if (*left == UINT32_MAX)
 		cost = 0;
 	else if (!no_reads)
-		cost += count_waiters(ring, *left);
+		cost += (uint32_t)count_waiters(id, *left);
 	if (cost > *left) {
 		*left -= *left / 4; /* to count takes less than to wake up */
 		return 0;
@@ -941,6 +942,15 @@ static __always_inline int splits(struct task_struct *task, struct pt_regs *regs
 	       (BPF_CORE_READ(mapping, vm_flags) & (VM_LOCKED | VM_WRITE)) != (VM_LOCKED | VM_WRITE);
 }
 
+/* A global function, so that the verifier looks at it once, and at what follows for two results rather than for each way to them. */
+__attribute__((noinline)) int is_split(uint64_t start, uint64_t end, int32_t syscall)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct change change = {.start = start, .end = end, .syscall = syscall};
+
+	return splits(task, (struct pt_regs *)bpf_task_pt_regs(task), &change);
+}
+
 /*
  * Does the change leave all pages where they are? A fork write-protects the parent's, and mprotect changes how they may be used. Both do
  * that with the mmap lock held for writing. What else may happen in these calls, or on the way out of them, does not have it: faults
@@ -963,7 +973,7 @@ static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs
 		if (within(change, regs->di, regs->si))
 			return !populates(task, regs);
 	}
-	return !no_reads && splits(task, regs, change);
+	return !no_reads && is_split(change->start, change->end, change->syscall);
 }
 
 /*
