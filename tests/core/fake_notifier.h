@@ -28,7 +28,6 @@ int ummunotify_open_with(struct ummunotify **umn, const struct ummunotify_option
 		return umn_fail(fail_code, fail_open, "", "no source works");
 	*umn = calloc(1, sizeof **umn);
 	make_world(&(*umn)->world, options->max_regions ? options->max_regions : UINT64_MAX);
-	umn_table_restart((*umn)->world.table);
 	pthread_mutex_init(&(*umn)->lock, NULL);
 	pthread_mutex_init(&(*umn)->dispatch, NULL);
 	__sync_fetch_and_add(&opened, 1);
@@ -81,6 +80,11 @@ bool ummunotify_changed(const struct ummunotify *umn)
 const uint64_t *umn_generation_of(const struct ummunotify *umn)
 {
 	return &umn_table_header(umn->world.table)->generation;
+}
+
+void umn_begin_at_one(struct ummunotify *umn)
+{
+	umn_table_restart(umn->world.table, 1);
 }
 
 uint64_t umn_dispatched(const struct ummunotify *umn)

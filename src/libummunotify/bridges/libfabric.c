@@ -600,6 +600,7 @@ static int open_monitor(struct monitor *m)
 
 	if (error)
 		return error;
+	umn_begin_at_one(m->umn);
 	__atomic_store_n(&m->known, umn_dispatched(m->umn), __ATOMIC_RELAXED); /* nothing is watched yet */
 	error = ummunotify_fd(m->umn); /* the thread is woken from now on */
 	if (error >= 0)

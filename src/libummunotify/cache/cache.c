@@ -124,6 +124,7 @@ static struct ummunotify *share(struct ummunotify *opened)
 	pthread_mutex_lock(&shared.lock);
 	if (!shared.umn && opened) {
 		shared.umn = opened;
+		umn_begin_at_one(opened);
 		know_generation(opened);
 	}
 	umn = shared.umn;

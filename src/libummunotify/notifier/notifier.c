@@ -516,6 +516,11 @@ const uint64_t *umn_generation_of(const struct ummunotify *umn)
 	return &umn_table_header(umn->table)->generation;
 }
 
+void umn_begin_at_one(struct ummunotify *umn)
+{
+	umn_table_restart(umn->table, 1);
+}
+
 uint64_t umn_dispatched(const struct ummunotify *umn)
 {
 	/* In this order, as dispatch counts itself in before it takes an event off the list: if nothing is being delivered now, all that

@@ -25,6 +25,9 @@ ptrdiff_t umn_read(struct ummunotify *umn, struct ummunotify_event *events, size
 /* Counts the changes; 0 once the notifier is closed. */
 const uint64_t *umn_generation_of(const struct ummunotify *umn);
 
+/* Lets it begin at 1, so that it is 0 only then. Right after opening, for a notifier whose generation no client reads. */
+void umn_begin_at_one(struct ummunotify *umn);
+
 /* A generation up to which every change has been delivered, and acted on if all is read by ummunotify_dispatch; 0: not known now. */
 uint64_t umn_dispatched(const struct ummunotify *umn);
 

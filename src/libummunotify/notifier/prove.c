@@ -143,7 +143,7 @@ static int try_once(struct umn_table *table, struct umn_connection *connection, 
 	good &= seen;
 	good &= umn_table_drain(table, events, 2) == 1 && events[0].region == region;
 	umn_table_unwatch(table, region);
-	umn_table_restart(table);
+	umn_table_restart(table, 0);
 	clean_up(&page);
 	if (!good && seen && connection->source)
 		return -EAGAIN;

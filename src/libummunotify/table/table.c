@@ -291,14 +291,14 @@ uint64_t umn_table_seen(const struct umn_table *t)
 	return load(&t->seen);
 }
 
-void umn_table_restart(struct umn_table *t)
+void umn_table_restart(struct umn_table *t, uint64_t generation)
 {
 	if (!lock(t))
 		return;
 	umn_grace_wait(t); /* a feeder of the self-test's changes may still count up */
-	store(&t->header->generation, UMN_FIRST_GENERATION);
-	store(&t->seen, UMN_FIRST_GENERATION);
-	t->settled = UMN_FIRST_GENERATION;
+	store(&t->header->generation, generation);
+	store(&t->seen, generation);
+	t->settled = generation;
 	unlock(t);
 }
 

@@ -144,10 +144,8 @@ uint64_t umn_table_generation(struct umn_table *table);
 /* The generation up to which all was reported: while the two are equal, there is nothing to drain. */
 uint64_t umn_table_seen(const struct umn_table *table);
 
-/* Sets the generation to UMN_FIRST_GENERATION: after a source's self-test, when no region is watched and no client has read it yet.
- * Never 0 from then on, which is what the header of a closed table says. */
-#define UMN_FIRST_GENERATION 1u
-void umn_table_restart(struct umn_table *table);
+/* Sets the generation: after a source's self-test, when no region is watched and no client has read it yet. */
+void umn_table_restart(struct umn_table *table, uint64_t generation);
 
 /* The next change that hits a region sends one wake-up, by the feeder's own means. Arm, then drain. */
 void umn_table_arm(struct umn_table *table);
