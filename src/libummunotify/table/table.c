@@ -382,7 +382,6 @@ void umn_table_close(struct umn_table *t)
 	if (t->header) {
 		/* Nothing is valid from here on, before the feeding ends. */
 		__sync_fetch_and_add(&t->header->overflow, 1);
-		__sync_fetch_and_add(&t->header->generation, 1);
 		if (t->source)
 			stop_source(t);
 	}
