@@ -511,13 +511,16 @@ static void test_growing(void)
 	static struct ummunotify_region *regions[N];
 	char *memory = get_pages(16, NULL);
 	struct ummunotify_event *events = (struct ummunotify_event *)calloc(N, sizeof *events);
+	ptrdiff_t count;
 
 	for (int i = 0; i < N; i++)
 		regions[i] = watch(memory + i % 16 * PAGE + i / 16 % 4000, 8, i);
 	munmap(memory, PAGE);
+	/* With uffd, false alarms where the news takes longer than 10 ms. */
 	for (int i = 0; i < N; i++)
-		check(ummunotify_valid(regions[i]) == (i % 16 != 0));
-	check(ummunotify_read(umn, events, N) == N / 16);
+		check(ummunotify_valid(regions[i]) == (i % 16 != 0) || (is_uffd() && i % 16));
+	count = ummunotify_read(umn, events, N);
+	check(count == N / 16 || (is_uffd() && count > N / 16));
 	for (int i = 0; i < N; i++)
 		ummunotify_unwatch(umn, regions[i]);
 	munmap(memory + PAGE, 15 * PAGE);

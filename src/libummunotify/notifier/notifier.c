@@ -588,6 +588,8 @@ static int catch_up(struct ummunotify *umn)
 		return fail_forked();
 	if (missed > 0 || (missed < 0 && !__atomic_exchange_n(&umn->blind, true, __ATOMIC_RELAXED)))
 		umn_table_invalidate_all(umn->table);
+	if (missed >= 0 && __atomic_load_n(&umn->blind, __ATOMIC_RELAXED))
+		__atomic_store_n(&umn->blind, false, __ATOMIC_RELAXED);
 	return missed < 0 ? missed : 0;
 }
 
@@ -752,13 +754,17 @@ static int wait_slice(struct ummunotify *umn, int milliseconds)
 int ummunotify_wait(struct ummunotify *umn, int milliseconds)
 {
 	int result = enter(umn);
+	bool blind;
 
 	if (result)
 		return result;
 	begin_wakeups(umn);
 	/* In slices: where the program has closed the pipe, nothing wakes this thread when the notifier is closed. */
 	do {
-		result = wait_slice(umn, milliseconds < 0 || milliseconds > SLICE ? SLICE : milliseconds);
+		blind = __atomic_load_n(&umn->blind, __ATOMIC_RELAXED);
+		result = wait_slice(umn, blind ? 0 : milliseconds < 0 || milliseconds > SLICE ? SLICE : milliseconds);
+		if (!result && blind) /* nothing may come any more */
+			result = catch_up(umn);
 		if (milliseconds >= 0)
 			milliseconds -= milliseconds > SLICE ? SLICE : milliseconds;
 	} while (!result && milliseconds);
