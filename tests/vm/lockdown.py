@@ -18,7 +18,7 @@ def test_lockdown() -> None:
     LOCKDOWN.write_text("integrity")
     assert set(doctor("true").values()) == {""}
     LOCKDOWN.write_text("confidentiality")
-    refused = "the kernel is locked down (confidentiality): nobody may read its memory"
+    refused = "the kernel is locked down (confidentiality): no program may read its memory"
     assert doctor("true") == {"bpf:mmu_notifier": refused, "bpf:kvm": "", "bpf:zap": refused}
     assert best("true") == "bpf:kvm"
     # Where nothing says so.
