@@ -27,6 +27,11 @@ KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
 OPEN = "python -c 'import ummunotify; print(ummunotify.open().source)'"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def machine() -> None:
+    """Replaces conftest's, which opens a notifier: this process must have no virtual machine, which uses the module."""
+
+
 @pytest.fixture(autouse=True)
 def guest() -> None:
     if "UMMUNOTIFY_VM" not in os.environ:
