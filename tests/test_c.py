@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from daemons import COMMAND, NOBODY, PATIENCE, Daemon
-from support import require
+from support import require, require_source
 
 import ummunotify
 
@@ -73,10 +73,7 @@ def source(request: pytest.FixtureRequest) -> str:
     if name == DAEMON:
         request.getfixturevalue("daemon")
     else:
-        try:
-            ummunotify.open(name).close()
-        except ummunotify.SourceUnavailableError as error:
-            require("uffd", str(error))
+        require_source(name)
     return name
 
 

@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import LONG, SLOW, probes, require
-
-import ummunotify
+from support import LONG, SLOW, probes, require_source
 
 SOURCES = (*probes(), "uffd")
 
@@ -177,15 +175,11 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(("how", "when"), PAIRS)
-def test_descriptors_that_the_program_closes_or_replaces(how: str, when: str, source: str) -> None:
-    try:
-        ummunotify.open(source).close()
-    except ummunotify.SourceUnavailableError as error:
-        require(source.partition(":")[0], str(error))
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), source, how, when],
+def run(program: str, source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose descriptors are its own too; with what it says as an error in its output."""
+    require_source(source)
+    return subprocess.run(
+        [sys.executable, "-c", program, str(Path(__file__).parent), source, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -193,6 +187,12 @@ def test_descriptors_that_the_program_closes_or_replaces(how: str, when: str, so
         timeout=LONG,
         check=False,
     )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("how", "when"), PAIRS)
+def test_descriptors_that_the_program_closes_or_replaces(how: str, when: str, source: str) -> None:
+    result = run(PROGRAM, source, how, when)
     assert result.returncode == 0, result.stdout
     assert result.stdout.startswith("done"), result.stdout
 
@@ -248,17 +248,5 @@ print("done")
 @pytest.mark.parametrize("by", ["the process", "a thread, of its own table"])
 def test_reading_ends(by: str, call: str, source: str) -> None:
     """Also where the source can no longer say what has changed."""
-    try:
-        ummunotify.open(source).close()
-    except ummunotify.SourceUnavailableError as error:
-        require(source.partition(":")[0], str(error))
-    result = subprocess.run(
-        [sys.executable, "-c", ENDS, str(Path(__file__).parent), source, call, by],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LONG,
-        check=False,
-    )
+    result = run(ENDS, source, call, by)
     assert (result.stdout, result.returncode) == ("done\n", 0)

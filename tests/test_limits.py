@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 from other_users import require_another_user
-from support import LONG, probes, require
-
-import ummunotify
+from support import LONG, probes, require_source
 
 SOURCES = (*probes(), "uffd")
 
@@ -83,30 +81,26 @@ CASES: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("case", CASES)
-def test_works_or_says_why_not(case: str, source: str) -> None:
-    try:
-        ummunotify.open(source).close()
-    except ummunotify.SourceUnavailableError as error:
-        require(source.partition(":")[0], str(error))
-    before, after, late = CASES[case]
-    if "setresuid" in after:
-        require_another_user()
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            PROGRAM.format(before=before, after=after, late=late),
-            source,
-            str(Path(__file__).parent),
-        ],
+def run(program: str, source: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which it may leave without what it needs."""
+    return subprocess.run(
+        [sys.executable, "-c", program, source, str(Path(__file__).parent)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=LONG,
         check=False,
     )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("case", CASES)
+def test_works_or_says_why_not(case: str, source: str) -> None:
+    require_source(source)
+    before, after, late = CASES[case]
+    if "setresuid" in after:
+        require_another_user()
+    result = run(PROGRAM.format(before=before, after=after, late=late), source)
     assert (result.stderr, result.returncode) == ("", 0)
     assert "works" in result.stdout or len(result.stdout) > len("refused: ") + 20, result.stdout
 
@@ -167,19 +161,9 @@ umn.close()
 @pytest.mark.parametrize("source", SOURCES)
 def test_bpf_is_refused_after_opening(source: str) -> None:
     """Reading ends, and says that it does not know any more whether the kernel has skipped runs."""
-    try:
-        ummunotify.open(source).close()
-    except ummunotify.SourceUnavailableError as error:
-        require(source.partition(":")[0], str(error))
+    require_source(source)
     program = LATE.replace("{code}", SECCOMP + f"refuse({BPF})")
-    result = subprocess.run(
-        [sys.executable, "-c", program, source, str(Path(__file__).parent)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-        check=False,
-    )
+    result = run(program, source)
     assert (result.stderr, result.returncode) == ("", 0)
     assert bool(result.stdout) == source.startswith("bpf")
 
@@ -187,19 +171,9 @@ def test_bpf_is_refused_after_opening(source: str) -> None:
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("refused", FILTERS)
 def test_seccomp(refused: str, source: str) -> None:
-    try:
-        ummunotify.open(source).close()
-    except ummunotify.SourceUnavailableError as error:
-        require(source.partition(":")[0], str(error))
+    require_source(source)
     code, expected = FILTERS[refused]
     program = PROGRAM.format(before=SECCOMP + code, after="", late=GROW)
-    result = subprocess.run(
-        [sys.executable, "-c", program, source, str(Path(__file__).parent)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-        check=False,
-    )
+    result = run(program, source)
     assert (result.stderr, result.returncode) == ("", 0)
     assert expected.get(source.partition(":")[0], "") in result.stdout

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 from daemons import Child
-from support import map_memory, probes, require, unmap_memory
+from support import map_memory, probes, require_source, unmap_memory
 
 import ummunotify
 
@@ -38,10 +38,7 @@ def change(umn: ummunotify.Notifier) -> None:
 
 @pytest.mark.parametrize("source", [*probes(), "uffd"])
 def test_at_once(source: str) -> None:
-    try:
-        ummunotify.open(source).close()
-    except ummunotify.SourceUnavailableError as error:
-        require(source.partition(":")[0], str(error))
+    require_source(source)
 
     def program(pipe: Connection) -> str:
         with ummunotify.open(source) as umn:
