@@ -4,16 +4,7 @@
  *
  * Kernel structures are declared here with just the fields that are used; CO-RE finds their offsets in the running kernel.
  */
-#include <stdint.h>
-
-typedef uint8_t __u8;
-typedef int8_t __s8;
-typedef uint16_t __u16, __be16;
-typedef int16_t __s16;
-typedef uint32_t __u32, __be32, __wsum;
-typedef int32_t __s32;
-typedef uint64_t __u64;
-typedef int64_t __s64;
+#include "bpf/types.h"
 #define BPF_MAP_TYPE_HASH 1
 #define BPF_MAP_TYPE_ARRAY 2
 #define BPF_MAP_TYPE_PERCPU_ARRAY 6
@@ -645,7 +636,7 @@ static __always_inline int feed_table(uint32_t id, struct change *change, int no
 	if (change->left < steps)
 		steps = change->left;
 	if (!steps || (change->own && !is_for(table))) {
-		wake = give_up(w.header) && UMN_LOAD(&w.header->armed) && __sync_lock_test_and_set(&w.header->armed, 0);
+		wake = give_up(w.header) && umn_disarm(w.header);
 	} else {
 		w.thread = thread_for(table);
 		wake = umn_invalidate(&w, steps);
@@ -1134,7 +1125,7 @@ static long wake(uint32_t id, uint32_t *left)
 {
 	struct umn_header *header = header_of(id);
 
-	if (header && UMN_LOAD(&header->armed) && __sync_lock_test_and_set(&header->armed, 0))
+	if (header && umn_disarm(header))
 		send_wakeup(id, left, 0);
 	return 0;
 }

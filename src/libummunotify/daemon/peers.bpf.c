@@ -2,21 +2,12 @@
 /*
  * To whom a connection of the daemon's counts.
  *
- * A user that makes a user namespace gets many uids in it (/etc/subuid and newuidmap). They all count as that user: the kernel knows
- * as whom a client connected (sk_peer_cred), in which namespace, and who made it. It tells this through descriptors of the
- * namespace, which take ptrace permissions; a program with the capabilities that the daemon has can read it. It runs in
- * the daemon when the daemon asks (BPF_PROG_TEST_RUN), and is attached nowhere.
+ * A user that makes a user namespace gets many uids in it (/etc/subuid and newuidmap). They all count as that user. The
+ * kernel has the client's uid and user namespace at the time of the connection (sk_peer_cred), and the namespace's owner. To
+ * read these through descriptors of the namespace takes ptrace permissions; a BPF program can read them with the daemon's
+ * capabilities. The daemon runs this program for each connection (BPF_PROG_TEST_RUN). It is attached nowhere.
  */
-#include <stdint.h>
-
-typedef uint8_t __u8;
-typedef int8_t __s8;
-typedef uint16_t __u16, __be16;
-typedef int16_t __s16;
-typedef uint32_t __u32, __be32, __wsum;
-typedef int32_t __s32;
-typedef uint64_t __u64;
-typedef int64_t __s64;
+#include "bpf/types.h"
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
 

@@ -157,6 +157,12 @@ give_up:
 	return 1;
 }
 
+/* Is the wake-up to be sent? Only the feeder that clears `armed` sends it. After a full barrier: see umn_invalidate. */
+static UMN_INLINE int umn_disarm(struct umn_header *header)
+{
+	return UMN_LOAD(&header->armed) && __sync_lock_test_and_set(&header->armed, 0);
+}
+
 /* One attempt to push the walk's chain on the list. */
 static long umn_push(uint32_t number, struct umn_walk *w)
 {
@@ -234,7 +240,7 @@ static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 	if (w->gave_up && __sync_fetch_and_add(&header->overflow, 1) != UINT32_MAX)
 		w->hit = 1;
 	if (w->hit && __sync_fetch_and_add(&header->generation, 1) != UINT64_MAX)
-		wake = UMN_LOAD(&header->armed) && __sync_lock_test_and_set(&header->armed, 0);
+		wake = umn_disarm(header);
 	if (__sync_fetch_and_sub(&header->readers[phase], 1) == 0)
 		wake = 1; /* cannot be, as above */
 	return wake;
