@@ -126,25 +126,27 @@ class Program:
         self.links: list[Descriptor] = []
         self.probe_gaps: Descriptor | None = None
         self._gaps_code: Descriptor | None = None
-        self._ended_code: Descriptor | None = None  # where programs may not read memory there is none
+        # For tables of other processes only; and `ended` reads memory.
+        self._ended_code: Descriptor | None = None
+        self._wake_code: Descriptor | None = None
         _check_kernel(probe)
         data = Path(libbpf.__file__).with_name("watch.bpf.o").read_bytes()
         try:
             # Each function to attach to, with the cookie that the program gets from there.
             self._functions = zap.attachments() if probe == Probe.ZAP else {_FUNCTION: 0}
             try:
-                maps = self._load(data, tables, probe.label)
+                maps = self._load(data, tables, probe.label, bounds is not None)
             except libbpf.BpfError as error:
                 if probe != Probe.KVM or not _may_not_read(error):
                     raise
-                maps = self._load(data, tables, _NO_USER_READS)
+                maps = self._load(data, tables, _NO_USER_READS, bounds is not None)
         except OSError as error:
             raise why(error) from error
         self.maps = maps
         self.tables = Tables(maps, tables, bounds)
 
-    def _load(self, data: bytes, tables: int, program: str) -> dict[str, Descriptor]:
-        """The maps. OSError."""
+    def _load(self, data: bytes, tables: int, program: str, others: bool) -> dict[str, Descriptor]:
+        """The maps. `others`: with what serves tables of other processes. OSError."""
         kprobe = self.probe != Probe.KVM
         with libbpf.BpfObject(data, "ummunotify") as loaded:
             loaded.set_max_entries("segments", tables * SEGMENTS)
@@ -152,15 +154,18 @@ class Program:
                 loaded.set_max_entries(name, tables)
             reads = program != _NO_USER_READS
             wake = _WAKE[not reads]
-            wanted = {program, wake, *((_GAPS,) if kprobe else ()), *((_ENDED,) if reads else ())}
+            wanted = {program, *((_GAPS,) if kprobe else ())}
+            if others:
+                wanted |= {wake, *((_ENDED,) if reads else ())}
             for name in (*(probe.label for probe in Probe), _NO_USER_READS, _GAPS, _ENDED, *_WAKE):
                 loaded.set_autoload(name, name in wanted)
             loaded.load()
             maps = {name: Descriptor(f"the map {name}", MAP, loaded.map_fd(name)) for name in _TABLE_MAPS}
             self.code = Descriptor("the program", PROGRAM, loaded.program_fd(program))
             self.relay = Descriptor("the map relay", MAP, loaded.map_fd("relay"))
-            self._wake_code = Descriptor(f"the program {wake}", PROGRAM, loaded.program_fd(wake))
-            if reads:
+            if others:
+                self._wake_code = Descriptor(f"the program {wake}", PROGRAM, loaded.program_fd(wake))
+            if others and reads:
                 self._ended_code = Descriptor(f"the program {_ENDED}", PROGRAM, loaded.program_fd(_ENDED))
             if kprobe:
                 self._gaps_code = Descriptor(f"the program {_GAPS}", PROGRAM, loaded.program_fd(_GAPS))
@@ -203,8 +208,9 @@ class Program:
 
     def descriptors(self) -> list[Descriptor]:
         """All of them."""
-        others = [each for each in (self.probe_gaps, self._gaps_code, self._ended_code) if each is not None]
-        return [*self.maps.values(), self.relay, self.code, self._wake_code, *others, *self.links]
+        optional = (self.probe_gaps, self._gaps_code, self._ended_code, self._wake_code)
+        others = [each for each in optional if each is not None]
+        return [*self.maps.values(), self.relay, self.code, *others, *self.links]
 
     def check(self) -> None:
         """Raises DescriptorLostError if the process has closed descriptors that cannot be opened again."""
@@ -233,6 +239,7 @@ class Program:
 
         Returns with which to go on, or 0: that was all. OSError.
         """
+        assert self._wake_code is not None
         return libbpf.program_run(self._wake_code.number(), u64(first))
 
     def invalidate_all(self) -> None:
