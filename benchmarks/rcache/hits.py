@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import ummunotify
 
-from . import undisturbed
+from . import compiler_flags, undisturbed
 
 HERE = Path(__file__).parent
 PAGE = mmap.PAGESIZE
@@ -76,9 +76,8 @@ def _ucx() -> tuple[str, list[str]] | None:
 def _build(folder: str) -> tuple[ctypes.CDLL, str]:
     """The library, and which UCX is in it."""
     path = f"{folder}/hits.so"
-    libraries = Path(ummunotify.__file__).parent / "lib"
-    compile_it = ["gcc", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", f"-I{ummunotify.get_include()}"]
-    compile_it += [str(HERE / "hits.c"), "-o", path, f"-L{libraries}", "-lummunotify", f"-Wl,-rpath,{libraries}"]
+    compile_it = ["gcc", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", str(HERE / "hits.c"), "-o", path]
+    compile_it += compiler_flags("ummunotify")
     ucx = _ucx()
     subprocess.run([*compile_it, *(["-DWITH_UCX", *ucx[1], "-lucs", "-lucm"] if ucx else [])], check=True)
     library = ctypes.CDLL(path)

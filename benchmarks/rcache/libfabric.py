@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import ummunotify
+from . import compiler_flags
 
 REGISTRATIONS = (100, 1000, 10_000)
 ORDERS = ("in order", "at random")
@@ -37,14 +37,13 @@ def measure(quick: bool) -> Figures:
 
 def _build(folder: Path) -> Path:
     made = folder / "libfabric"
-    libraries = Path(ummunotify.__file__).parent / "lib"
     subprocess.run(
         [
-            *("gcc", "-O2", "-Wall", "-Wextra", f"-I{ummunotify.get_include()}"),
-            *(str(Path(__file__).with_suffix(".c")), "-o", str(made), "-rdynamic"),
+            *("gcc", "-O2", "-Wall", "-Wextra", str(Path(__file__).with_suffix(".c")), "-o", str(made), "-rdynamic"),
             # The providers would need libraries for hardware, and are not called; fi_open is the program's.
             "-Wl,--unresolved-symbols=ignore-all,-z,lazy,-z,muldefs",
-            *("-l:libfabric.a", f"-L{libraries}", "-lummunotify-libfabric", "-lummunotify", f"-Wl,-rpath,{libraries}"),
+            "-l:libfabric.a",
+            *compiler_flags("ummunotify-libfabric", "ummunotify"),
             *("-lpthread", "-ldl"),
         ],
         check=True,
