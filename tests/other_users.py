@@ -1,4 +1,4 @@
-"""Tests that become another user, who has to be able to read the checkout and Python.
+"""Lets other users read the checkout and Python, for tests that become one.
 
 A clone often lies in root's home, which is closed to others. So the test process gets a mount namespace of its own,
 in which an open folder with the same contents takes the place of each closed one. What tests put right into such a
@@ -76,7 +76,7 @@ def let_in() -> None:
 
 
 def require_another_user() -> None:
-    """Skip the test where it cannot become another user who can read what it needs."""
+    """Skip the test if no other user can read the checkout and Python here."""
     require_root("the test becomes another user")
     if _closed is not None:
         require("root", _closed)

@@ -298,7 +298,7 @@ class Waiters:
 
 
 def copies(pipe: Connection) -> None:
-    """A change that could be anybody's, whenever it is told so: a page is copied on write."""
+    """Each message makes a change that all tables are told of: a page is copied on write."""
     with ummunotify.open(source="daemon"):
         pipe.send("ready")
         for _ in itertools.repeat(None):

@@ -209,7 +209,7 @@ class Server:
             self._waiting.add(client)
 
     def _may_take(self, user: int) -> bool:
-        """A part of the tables that are ready is for users who have taken none since the last batch."""
+        """Is there a ready table for this user? A quarter is kept for users that took none since the last batch."""
         return len(self._stock.ready) > (self._stock.target // 4 if self._taken[user] else 0)
 
     def _give(self, client: Client) -> None:
