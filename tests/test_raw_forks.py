@@ -200,6 +200,8 @@ def test_a_child_of_a_raw_child_of_one_that_opened(umn: Notifier, regions: list[
 
             run_child(clone, grandchild)
             run_child(os.fork, grandchild)
+            # libc goes through its list of threads, and has the parent's there.
+            os.setgid(os.getgid())
             assert region.valid
             mapped[0] = 2
             region.renew()
@@ -262,9 +264,10 @@ def test_while_threads_are_in_methods(umn: Notifier, memory: Memory) -> None:
             thread.join(LONG)
     assert errors == []
     other.close()
-    assert kept.valid or umn.source == "uffd"
+    # It may be invalid by now: with uffd for the forks, and the kernel may have moved its page.
     store(memory.at(4))
     kept.renew()
+    assert kept.valid
     madvise(memory.at(4), PAGE, mmap.MADV_DONTNEED)
     assert not kept.valid
 

@@ -364,14 +364,14 @@ static int register_plain(void *context, uint64_t address, size_t length, void *
 {
 	(void)context, (void)argument;
 	*handle = (void *)(address + length);
-	registered++;
+	__sync_fetch_and_add(&registered, 1);
 	return 0;
 }
 
 static int deregister_plain(void *context, void *handle, void *argument)
 {
 	(void)context, (void)handle, (void)argument;
-	deregistered++;
+	__sync_fetch_and_add(&deregistered, 1);
 	return 0;
 }
 

@@ -1454,8 +1454,10 @@ void umn_uffd_in_child(void)
 	umn_descriptor_close(&uffd_state.uffd);
 	umn_descriptor_close(&uffd_state.device);
 	umn_descriptor_close(&uffd_state.maps);
-	if (uffd_state.stack)
-		unmap_stack();
+	/* Left where it is: unless C's fork has made this child, libc still has the reader in its list of threads, whose links are on the
+	 * stack, and follows them in setuid and, from glibc 2.41, in fork. */
+	store(&uffd_state.stack, NULL);
+	store(&uffd_state.bell, NULL);
 	memset(uffd_state.tables, 0, sizeof uffd_state.tables);
 	pthread_mutex_init(&uffd_state.lock, NULL);
 	uffd_state.boundaries = NULL;

@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "table/internal.h"
 
@@ -346,15 +348,15 @@ void umn_table_stats(struct umn_table *t, struct umn_table_stats *stats)
 
 /* Replaces the shared memory by pages of zeros. MAP_FIXED: another thread that checks a region finds the old pages or the new ones,
  * never a hole. Where mmap fails (vm.max_map_count, RLIMIT_MEMLOCK after mlockall) the old pages stay until umn_table_delete. In
- * neither is a region valid. */
+ * neither is a region valid. By the system call itself: to ThreadSanitizer libc's mmap writes to the pages, one after the other. */
 static void drop_memory(struct umn_table *t)
 {
 	uint32_t i;
 
 	t->closed = true;
 	for (i = 0; i < t->segment_count; i++)
-		mmap(t->segments[i].memory, (size_t)t->segments[i].pages * UMN_PAGE, PROT_READ,
-		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+		syscall(SYS_mmap, t->segments[i].memory, (size_t)t->segments[i].pages * UMN_PAGE, PROT_READ,
+			MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
 	/* umn_table_changed is true from now on; the caller's next call says why. */
 	__atomic_store_n(&t->seen, UINT64_MAX, __ATOMIC_RELEASE);
 }
