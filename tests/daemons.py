@@ -222,13 +222,13 @@ class Child:
                 os._exit(0)
         theirs.close()
 
-    def hear(self) -> Any:
-        assert self.pipe.poll(PATIENCE)
+    def hear(self, patience: float | None = PATIENCE) -> Any:
+        assert self.pipe.poll(patience)
         return self.pipe.recv()
 
-    def result(self) -> Any:
+    def result(self, patience: float | None = PATIENCE) -> Any:
         try:
-            good, value = self.hear()
+            good, value = self.hear(patience)
         finally:
             self.kill()
         if not good:

@@ -1,82 +1,29 @@
-"""Garbage for the daemon, by a generator with a seed: it takes no harm, and loses nothing.
+"""Garbage for the daemon and the kernel, by a generator with a seed: neither takes harm, nor do other users.
 
-UMMUNOTIFY_FUZZ_MESSAGES says how many messages (1,000,000 take a quarter of an hour), UMMUNOTIFY_FUZZ_SEED which.
+UMMUNOTIFY_FUZZ_MESSAGES says how many messages, UMMUNOTIFY_FUZZ_TABLES how many tables, UMMUNOTIFY_FUZZ_SEED which.
+UMMUNOTIFY_SLOW=1 stands for a million messages and a hundred thousand tables.
 """
 
 from __future__ import annotations
 
-import array
+import contextlib
+import ctypes
 import os
 import random
-import socket
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 
-from daemons import Daemon, as_nobody, change, connect
-from support import show_secret
+from daemons import Child, Daemon, as_nobody, change, stress
+from hostile import Fuzzer, change_anybody, crafted_tables
+from support import SLOW, map_memory, unmap_memory
 
 import ummunotify
-from ummunotify import _abi
-from ummunotify._abi import Op, Reply, Request, Status
 
-MESSAGES = int(os.environ.get("UMMUNOTIFY_FUZZ_MESSAGES", "5000"))
+MESSAGES = int(os.environ.get("UMMUNOTIFY_FUZZ_MESSAGES", 1_000_000 if SLOW else 5000))
+TABLES = int(os.environ.get("UMMUNOTIFY_FUZZ_TABLES", 100_000 if SLOW else 2000))
 SEED = int(os.environ.get("UMMUNOTIFY_FUZZ_SEED", "0")) or time.time_ns()
-FDS_MOST = 253
-"""In one message: SCM_MAX_FD."""
-
-
-class Fuzzer:
-    """What one connection says."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-        self.sent = 0
-        self.settled = 0
-
-    def message(self) -> bytes:
-        rng = self.rng
-        match rng.randrange(4):
-            case 0:
-                return rng.randbytes(rng.randrange(41))
-            case 1:
-                return rng.randbytes(_abi.REQUEST_SIZE)
-            case 2:
-                return Request(rng.randrange(7), rng.randrange(3), rng.choice((0, 1, 20, rng.getrandbits(32)))).pack()
-        return Request(rng.choice(list(Op))).pack()
-
-    def rights(self) -> list[tuple[int, int, array.array[int]]]:
-        count = self.rng.choice((0, 0, 0, 0, 0, 1, 3, FDS_MOST))
-        return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * count))] if count else []
-
-    def read(self, connection: socket.socket, wait: bool) -> Reply | None:
-        data, fds, _, _ = socket.recv_fds(connection, 100, FDS_MOST, 0 if wait else socket.MSG_DONTWAIT)
-        for fd in fds:
-            os.close(fd)
-        return Reply.unpack(data) if len(data) == _abi.REPLY_SIZE else None
-
-    def converse(self) -> None:
-        """Until the daemon has had enough, or this one."""
-        rng = self.rng
-        with connect() as connection:
-            try:
-                if rng.random() < 0.2:
-                    self.become_a_client(connection)
-                for _ in range(rng.randrange(1, 20)):
-                    connection.sendmsg([self.message()], self.rights())
-                    self.sent += 1
-                    if rng.random() < 0.5:
-                        self.read(connection, wait=False)
-            except (BlockingIOError, ConnectionError):
-                pass
-
-    def become_a_client(self, connection: socket.socket) -> None:
-        connection.send(Request(Op.HELLO).pack())
-        reply = self.read(connection, wait=True)
-        if reply is not None and reply.status == Status.OK:
-            show_secret(reply.value)
-            connection.send(Request(Op.SETTLE).pack())
-            reply = self.read(connection, wait=True)
-            self.settled += reply is not None and reply.status == Status.OK
-        self.sent += 2
+BYSTANDER = 65533
 
 
 def resident(pid: int) -> int:
@@ -85,12 +32,22 @@ def resident(pid: int) -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@contextlib.contextmanager
+def bystander() -> Iterator[None]:
+    """Another user, who watches memory, changes it, and misses nothing meanwhile."""
+    child = Child(stress, BYSTANDER)
+    assert child.hear() == "watching"
+    yield
+    child.pipe.send("stop")
+    assert child.result() > 0
+
+
 def test_garbage(daemon: Daemon) -> None:
     print(f"UMMUNOTIFY_FUZZ_SEED={SEED}")
     fuzzer = Fuzzer(random.Random(SEED))
     daemon.settled()
     fds = daemon.fds()
-    with ummunotify.open(source="bpf"):  # its virtual machine makes the kernel tell of the secret
+    with bystander(), ummunotify.open(source="bpf"):  # its virtual machine makes the kernel tell of the secret
         while fuzzer.sent < 1000:
             fuzzer.converse()
         before = resident(daemon.pid)
@@ -101,3 +58,33 @@ def test_garbage(daemon: Daemon) -> None:
     daemon.settled()
     assert daemon.fds(fds) == fds
     assert resident(daemon.pid) - before < 4 << 20
+
+
+def test_crafted_tables(daemon: Daemon) -> None:
+    """Whatever is in them: each change walks through all of them, the program's own too."""
+    print(f"UMMUNOTIFY_FUZZ_SEED={SEED}")
+
+    def scramble(pipe: Connection) -> int:
+        rng = random.Random(SEED)
+        with crafted_tables(16) as tables:
+            for _ in range(-(-TABLES // len(tables))):
+                for table in tables:
+                    table.scramble(rng)
+                change_anybody()
+                unmap_memory(map_memory(4096), 4096)
+            # None of them is stuck: they work once they are in order.
+            address = map_memory(4096)
+            for table in tables:
+                table.reset(address)
+                table.arm()
+            ctypes.c_ubyte.from_address(address).value = 1
+            unmap_memory(address, 4096)
+            return sum(table.hit for table in tables)
+
+    daemon.settled()
+    fds = daemon.fds()
+    with bystander():
+        assert Child(scramble).result(patience=None) == 16
+    as_nobody(lambda _: change(ummunotify.open()))
+    daemon.settled()
+    assert daemon.fds(fds) == fds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import itertools
 import mmap
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from daemons import NOBODY, PAGE, PATIENCE, Child, Daemon, change, connect
+from hostile import PLACE, CraftedTable, subscribe
 from support import map_memory, show_secret, unmap_memory
 
 import ummunotify
@@ -28,52 +28,6 @@ from ummunotify._bpf import create_ring, create_segment, read_map
 from ummunotify._core import open_kvm
 from ummunotify.bpf.program import Program, attached
 from ummunotify.daemon.server import BOUNDS
-
-LIVE, INVALID = 1, 2
-PLACE = 0x3ABC_DEF1_2000
-"""Where nothing else on this machine changes its memory."""
-_KVM_CREATE_VM = 0xAE01
-
-
-class CraftedTable:
-    """One with a single region, the page at PLACE."""
-
-    NODE, SLOT = PAGE, 2 * PAGE
-    _ROOT, _OVERFLOW, _ARMED = 144, 192, 196
-
-    def __init__(self, segment: int) -> None:
-        """Of this process, not of a child's. The descriptor stays the caller's."""
-        self.memory = mmap.mmap(segment, 64 * PAGE)
-        struct.pack_into("=Q", self.memory, self.NODE + 8, PLACE)
-        struct.pack_into("=Q", self.memory, self.NODE + 8 + 200, PLACE + PAGE)
-        struct.pack_into("=I", self.memory, self.NODE + 8 + 400, self.SLOT // 32)
-        struct.pack_into("=I", self.memory, self.SLOT, LIVE)
-        struct.pack_into("=QQ", self.memory, 128, PLACE, PLACE + PAGE)
-        struct.pack_into("=I", self.memory, self._ROOT, self.NODE // 32)
-
-    def _number(self, at: int) -> int:
-        return int(struct.unpack_from("=I", self.memory, at)[0])
-
-    @property
-    def hit(self) -> bool:
-        return bool(self._number(self.SLOT) & INVALID)
-
-    @property
-    def overflow(self) -> int:
-        return self._number(self._OVERFLOW)
-
-    @property
-    def armed(self) -> int:
-        return self._number(self._ARMED)
-
-    def arm(self) -> None:
-        struct.pack_into("=I", self.memory, self.SLOT, LIVE)
-        struct.pack_into("=I", self.memory, self._ARMED, 1)
-
-
-def subscribe(kvm: int) -> int:
-    """Let the kernel tell of this process's changes, until the descriptor is closed."""
-    return fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
 
 
 def change_something() -> None:

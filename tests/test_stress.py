@@ -10,11 +10,13 @@ import time
 from typing import Any
 
 import pytest
-from support import probes, require
+from daemons import NOBODY, Child, Daemon
+from hostile import misbehave
+from support import SLOW, probes, require
 
 import ummunotify
 
-CHANGES = int(os.environ.get("UMMUNOTIFY_CHANGES", 10_000_000 if "UMMUNOTIFY_SLOW" in os.environ else 50_000))
+CHANGES = int(os.environ.get("UMMUNOTIFY_CHANGES", 10_000_000 if SLOW else 50_000))
 
 
 @pytest.mark.parametrize("source", [*probes(), "uffd"])
@@ -23,19 +25,37 @@ def test_random_changes(source: str, native: Any, record_property: Any) -> None:
         umn = ummunotify.open(source)
     except ummunotify.SourceUnavailableError as error:
         require(source.partition(":")[0], str(error))
-    begin = time.monotonic()
     with umn:
-        wrong, totals = native.run(
-            umn,
-            threads=4,
-            # userfaultfd is blind to changes of files, so `watch` refuses them.
-            files=source != "uffd",
-            changes=CHANGES,
-            seconds=1e6,
-            seed=time.time_ns() % 1_000_000,
-        )
-        overflows = umn.stats.overflows
-    totals |= {"overflows": overflows, "seconds": round(time.monotonic() - begin, 1)}
+        # userfaultfd is blind to changes of files, so `watch` refuses them.
+        stress(umn, native, record_property, files=source != "uffd")
+
+
+def test_beside_hostile_clients(daemon: Daemon, native: Any, record_property: Any) -> None:
+    """They write nonsense into their tables, and say nonsense to the daemon that this process uses too."""
+    hostile = [Child(misbehave, NOBODY - each) for each in range(2)]
+    try:
+        assert [each.hear() for each in hostile] == ["misbehaving"] * len(hostile)
+        with ummunotify.open("daemon") as umn:
+            stress(umn, native, record_property, files=True)
+        for each in hostile:
+            each.pipe.send("stop")
+        done = [each.result() for each in hostile]
+        hostile.clear()
+    finally:
+        for each in hostile:
+            each.kill()
+    tables, messages = map(sum, zip(*done, strict=True))
+    print(f"beside {tables:,} crafted tables, {messages:,} messages")
+    assert tables > 0
+    assert messages > 0
+
+
+def stress(umn: ummunotify.Notifier, native: Any, record_property: Any, *, files: bool) -> None:
+    begin = time.monotonic()
+    wrong, totals = native.run(
+        umn, threads=4, files=files, changes=CHANGES, seconds=1e6, seed=time.time_ns() % 1_000_000
+    )
+    totals |= {"overflows": umn.stats.overflows, "seconds": round(time.monotonic() - begin, 1)}
     report = ", ".join(f"{number:,} {what}" for what, number in totals.items())
     print(f"{umn.source}: {report}")
     record_property("stress", report)
