@@ -44,15 +44,18 @@ MAP_FIXED_NOREPLACE = 0x100000
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_DONTNEED_LOCKED, MADV_COLLAPSE = 22, 23, 24, 25
 MADV_WIPEONFORK, MADV_KEEPONFORK = 18, 19
-MADV_COLD, MADV_PAGEOUT, MADV_GUARD_INSTALL = 20, 21, 102
+MADV_COLD, MADV_PAGEOUT, MADV_SOFT_OFFLINE, MADV_GUARD_INSTALL = 20, 21, 101, 102
 SHM_REMAP = 0o40000
 PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE = 0x03, 0x08, 0x10, 0x20
-CLONE_VM, CLONE_PIDFD, CLONE_PARENT_SETTID = 0x100, 0x1000, 0x100000
+CLONE_VM, CLONE_PIDFD, CLONE_VFORK, CLONE_PARENT_SETTID = 0x100, 0x1000, 0x4000, 0x100000
+CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID = 0x200000, 0x1000000
 
 # System calls that libc has no function for, or whose number matters here; those of x86-64.
 NR_MUNMAP, NR_REMAP_FILE_PAGES, NR_PKEY_MPROTECT = 11, 216, 329
 NR_PROCESS_MADVISE, NR_IO_URING_SETUP, NR_IO_URING_ENTER = 440, 425, 426
 NR_MPROTECT, NR_FORK, NR_TGKILL, NR_SECCOMP = 10, 57, 234, 317
+NR_BRK, NR_GETPPID, NR_MBIND, NR_PERF_EVENT_OPEN = 12, 110, 237, 298
+NR_USERFAULTFD, NR_MEMFD_SECRET = 323, 447
 NR32_MADVISE, NR32_MUNMAP, NR32_MMAP2 = 219, 91, 192
 
 
@@ -157,16 +160,16 @@ INT_80 = "89f853 89f3 4189d2 89ca 4489d1 4489c6 bfffffffff cd80 5b c3"
 VFORK_MUNMAP = "b83a000000 0f05 85c0 7510 b80b000000 0f05 31ff b83c000000 0f05 c3"
 # mov eax, 11; syscall; ret: munmap(a, b)
 MUNMAP = "b80b000000 0f05 c3"
-# xor r10d, r10d; xor r8d, r8d; mov eax, 56; syscall; test eax, eax; jnz out; xor edi, edi; mov eax, 60; syscall;
-# out: ret: clone(flags, stack, parent_tid, 0, 0), and the child exits; with a stack of 0 it does not need one
-CLONE_EXIT = "4531d2 4531c0 b838000000 0f05 85c0 7509 31ff b83c000000 0f05 c3"
+# mov r10, rcx; xor r8d, r8d; mov eax, 56; syscall; test eax, eax; jnz out; xor edi, edi; mov eax, 60; syscall;
+# out: ret: clone(flags, stack, parent_tid, child_tid, 0), and the child exits; with a stack of 0 it does not need one
+CLONE_EXIT = "4989ca 4531c0 b838000000 0f05 85c0 7509 31ff b83c000000 0f05 c3"
 # mov eax, 57; syscall; test eax, eax; jnz out; again: mov eax, 34; syscall; jmp again; out: ret:
 # fork, and the child does nothing until it is killed. Unlike os.fork this leaves all of the parent's memory alone.
 FORK_PAUSE = "b839000000 0f05 85c0 7509 b822000000 0f05 ebf7 c3"
-# mov eax, edi; mov rdi, rsi; mov rsi, rdx; mov rdx, rcx; xor r10d, r10d; xor r8d, r8d; mov r9d, REFUSE; syscall; ret:
+# mov eax, edi; mov rdi, rsi; mov rsi, rdx; mov rdx, rcx; xor r10d, r10d; xor r8d, r8d; mov r9d, MARK; syscall; ret:
 # a system call (number, a, b, c) with a sixth argument that it does not use
-REFUSED_CALL = "89f8 4889f7 4889d6 4889ca 4531d2 4531c0 41b978563412 0f05 c3"
-REFUSE = 0x12345678
+MARKED_CALL = "89f8 4889f7 4889d6 4889ca 4531d2 4531c0 41b978563412 0f05 c3"
+MARK = 0x12345678
 # ret: what a signal handler does that only leaves its frame
 RETURN = "c3"
 
@@ -183,7 +186,9 @@ class Memory:
         self.count = COUNT
         self.address = 0
         self.fd = -1
-        """The file that is mapped."""
+        """The file that is mapped, or a userfaultfd."""
+        self.group = Path()
+        """A control group."""
         self.elsewhere = 0
         """`count` units that are mapped and not watched."""
         self._held = contextlib.ExitStack()
@@ -295,18 +300,114 @@ def private_file(m: Memory) -> None:
         load(m.at(unit))
 
 
-def disk_file(m: Memory) -> None:
-    """A file on a disk, written back, mapped shared and read."""
+def written_file(m: Memory) -> None:
+    """A file on a disk, written back and not mapped."""
     m.reserve()
     m.fd, name = tempfile.mkstemp(dir="/var/tmp")
     m.undo.callback(os.close, m.fd)
     os.unlink(name)
-    os.write(m.fd, bytes(range(1, 256)) * (m.length // 255 + 1))
-    os.ftruncate(m.fd, m.length)
+    os.write(m.fd, b"\x90" * m.length)
     os.fsync(m.fd)
+
+
+def disk_file(m: Memory) -> None:
+    """A file on a disk, mapped shared and read."""
+    written_file(m)
     m.map(mmap.MAP_SHARED, m.fd)
     for unit in range(m.count):
         load(m.at(unit))
+
+
+def program_file(m: Memory) -> None:
+    """A program of instructions that do nothing, mapped as programs are."""
+    written_file(m)
+    m.map(mmap.MAP_PRIVATE, m.fd, mmap.PROT_READ | mmap.PROT_EXEC)
+    for unit in range(m.count):
+        load(m.at(unit))
+
+
+def file_of_a_group(m: Memory) -> None:
+    """A file on a disk whose pages count as those of another control group, m.group."""
+    written_file(m)
+    roots = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
+    root = next((root for root in roots if (root / "cgroup.procs").exists()), roots[0])
+    m.group = root / f"ummunotify-{os.getpid()}"
+    with missing_if(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+        m.group.mkdir()
+    m.undo.callback(m.group.rmdir)
+    if not any((m.group / name).exists() for name in ("memory.reclaim", "memory.force_empty")):
+        raise MissingError("control groups cannot be told to reclaim memory here")
+
+    def read(m: Memory) -> None:
+        (m.group / "cgroup.procs").write_text(str(os.getpid()))
+        os.pread(m.fd, m.length, 0)
+
+    os.posix_fadvise(m.fd, 0, 0, os.POSIX_FADV_DONTNEED)  # or they would be charged to this process
+    in_child(read)(m)
+    m.map(mmap.MAP_SHARED, m.fd)
+    for unit in range(m.count):
+        load(m.at(unit))
+
+
+def secret(m: Memory) -> None:
+    """Memory that the kernel itself has not mapped."""
+    m.reserve()
+    with missing_if(errno.ENOSYS, errno.ENOMEM):
+        m.fd = m.open(syscall(NR_MEMFD_SECRET, 0))
+    os.ftruncate(m.fd, m.length)
+    with missing_if(errno.EAGAIN):  # it counts as locked
+        m.map(mmap.MAP_SHARED, m.fd)
+    m.touch()
+
+
+def read_only(prepare: Act) -> Act:
+    """Memory that may not be written."""
+
+    def both(m: Memory) -> None:
+        prepare(m)
+        call("mprotect", m.address, m.length, mmap.PROT_READ)
+
+    return both
+
+
+UFFD_FEATURE_WP, UFFD_FEATURE_MOVE = 1 << 0, 1 << 16
+UFFD_MISSING, UFFD_WP = 1, 2
+UFFDIO_API, UFFDIO_REGISTER, UFFDIO_MOVE, UFFDIO_WRITEPROTECT = 0xC018AA3F, 0xC020AA00, 0xC028AA05, 0xC018AA06
+
+
+def control(fd: int, request: int, *words: int) -> None:
+    """ioctl, with a structure of 64-bit words."""
+    structure = (ctypes.c_uint64 * len(words))(*words)
+    call("ioctl", fd, request, ctypes.addressof(structure))
+
+
+def userfaultfd(m: Memory, feature: int) -> int:
+    with missing_if(errno.ENOSYS, errno.EPERM, errno.EINVAL):
+        fd = m.open(syscall(NR_USERFAULTFD, os.O_CLOEXEC | 1))
+        control(fd, UFFDIO_API, 0xAA, feature, 0)
+    return fd
+
+
+def room_to_move_to(prepare: Act) -> Act:
+    """As much room that a userfaultfd, m.fd, can move pages to."""
+
+    def both(m: Memory) -> None:
+        prepare(m)
+        base = call("mmap", 0, 2 * HUGE_PAGE, READ_WRITE, ANONYMOUS | MAP_NORESERVE, -1, 0)
+        m.undo.callback(call, "munmap", base, 2 * HUGE_PAGE)
+        m.elsewhere = -(-base // HUGE_PAGE) * HUGE_PAGE
+        m.fd = userfaultfd(m, UFFD_FEATURE_MOVE)
+        control(m.fd, UFFDIO_REGISTER, m.elsewhere, m.length, UFFD_MISSING, 0)
+
+    return both
+
+
+def write_protectable(m: Memory) -> None:
+    """Memory that a userfaultfd, m.fd, can protect."""
+    private(m)
+    m.fd = userfaultfd(m, UFFD_FEATURE_WP)
+    with missing_if(errno.EINVAL):
+        control(m.fd, UFFDIO_REGISTER, m.address, m.length, UFFD_WP, 0)
 
 
 def shared_with_child(prepare: Act) -> Act:
@@ -396,6 +497,19 @@ def huge(m: Memory) -> None:
         call("madvise", m.address, m.length, mmap.MADV_HUGEPAGE)
     store(m.address)
     require_huge_pages(m)
+    m.unit = HUGE_PAGE // COUNT
+    m.count = COUNT
+
+
+def small_pages(m: Memory) -> None:
+    """Pages that a huge page could replace."""
+    m.unit = HUGE_PAGE
+    m.count = 1
+    m.reserve()
+    m.map()
+    with missing_if(errno.EINVAL):
+        call("madvise", m.address, m.length, mmap.MADV_NOHUGEPAGE)
+    ctypes.memset(m.address, 1, m.length)
     m.unit = HUGE_PAGE // COUNT
     m.count = COUNT
 
@@ -714,7 +828,7 @@ def refused(number: int, *arguments: Callable[[Memory], int]) -> Act:
                 _Filter(0x20, 0, 0, 0),  # load the number
                 _Filter(0x15, 0, 3, number),  # if it is another, skip three (sigreturn has the same sixth argument)
                 _Filter(0x20, 0, 0, 56),  # load the lower half of the sixth argument
-                _Filter(0x15, 0, 1, REFUSE),  # if it is not that, skip one
+                _Filter(0x15, 0, 1, MARK),  # if it is not that, skip one
                 _Filter(0x06, 0, 0, SECCOMP_RET_USER_NOTIF),
                 _Filter(0x06, 0, 0, SECCOMP_RET_ALLOW),
             )
@@ -726,7 +840,7 @@ def refused(number: int, *arguments: Callable[[Memory], int]) -> Act:
                     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
                     listening.append(syscall(NR_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(program)))
                     ready.set()
-                    result = machine_code(REFUSED_CALL)(number, *(argument(m) for argument in arguments))
+                    result = machine_code(MARKED_CALL)(number, *(argument(m) for argument in arguments))
                     assert result == -errno.ENOSYS, result
             except BaseException as error:
                 errors.append(error)
@@ -751,6 +865,108 @@ def refused(number: int, *arguments: Callable[[Memory], int]) -> Act:
             raise errors[0]
 
     return run
+
+
+class _Registers(ctypes.Structure):
+    """struct user_regs_struct."""
+
+    _fields_ = (
+        ("others", ctypes.c_uint64 * 8),
+        *((name, ctypes.c_uint64) for name in ("r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi", "orig_rax")),
+        ("rest", ctypes.c_uint64 * 11),
+    )
+
+
+PTRACE_CONT, PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_SYSCALL = 7, 12, 13, 24
+PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_O_TRACESYSGOOD = 0x4206, 0x4207, 1
+PR_SET_PTRACER, WAIT_ALL = 0x59616D61, 0x40000000
+
+
+def debug(
+    thread: int, ready: int, enter: Callable[[_Registers], None], leave: Callable[[_Registers], None] | None
+) -> None:
+    """Trace a thread until its marked call; `enter` and `leave` change its registers. Then it gets a signal."""
+    registers = _Registers()
+
+    def trace(request: int, data: int = 0) -> None:
+        call("ptrace", request, thread, 0, data)
+
+    def mend(change: Callable[[_Registers], None]) -> None:
+        change(registers)
+        trace(PTRACE_SETREGS, ctypes.addressof(registers))
+
+    signal.alarm(60)
+    with missing_if(errno.EPERM):
+        trace(PTRACE_SEIZE, PTRACE_O_TRACESYSGOOD)
+    trace(PTRACE_INTERRUPT)
+    os.waitpid(thread, WAIT_ALL)
+    trace(PTRACE_SYSCALL)
+    os.write(ready, b".")
+    entered = False
+    while True:
+        stop = os.WSTOPSIG(os.waitpid(thread, WAIT_ALL)[1])
+        if stop == signal.SIGTRAP | 0x80:
+            trace(PTRACE_GETREGS, ctypes.addressof(registers))
+            if registers.r9 == MARK and not entered:
+                entered = True
+                mend(enter)
+                if leave is None:
+                    break
+            elif entered:
+                assert leave is not None
+                mend(leave)
+                syscall(NR_TGKILL, os.getppid(), thread, signal.SIGURG)
+        trace(PTRACE_SYSCALL, stop if stop == signal.SIGURG else 0)
+        if stop == signal.SIGURG:
+            return  # still attached, when the signal's frame is made or soon before
+    trace(PTRACE_CONT)
+
+
+def debugged(
+    enter: Callable[[Memory, _Registers], None], leave: Callable[[Memory, _Registers], None] | None = None
+) -> Act:
+    """A system call that a debugger makes another one, or gives another result."""
+
+    def run(m: Memory) -> None:
+        thread = threading.get_native_id()
+        ready, theirs = os.pipe()
+        run_code(RETURN)  # maps the code before a source is asked
+        machine_code(MARKED_CALL)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                debug(thread, theirs, lambda r: enter(m, r), (lambda r: leave(m, r)) if leave else None)
+                status = 0
+            except MissingError:
+                status = 77
+            except BaseException as error:
+                os.write(2, f"{error!r}\n".encode())
+            finally:
+                os._exit(status)
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # there is no Yama
+            call("prctl", PR_SET_PTRACER, pid, 0, 0, 0)
+        try:
+            with signal_stack(m) if leave else contextlib.nullcontext():
+                if os.read(ready, 1):
+                    machine_code(MARKED_CALL)(NR_GETPPID)
+        finally:
+            os.close(ready)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status == 77:
+            raise MissingError("debuggers are not permitted")
+        assert status == 0, status
+
+    return run
+
+
+def become_munmap(m: Memory, registers: _Registers) -> None:
+    registers.orig_rax, registers.rdi, registers.rsi = NR_MUNMAP, m.at(2), 2 * m.unit
+
+
+def refuse_fork(m: Memory, registers: _Registers) -> None:
+    registers.orig_rax, registers.rax = NR_FORK, -errno.ENOSYS & (1 << 64) - 1
 
 
 def in_child(act: Act) -> Act:
@@ -824,7 +1040,7 @@ def direct_write(m: Memory) -> None:
 
 def clone_exit(flags: int, tid_address: int) -> None:
     """A fork that gets the child's number written to an address."""
-    pid = run_code(CLONE_EXIT, flags | signal.SIGCHLD, 0, tid_address)
+    pid = run_code(CLONE_EXIT, flags | signal.SIGCHLD, 0, tid_address, tid_address)
     os.waitpid(pid, 0)
     if flags & CLONE_PIDFD:
         os.close(ctypes.c_int.from_address(tid_address).value)
@@ -865,6 +1081,138 @@ def process_madvise(pid: int, address: int, length: int, advice: int) -> None:
         os.close(pidfd)
 
 
+PR_SET_MM, PR_SET_MM_START_BRK, PR_SET_MM_BRK = 35, 6, 7
+
+
+def shrink_placed_heap(m: Memory) -> None:
+    """The heap is where the memory is, for a moment."""
+    start, end = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[44]), syscall(NR_BRK, 0)
+    try:
+        with missing_if(errno.EPERM, errno.EINVAL):
+            call("prctl", PR_SET_MM, PR_SET_MM_BRK, m.at(m.count), 0, 0)
+            call("prctl", PR_SET_MM, PR_SET_MM_START_BRK, m.address, 0, 0)
+        assert syscall(NR_BRK, m.at(3)) == m.at(3)
+    finally:
+        with contextlib.suppress(OSError):
+            call("prctl", PR_SET_MM, PR_SET_MM_START_BRK, start, 0, 0)
+            call("prctl", PR_SET_MM, PR_SET_MM_BRK, end, 0, 0)
+
+
+def present(m: Memory) -> bool:
+    """Is any page still mapped?"""
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(m.address // PAGE * 8)
+        entries = pagemap.read(m.length // PAGE * 8)
+    return any(byte & 0x80 for byte in entries[7::8])
+
+
+def reclaim_group(m: Memory) -> None:
+    reclaim = m.group / "memory.reclaim"
+    for _ in range(100):
+        if not present(m):
+            return
+        with contextlib.suppress(OSError):  # it is not content with what it got
+            if reclaim.exists():
+                reclaim.write_text("1G")
+            else:
+                (m.group / "memory.force_empty").write_text("0")
+    raise MissingError("the kernel does not reclaim it")
+
+
+def require_swap(wanted: bool) -> None:
+    if (len(Path("/proc/swaps").read_text().splitlines()) > 1) != wanted:
+        raise MissingError("there is swap space" if not wanted else "there is no swap space")
+
+
+def page_out(m: Memory) -> None:
+    require_swap(True)
+    for _ in range(100):
+        madvise(m.address, m.length, MADV_PAGEOUT)
+        if not present(m):
+            return
+    raise MissingError("the kernel does not reclaim it")
+
+
+def page_out_in_vain(m: Memory) -> None:
+    require_swap(False)
+    madvise(m.address, m.length, MADV_PAGEOUT)
+
+
+def collapse(m: Memory) -> None:
+    call("madvise", m.address, m.length, mmap.MADV_HUGEPAGE)
+    with missing_if(errno.EINVAL, errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
+        call("madvise", m.address, m.length, MADV_COLLAPSE)
+    require_huge_pages(m)
+
+
+def move_out(m: Memory, first: int, last: int) -> None:
+    """By another userfaultfd than a source's."""
+    with missing_if(errno.EBUSY, errno.EAGAIN):
+        control(m.fd, UFFDIO_MOVE, m.elsewhere, m.at(first), (last - first) * m.unit, 0, 0)
+
+
+def probe_user(m: Memory) -> None:
+    """A uprobe is set at unit 3, and removed."""
+    try:
+        kind = int(Path("/sys/bus/event_source/devices/uprobe/type").read_text())
+    except FileNotFoundError as error:
+        raise MissingError("the kernel has no uprobes") from error
+    path = ctypes.create_string_buffer(f"/proc/self/fd/{m.fd}".encode())
+    attributes = bytearray(112)  # struct perf_event_attr: type, size, ..., config1, config2
+    struct.pack_into("=II", attributes, 0, kind, len(attributes))
+    struct.pack_into("=QQ", attributes, 56, ctypes.addressof(path), 3 * m.unit)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(attributes))
+    with missing_if(errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+        os.close(syscall(NR_PERF_EVENT_OPEN, address, 0, -1, -1, 0))
+
+
+def protect_by_userfaultfd(m: Memory) -> None:
+    for mode in (1, 0):
+        control(m.fd, UFFDIO_WRITEPROTECT, m.address, m.length, mode)
+
+
+def clear_refs(what: int) -> Act:
+    def run(m: Memory) -> None:
+        with missing_if(errno.EINVAL, errno.EACCES):
+            Path("/proc/self/clear_refs").write_text(str(what))
+
+    return run
+
+
+MPOL_DEFAULT, MPOL_BIND, MPOL_MF_MOVE = 0, 2, 2
+
+
+def policy(address: int, length: int, mode: int, flags: int = 0) -> None:
+    """Where pages of this range are to be placed: on node 0, or anywhere."""
+    nodes = ctypes.c_ulong(1)
+    with missing_if(errno.ENOSYS, errno.EPERM):
+        bound = mode == MPOL_BIND
+        syscall(NR_MBIND, address, length, mode, ctypes.addressof(nodes) if bound else 0, 64 if bound else 0, flags)
+
+
+def bind_parts(m: Memory) -> None:
+    for mode in (MPOL_BIND, MPOL_DEFAULT):
+        policy(m.at(2) + PAGE, PAGE, mode)
+        policy(m.at(5), m.unit, mode)
+
+
+def register_parts(m: Memory) -> None:
+    fd = userfaultfd(m, 0)
+    with missing_if(errno.EINVAL, errno.EBUSY):
+        control(fd, UFFDIO_REGISTER, m.at(2) + PAGE, PAGE, UFFD_MISSING, 0)
+    control(fd, 0x8010AA01, m.at(2) + PAGE, PAGE)
+
+
+def write_back(m: Memory) -> None:
+    os.fsync(m.fd)
+
+
+def written_disk_file(m: Memory) -> None:
+    """A file on a disk that was changed through its mapping."""
+    disk_file(m)
+    m.touch()
+
+
 def shrink_heap(m: Memory) -> None:
     if call("sbrk", 0) != m.at(m.count):
         raise MissingError("the allocator has moved the heap's end meanwhile")
@@ -879,6 +1227,16 @@ def attach_over(m: Memory) -> None:
         call("shmctl", segment, 0, 0)
 
 
+def frame(m: Memory, unit: int) -> int:
+    """The page frame that is mapped there. Only root may know."""
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(m.at(unit) // PAGE * 8)
+        number = int.from_bytes(pagemap.read(8), "little") & (1 << 55) - 1
+    if not number:
+        raise MissingError("only root may know where pages are")
+    return number
+
+
 def merge(m: Memory) -> None:
     """Kernel samepage merging finds that all units are equal."""
     settings = {name: Path("/sys/kernel/mm/ksm", name) for name in ("run", "pages_to_scan")}
@@ -891,8 +1249,62 @@ def merge(m: Memory) -> None:
         with missing_if(errno.EACCES, errno.ENOENT):
             m.undo.callback(path.write_text, path.read_text())
             path.write_text(value)
-    while int(Path("/proc/self/ksm_merging_pages").read_text()) < m.count:
+    while len({frame(m, unit) for unit in range(m.count)}) > 1:
         time.sleep(0.01)
+
+
+def merged(m: Memory) -> None:
+    private(m)
+    merge(m)
+
+
+def collapse_in_background(m: Memory) -> None:
+    """khugepaged finds that they could be a huge page."""
+    settings = Path("/sys/kernel/mm/transparent_hugepage/khugepaged")
+    call("madvise", m.address, m.length, mmap.MADV_HUGEPAGE)
+    for name, value in (("scan_sleep_millisecs", "10"), ("pages_to_scan", "4096")):
+        with missing_if(errno.EACCES, errno.ENOENT):
+            m.undo.callback((settings / name).write_text, (settings / name).read_text())
+            (settings / name).write_text(value)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return require_huge_pages(m)
+        except MissingError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def soft_offline(m: Memory) -> None:
+    """The page frame of unit 3 is not used any more, until the machine is started again."""
+    with missing_if(errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP):
+        call("madvise", m.at(3), m.unit, MADV_SOFT_OFFLINE)
+
+
+def soft_offline_frame(m: Memory) -> None:
+    """The same by its physical address."""
+    with missing_if(errno.EACCES, errno.ENOENT, errno.ENXIO, errno.EOPNOTSUPP):
+        Path("/sys/devices/system/memory/soft_offline_page").write_text(hex(frame(m, 3) * PAGE))
+
+
+def balance(m: Memory) -> None:
+    """The kernel takes the right to use pages, to find out which processor uses them."""
+    path = Path("/proc/sys/kernel/numa_balancing")
+    with missing_if(errno.EACCES, errno.ENOENT):
+        m.undo.callback(path.write_text, path.read_text())
+        path.write_text("1")
+    updates = "numa_pte_updates "
+
+    def count() -> int:
+        text = Path("/proc/vmstat").read_text()
+        return int(text[text.index(updates) + len(updates) :].split()[0])
+
+    before, deadline = count(), time.monotonic() + 20
+    while count() == before and time.monotonic() < deadline:
+        use(m)
+    if count() == before:
+        raise MissingError("the kernel does not balance")
 
 
 def there_and_back(m: Memory) -> None:
@@ -1219,6 +1631,23 @@ CHANGES = (
         exact=False,
     ),
     Case("io_uring madvise", private, uring_madvise, ((2, 4),)),
+    # by others' hands, or on the way
+    Case("a debugger makes another call of it", private, debugged(become_munmap), ((2, 4),)),
+    Case("brk, where prctl has placed the heap", private, shrink_placed_heap, ((3, COUNT),)),
+    Case("munmap of secret memory", secret, lambda m: void(call("munmap", m.at(1), m.unit)), ((1, 2),)),
+    Case("reclaim of a control group", file_of_a_group, reclaim_group, ALL, exact=False),
+    Case("madvise PAGEOUT of private memory", private, page_out, ALL, exact=False),
+    Case("UFFDIO_MOVE", room_to_move_to(private), lambda m: move_out(m, 3, 5), ((3, 5),), exact=False),
+    Case("UFFDIO_MOVE of a huge page", room_to_move_to(huge), lambda m: move_out(m, 0, COUNT), ALL, exact=False),
+    Case("madvise COLLAPSE", small_pages, collapse, ALL, exact=False),
+    Case(
+        "mbind moves pages",
+        private,
+        lambda m: policy(m.at(3), 2 * m.unit, MPOL_DEFAULT, MPOL_MF_MOVE),
+        ((3, 5),),
+        exact=False,
+    ),
+    Case("a uprobe", program_file, probe_user, ((3, 4),), exact=False),
     # by a change of the file
     Case("ftruncate", memfd, lambda m: os.ftruncate(m.fd, 5 * m.unit), ((5, COUNT),), exact=False),
     Case("ftruncate within a page", memfd, lambda m: os.ftruncate(m.fd, 5 * m.unit + 9), ((6, COUNT),), exact=False),
@@ -1287,6 +1716,21 @@ CHANGES = (
     ),
     Case("process_vm_writev by a child", private, in_child(write_to_parent), ((3, 4),)),
     Case("a debugger's write", private, in_child(poke_parent), ((3, 4),)),
+    Case("a debugger's write to a private mapping", read_only(private_file), in_child(poke_parent), ((3, 4),)),
+    Case(
+        "clone writes the child's number, from the child",
+        shared_with_child(private),
+        lambda m: clone_exit(CLONE_VM | CLONE_VFORK | CLONE_CHILD_SETTID, m.at(3)),
+        ((3, 4),),
+        exact=False,
+    ),
+    Case(
+        "the child's number is cleared at its end",
+        shared_with_child(private),
+        lambda m: clone_exit(CLONE_VM | CLONE_VFORK | CLONE_CHILD_CLEARTID, m.at(3)),
+        ((3, 4),),
+        exact=False,
+    ),
     Case(
         "madvise POPULATE_WRITE after a fork",
         shared_with_child(private),
@@ -1314,6 +1758,14 @@ CHANGES = (
         "a signal's frame after a fork, on the way out of a refused mprotect",
         shared_with_child(private),
         refused(NR_MPROTECT, lambda m: m.address, lambda m: m.length, lambda m: READ_WRITE),
+        ((7, 8),),
+        False,
+        ALL,
+    ),
+    Case(
+        "a signal's frame after a fork, when a debugger has refused a fork",
+        shared_with_child(private),
+        debugged(lambda m, registers: None, refuse_fork),
         ((7, 8),),
         False,
         ALL,
@@ -1518,11 +1970,31 @@ NO_CHANGES = (
     Case("the file's blocks are allocated", memfd, lambda m: fallocate(m, 0, 0, COUNT), ()),
     Case("the file is unmapped by others", memfd, in_child(lambda m: void(call("munmap", m.address, m.length))), ()),
     Case("msync", memfd, lambda m: void(call("msync", m.address, m.length, 4)), ()),
+    Case("mremap to the same size", private, lambda m: void(call("mremap", m.address, m.length, m.length, 0)), ()),
+    Case("madvise PAGEOUT, without swap space", private, page_out_in_vain, ()),
+    Case("a file on a disk is written back", written_disk_file, write_back, (), needless=ALL),
+    Case("userfaultfd protects it, there and back", write_protectable, protect_by_userfaultfd, (), needless=ALL),
+    Case("soft-dirty bits are cleared", private, clear_refs(4), (), needless=((-1, COUNT + 1),)),
+    Case("referenced bits are cleared", private, clear_refs(1), ()),
+    Case("a policy for parts of large memory", large, bind_parts, (), needless=ALL),
+    Case("a policy for parts of huge pages", large_huge, bind_parts, (), needless=ALL),
+    Case("a userfaultfd for parts of huge pages", large_huge, register_parts, (), needless=ALL),
 )
 
 SLOW_CHANGES = (
     # by the kernel itself: slow, and with settings that concern everybody
     Case("equal pages are merged", private, merge, ALL, exact=False),
+    Case(
+        "merged pages are taken apart",
+        merged,
+        lambda m: void(call("madvise", m.address, m.length, mmap.MADV_UNMERGEABLE)),
+        ALL,
+        exact=False,
+    ),
+    Case("khugepaged", small_pages, collapse_in_background, ALL, exact=False),
+    Case("madvise SOFT_OFFLINE", private, soft_offline, ((3, 4),), exact=False),
+    Case("a page frame is taken out of use", private, soft_offline_frame, ((3, 4),), exact=False),
+    Case("NUMA balancing", private, balance, (), needless=((-1, COUNT + 1),)),
 )
 
 CASES = CHANGES + NO_CHANGES
