@@ -70,6 +70,9 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
 
     UnavailableError, SourceUnavailableError: what was insisted on does not work. UnknownSourceError.
     """
+    wanted = environment.get(SOURCE_ENVIRONMENT, "")
+    if source is None and wanted.partition(":")[0] == "bpf":
+        source = wanted  # a C program does not load BPF programs by itself
     if source is not None:
         source_names(source)
         kind, _, probe = source.partition(":")
@@ -79,7 +82,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
         elif kind == "daemon":
             os.close(connect_to_daemon())
         environment[SOURCE_ENVIRONMENT] = source
-    elif not environment.get(SOURCE_ENVIRONMENT):
+    elif not wanted:
         try:
             os.close(connect_to_daemon())
         except SourceUnavailableError:
