@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+from difflib import get_close_matches
+from typing import Any
 
 import click
 
@@ -31,6 +34,23 @@ class _Group(click.Group):
         module = importlib.import_module(f".{cmd_name}", __package__)
         command: click.Command = getattr(module, cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):  # click itself would look in `commands`, which is empty
+            similar = " or ".join(map(repr, get_close_matches(name, _COMMANDS)))
+            ctx.fail(f"No such command {name!r}." + (f" Did you mean {similar}?" if similar else ""))
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise click.ClickException(f"the output cannot be written: {error.strerror}") from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

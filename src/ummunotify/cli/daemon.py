@@ -130,6 +130,12 @@ def _group(context: click.Context, parameter: click.Parameter, value: str | None
         raise click.BadParameter(f"there is no group {value!r}") from None
 
 
+def _known(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The name of a group that is there: systemd would not start the socket."""
+    _group(context, parameter, value)
+    return value
+
+
 def _user(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
     try:
         user = None if value is None else pwd.getpwnam(value)
@@ -329,7 +335,7 @@ def closed_folder(path: str) -> Path | None:
 
 @daemon.command()
 @click.option("--directory", default="/etc/systemd/system", show_default=True, help="Where the units go.")
-@click.option("--group", default="root", show_default=True, help="Who may connect, with --mode 0660.")
+@click.option("--group", default="root", show_default=True, callback=_known, help="May connect, with --mode 0660.")
 @click.option("--mode", default="0666", show_default=True, callback=_mode, help="The socket's mode.")
 def install(directory: str, group: str, mode: int) -> None:
     """Write the units for systemd, and say how to start them."""
@@ -354,12 +360,4 @@ def install(directory: str, group: str, mode: int) -> None:
                 "install Python and the package where every user can, such as /usr and /opt",
                 err=True,
             )
-    try:
-        grp.getgrnam("kvm")
-    except KeyError:
-        click.echo(
-            "But there is no group kvm, by which the service gets /dev/kvm and without which it does not start; "
-            "install udev, or make it: groupadd --system kvm && chgrp kvm /dev/kvm && chmod g+rw /dev/kvm",
-            err=True,
-        )
     click.echo("Now: systemctl daemon-reload && systemctl enable --now ummunotify.socket")
