@@ -222,6 +222,12 @@ def test_man_pages() -> None:
     page = (manual / "ummunotify.3").read_text()
     assert len(functions) > 10
     assert all(function in page.partition(".SH SYNOPSIS")[2] for function in functions)
-    options = re.findall(r"--(\w+)", output(*COMMAND, "run", "--help").partition("Options:")[2])
-    page = (manual / "ummunotify-run.1").read_text().replace("\\-", "-")
-    assert all(f"--{option}" in page for option in options if option != "help")
+    for name, commands in {
+        "ummunotify-run": [["run"]],
+        "ummunotify": [["config"], ["daemon"], ["daemon", "install"], ["doctor"], ["selftest"], ["status"]],
+    }.items():
+        page = (manual / f"{name}.1").read_text().replace("\\-", "-")
+        for command in commands:
+            assert " ".join(command) in page
+            options = re.findall(r"--[\w-]+", output(*COMMAND, *command, "--help").partition("Options:")[2])
+            assert not [option for option in options if option not in page and option != "--help"]
