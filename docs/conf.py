@@ -22,8 +22,10 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"sidebar_hide_name": False}
 
+smartquotes = False  # they would make a dash of the hyphens of an option
 myst_heading_anchors = 4  # as forges make them: #what-is-guaranteed
 suppress_warnings = ["misc.highlighting_failure"]  # pseudocode, such as `a = mmap(ONE_PAGE);  # b == a`
+default_role = "literal"  # a name between single backticks, in docstrings
 highlight_language = "none"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -43,7 +45,7 @@ class ManualPage(Directive):
         self.state.document.settings.record_dependencies.add(str(source))
         # A page has one level of titles more above it, and names that other pages have too.
         html = re.sub(r"<(/?)h1\b", r"<\1h3", re.sub(r' id="[^"]*"', "", html))
-        html = re.sub(r'<a class="permalink" href="[^"]*">(.*?)</a>', r"\1", html)
+        html = re.sub(r'<a class="permalink" href="[^"]*">(.*?)</a>', r"\1", html, flags=re.DOTALL)
         return [nodes.raw("", f'<div class="manual-page">{html}</div>', format="html")]
 
 
