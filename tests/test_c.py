@@ -206,14 +206,6 @@ def test_installed_by_itself(tmp_path: Path, source: str) -> None:
     assert run(program, "the_case", UMMUNOTIFY_SOURCE=source).endswith("the_case\n")
 
 
-def test_example_in_the_docs(tmp_path: Path, daemon: Daemon) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "c.md").read_text()
-    program = tmp_path / "program.c"
-    program.write_text(text.partition("```c\n")[2].partition("```")[0])
-    expected = [line.strip() for line in text.splitlines() if line.startswith(("    valid:", "    cookie "))]
-    assert run(build(program, tmp_path / "program", *flags())).splitlines() == expected
-
-
 def test_man_pages() -> None:
     """They name every function, and every option."""
     manual = Path(__file__).parents[1] / "man"
