@@ -65,7 +65,7 @@ class Demo:
 
     def replace(self, a: int) -> int:
         free(a)
-        step("munmap(a)", "a is freed; nobody tells whoever keeps the registration")
+        step("munmap(a)", "a is freed; the owner of the registration is not told")
         b = new_page(b"new data", a)
         step("b = mmap(4096)", f"b is at {b:#x} too, and contains {ctypes.string_at(b, 8)!r}")
         return b

@@ -12,12 +12,12 @@ import click
 from .. import __version__
 
 _COMMANDS = {
-    "config": "Say what a compiler needs to build C programs with libummunotify.",
+    "config": "Print the compiler options for C programs that use libummunotify.",
     "daemon": "Serve notifications to users who may not load BPF programs.",
-    "demo": "Show, on real pages, the error that ummunotify prevents.",
-    "doctor": "Say what works on this machine, what does not, and what to do about it.",
-    "run": "Run a program that was written for /dev/ummunotify.",
-    "selftest": "Fire every known way to change a mapping, and look whether it is seen.",
+    "demo": "Show, with real pages, the error that ummunotify prevents.",
+    "doctor": "Report what works on this machine, what does not, and what to do about it.",
+    "run": "Run a program with /dev/ummunotify, or libfabric with a memory monitor.",
+    "selftest": "Make every known kind of change of a mapping, and check that it is seen.",
     "status": "Show the daemon's clients.",
 }
 
@@ -60,4 +60,4 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ummunotify")
 def main() -> None:
-    """Learn, without losing an event, that memory was unmapped behind your back."""
+    """Learn, without missing a change, that the mapping of memory was changed."""

@@ -67,9 +67,9 @@ def _machine(programs: int | None) -> dict[str, str]:
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(as_json: bool) -> None:
-    """Say what works on this machine, what does not, and what to do about it.
+    """Report what works on this machine, what does not, and what to do about it.
 
-    Opens each source of invalidations, unmaps a page and looks whether the source has seen it. Exits with 0 if
+    Opens each source of invalidations, unmaps a page and checks that the source has seen it. Exits with 0 if
     at least one source works, and with 1 if none does.
     """
     programs = count_on_host()

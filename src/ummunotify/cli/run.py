@@ -97,7 +97,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
     help="Insist on one: daemon, bpf or uffd, the first two also with a probe (bpf:kvm). Left out: the daemon if it "
     "runs, else bpf if this user may load BPF programs.",
 )
-@click.option("--quiet", is_flag=True, help="If there is no device, or no monitor, nobody says why.")
+@click.option("--quiet", is_flag=True, help="Do not print why there is no device or no monitor.")
 @click.option("--libfabric", is_flag=True, help="Give libfabric a memory monitor, instead of the program a device.")
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)

@@ -84,7 +84,7 @@ def _show(found: dict[str, list[Result]], unavailable: dict[str, str]) -> None:
 @click.option("--source", help="Only this source, or this of its probes: bpf, bpf:kvm, uffd, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def selftest(source: str | None, as_json: bool) -> None:
-    """Fire every known way to change a mapping, and look whether it is seen.
+    """Make every known kind of change of a mapping, and check that it is seen.
 
     Each source and probe that works here watches memory of this process while it is unmapped, moved, replaced,
     discarded, truncated, copied on write; and while things happen that must not count as a change.
