@@ -15,7 +15,7 @@ BPF_COMPILE = cd src/libummunotify/$(1) && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test lint bpf check-bpf bench vmtest vmtest-packages support clean packages
+.PHONY: demo test lint docs bpf check-bpf bench vmtest vmtest-packages support clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -47,6 +47,12 @@ lint: $(VENV)/installed
 	$(RUN)mypy src tests benchmarks
 	$(RUN)python -m mypy.stubtest $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/ummunotify/*.pyi)))
 	$(RUN)lint-imports
+
+# The site, in build/site. Links between pages are checked; what they name outside is not.
+docs: $(VENV)/installed
+	tools/debian-packages mandoc
+	rm -rf build/site
+	$(RUN)python -m sphinx -q -W --keep-going -d build/site.doctrees docs build/site
 
 packages:
 	tools/debian-packages gcc g++ pkgconf clang libclang-rt-dev make libc6-dev python3-dev python3-venv libbpf1 libbpf-dev libfabric-bin libfabric-dev systemd

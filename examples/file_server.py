@@ -71,7 +71,7 @@ class NoCache:
 
 
 class NaiveCache:
-    """What everybody writes first: keyed by the address, and never told that the memory has gone."""
+    """The usual first version: keyed by the address, and never told that the memory was unmapped."""
 
     def __init__(self, registrar: IoUringRegistrar) -> None:
         self._registrar = registrar

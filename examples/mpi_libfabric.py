@@ -14,7 +14,14 @@ Exits with 1 if any message was wrong. docs/libfabric.md has more.
 import ctypes
 import sys
 
-from mpi4py import MPI
+if {"-h", "--help"} & {*sys.argv}:
+    print(__doc__)
+    sys.exit()
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
+    print(f"{error}; pip install mpi4py mpich", file=sys.stderr)
+    sys.exit(2)
 
 SIZE = 1 << 20  # larger than what is copied
 ROUNDS = 10

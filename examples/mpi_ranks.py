@@ -15,9 +15,16 @@ import random
 import sys
 from dataclasses import dataclass
 
-from mpi4py import MPI
-
 import ummunotify
+
+if {"-h", "--help"} & {*sys.argv}:
+    print(__doc__)
+    sys.exit()
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
+    print(f"{error}; pip install mpi4py mpich", file=sys.stderr)
+    sys.exit(2)
 
 BUFFERS = 8
 SIZE = 1 << 16

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, NamedTuple, Self
 
-import pyverbs.enums as e  # type: ignore[import-not-found]
-from pyverbs.addr import GID, AHAttr, GlobalRoute  # type: ignore[import-not-found]
-from pyverbs.cq import CQ  # type: ignore[import-not-found]
-from pyverbs.device import Context  # type: ignore[import-not-found]
-from pyverbs.pd import PD  # type: ignore[import-not-found]
-from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr  # type: ignore[import-not-found]
-from pyverbs.wr import SGE, SendWR  # type: ignore[import-not-found]
+try:
+    import pyverbs.enums as e  # type: ignore[import-not-found]
+    from pyverbs.addr import GID, AHAttr, GlobalRoute  # type: ignore[import-not-found]
+    from pyverbs.cq import CQ  # type: ignore[import-not-found]
+    from pyverbs.device import Context  # type: ignore[import-not-found]
+    from pyverbs.pd import PD  # type: ignore[import-not-found]
+    from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr  # type: ignore[import-not-found]
+    from pyverbs.wr import SGE, SendWR  # type: ignore[import-not-found]
+except ImportError as error:
+    if {"-h", "--help"} & {*sys.argv}:
+        print(sys.modules["__main__"].__doc__)
+        sys.exit()
+    print(f"{error}; on Debian: apt-get install python3-pyverbs", file=sys.stderr)
+    sys.exit(2)
 
 
 class Name(NamedTuple):

@@ -50,7 +50,7 @@ class Registered(NamedTuple):
 
 
 class NaiveCache:
-    """What everybody writes first: keyed by the address, and never told that the memory has gone."""
+    """The usual first version: keyed by the address, and never told that the memory was unmapped."""
 
     def __init__(self, registrar: VerbsRegistrar) -> None:
         self._registrar = registrar

@@ -10,6 +10,7 @@ Exits with 0 if both halves turn out as told.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import mmap
 import os
@@ -64,7 +65,7 @@ class Demo:
 
     def replace(self, a: int) -> int:
         free(a)
-        step("munmap(a)", "a is freed; nobody tells whoever keeps the registration")
+        step("munmap(a)", "a is freed; the owner of the registration is not told")
         b = new_page(b"new data", a)
         step("b = mmap(4096)", f"b is at {b:#x} too, and contains {ctypes.string_at(b, 8)!r}")
         return b
@@ -111,7 +112,9 @@ class Demo:
 
 
 def main() -> int:
-    device = sys.argv[1] if len(sys.argv) > 1 else "rxe0"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", nargs="?", default="rxe0")
+    device = parser.parse_args().device
     with ummunotify.open() as umn, Endpoint(device) as endpoint, VerbsRegistrar(endpoint.domain) as registrar:
         endpoint.connect(endpoint.name)  # to itself: reading its own memory is enough
         demo = Demo(endpoint, registrar)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
+import grp
 import io
 import json
 import mmap
@@ -950,15 +951,16 @@ def test_a_probe_gap_reaches_all_clients(daemon: Daemon) -> None:
 
 
 def test_install(tmp_path: Path) -> None:
+    group = grp.getgrall()[-1].gr_name
     said = subprocess.run(
-        [*COMMAND, "daemon", "install", "--directory", str(tmp_path), "--group", "hpc", "--mode", "0660"],
+        [*COMMAND, "daemon", "install", "--directory", str(tmp_path), "--group", group, "--mode", "0660"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
     assert "systemctl enable --now ummunotify.socket" in said
     text = "".join(path.read_text() for path in tmp_path.iterdir())
-    assert "SocketGroup=hpc" in text
+    assert f"SocketGroup={group}" in text
     assert "SocketMode=0660" in text
     assert "@" not in text.replace("@system-service", "").replace("@privileged", "").replace("@resources", "")
 

@@ -283,6 +283,18 @@ def test_insists(programs: dict[str, str]) -> None:
     assert result.stderr.startswith("Error: bpf does not work here: loading BPF programs is not permitted")
 
 
+def test_no_advice_on_kvm_where_bpf_is_forbidden(programs: dict[str, str]) -> None:
+    result = call(*RUN, "--source", "bpf", programs["open"], user=NOBODY)
+    assert result.returncode == 1
+    assert "loading BPF programs is not permitted" in result.stderr
+    assert "kvm" not in result.stderr
+
+
+def test_the_environment_insists_on_bpf(privileged: None, programs: dict[str, str]) -> None:
+    """The program cannot load it by itself, so it gets a daemon, as with --source."""
+    assert call(*RUN, programs["open"], environment={"UMMUNOTIFY_SOURCE": "bpf:kvm"}).returncode == 0
+
+
 def drop_privileges() -> None:
     """What the next program can have: not CAP_SYS_ADMIN, CAP_PERFMON and CAP_BPF."""
     libc = ctypes.CDLL(None)

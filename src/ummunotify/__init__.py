@@ -1,4 +1,4 @@
-"""Find out, without losing an event, that memory was unmapped behind your back.
+"""Learn, without missing a change, that the mapping of memory was changed.
 
 with ummunotify.open() as umn:
     region = umn.watch(buffer)

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, binding=False
+# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, embedsignature=True, embedsignature.format=clinic
 """The registration cache: the binding of libummunotify (ummunotify_cache.h), and the registrar's calls back.
 
 The library holds no lock while it calls the registrar, and is never interrupted by Python's signal handlers otherwise. What

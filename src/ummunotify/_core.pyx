@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, autotestdict=False
+# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, autotestdict=False, embedsignature=True, embedsignature.format=clinic
 """Notifiers and regions: the binding of libummunotify (ummunotify.h).
 
 What changes state is one call of the library. Python runs signal handlers between bytecodes only, never inside these

@@ -91,7 +91,7 @@ class Invalidation(NamedTuple):
 
     @property
     def cause(self) -> str:
-        """Who invalidated the region, in words: `munmap by thread 4711`."""
+        """What invalidated the region, in words: `munmap by thread 4711`."""
         call = _CALLS.get(self.syscall, f"system call {self.syscall}")
         if self.thread:
             return f"{call} by thread {self.thread}"

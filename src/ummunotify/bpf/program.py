@@ -43,6 +43,12 @@ def _may_load() -> bool:
     )
 
 
+def check_permitted() -> None:
+    """Raises UnavailableError where this process may not load programs in any case."""
+    if not _may_load():
+        raise _not_permitted()
+
+
 def _not_permitted() -> UnavailableError:
     return UnavailableError(
         "loading BPF programs is not permitted",
@@ -259,8 +265,7 @@ def count_on_host() -> int | None:
 
 def _check_kernel(probe: Probe) -> None:
     """Raises UnavailableError for what is known without trying."""
-    if not _may_load():
-        raise _not_permitted()
+    check_permitted()
     if probe != Probe.KVM:
         if not libbpf.kprobes_available():
             raise UnavailableError("the kernel has no kprobes", "use one that is built with CONFIG_KPROBE_EVENTS")

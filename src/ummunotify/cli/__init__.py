@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+from difflib import get_close_matches
+from typing import Any
 
 import click
 
 from .. import __version__
 
 _COMMANDS = {
-    "config": "Say what a compiler needs to build C programs with libummunotify.",
+    "config": "Print the compiler options for C programs that use libummunotify.",
     "daemon": "Serve notifications to users who may not load BPF programs.",
-    "demo": "Show, on real pages, the error that ummunotify prevents.",
-    "doctor": "Say what works on this machine, what does not, and what to do about it.",
-    "run": "Run a program that was written for /dev/ummunotify.",
-    "selftest": "Fire every known way to change a mapping, and look whether it is seen.",
+    "demo": "Show, with real pages, the error that ummunotify prevents.",
+    "doctor": "Report what works on this machine, what does not, and what to do about it.",
+    "run": "Run a program with /dev/ummunotify, or libfabric with a memory monitor.",
+    "selftest": "Make every known kind of change of a mapping, and check that it is seen.",
     "status": "Show the daemon's clients.",
 }
 
@@ -32,6 +35,23 @@ class _Group(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):  # click itself would look in `commands`, which is empty
+            similar = " or ".join(map(repr, get_close_matches(name, _COMMANDS)))
+            ctx.fail(f"No such command {name!r}." + (f" Did you mean {similar}?" if similar else ""))
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise click.ClickException(f"the output cannot be written: {error.strerror}") from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
@@ -40,4 +60,4 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ummunotify")
 def main() -> None:
-    """Learn, without losing an event, that memory was unmapped behind your back."""
+    """Learn, without missing a change, that the mapping of memory was changed."""

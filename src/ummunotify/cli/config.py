@@ -12,11 +12,11 @@ LIB = PACKAGE / "lib"
 
 
 @click.command()
-@click.option("--cflags", is_flag=True, help="Where the headers are.")
-@click.option("--libs", is_flag=True, help="Where the library is.")
+@click.option("--cflags", is_flag=True, help="The directory of the headers.")
+@click.option("--libs", is_flag=True, help="The library and its directory.")
 @click.option("--pkgconfig", is_flag=True, help="The directory for PKG_CONFIG_PATH.")
 def config(cflags: bool, libs: bool, pkgconfig: bool) -> None:
-    """Say what builds a C program: cc program.c $(ummunotify config --cflags --libs)."""
+    """Print compiler options for C: cc program.c $(ummunotify config --cflags --libs)."""
     words = []
     if cflags:
         words.append(f"-I{INCLUDE}")
@@ -25,5 +25,5 @@ def config(cflags: bool, libs: bool, pkgconfig: bool) -> None:
     if pkgconfig:
         words.append(str(LIB / "pkgconfig"))
     if not words:
-        raise click.UsageError("say --cflags, --libs or --pkgconfig")
+        raise click.UsageError("give --cflags, --libs or --pkgconfig")
     click.echo(" ".join(words))

@@ -1,4 +1,4 @@
-"""`ummunotify daemon`: hold the privileges for everybody else."""
+"""`ummunotify daemon`: hold the privileges for processes that have none."""
 
 from __future__ import annotations
 
@@ -130,6 +130,12 @@ def _group(context: click.Context, parameter: click.Parameter, value: str | None
         raise click.BadParameter(f"there is no group {value!r}") from None
 
 
+def _known(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The name of a group that is there: systemd would not start the socket."""
+    _group(context, parameter, value)
+    return value
+
+
 def _user(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
     try:
         user = None if value is None else pwd.getpwnam(value)
@@ -150,40 +156,54 @@ def _owner(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--socket", "path", default=SOCKET_PATH, show_default=True, help="Where to listen.")
 @click.option("--mode", default="0666", show_default=True, callback=_mode, help="The socket's mode.")
 @click.option("--group", callback=_group, help="The socket's group.")
-@click.option("--user", callback=_user, help="The user to become. Left out, the user stays; privileges go.")
+@click.option("--user", callback=_user, help="The user to become. Left out: this user, without privileges.")
 @click.option("--user-of", "owner", callback=_owner, help="The user to become: the owner of this directory.")
-@click.option("--clients", default=Limits.clients, show_default=True, type=click.IntRange(1, 65536), help="At most.")
-@click.option("--clients-per-user", default=Limits.clients_per_user, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--clients",
+    default=Limits.clients,
+    show_default=True,
+    type=click.IntRange(1, 65536),
+    help="How many notifiers may be open.",
+)
+@click.option(
+    "--clients-per-user",
+    default=Limits.clients_per_user,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many of them one user may open.",
+)
 @click.option(
     "--memory",
     default=Limits.memory >> 20,
     show_default="half of the machine's",
     type=click.IntRange(1),
-    help="In MiB, of kernel memory for tables.",
+    help="Kernel memory for tables, in MiB.",
 )
 @click.option(
     "--memory-per-user",
     default=Limits.memory_per_user >> 20,
     show_default="an eighth of the machine's",
     type=click.IntRange(1),
-    help="Of that.",
+    help="How much of it one user may take, in MiB.",
 )
-@click.option("--ready", default=16, show_default=True, type=click.IntRange(1, 4096), help="Tables to keep ready.")
+@click.option(
+    "--ready", default=16, show_default=True, type=click.IntRange(1, 4096), help="How many tables to make in advance."
+)
 @click.option(
     "--probe",
     type=click.Choice([probe.label for probe in Probe]),
     help="Where the program is attached. Left out, the first of these that works.",
 )
 @click.option("--kvm/--no-kvm", default=True, show_default=True, help="Give clients access to /dev/kvm.")
-@click.option("--bpf-statistics", is_flag=True, help="Let the kernel time BPF programs, all of the machine.")
+@click.option("--bpf-statistics", is_flag=True, help="Let the kernel time all BPF programs of the host.")
 @click.option("--metrics", help="Serve figures for Prometheus at unix:PATH or 127.0.0.1:PORT.")
 @click.option("-v", "--verbose", is_flag=True, help="Log each client that comes and goes.")
 @click.pass_context
 def daemon(context: click.Context, /, **options: Any) -> None:
     """Serve notifications to users who may not load BPF programs.
 
-    Needs root, or CAP_BPF and CAP_PERFMON; gives up everything else. Ends on SIGTERM; clients that are connected
-    are told of changes as long as they live, whatever becomes of the daemon.
+    Needs root, or CAP_BPF and CAP_PERFMON; gives up all other privileges. Ends on SIGTERM; connected clients
+    receive changes as long as they live, also after the daemon has ended.
     """
     if context.invoked_subcommand is None:
         _serve(_Options(**options))
@@ -329,7 +349,7 @@ def closed_folder(path: str) -> Path | None:
 
 @daemon.command()
 @click.option("--directory", default="/etc/systemd/system", show_default=True, help="Where the units go.")
-@click.option("--group", default="root", show_default=True, help="Who may connect, with --mode 0660.")
+@click.option("--group", default="root", show_default=True, callback=_known, help="May connect, with --mode 0660.")
 @click.option("--mode", default="0666", show_default=True, callback=_mode, help="The socket's mode.")
 def install(directory: str, group: str, mode: int) -> None:
     """Write the units for systemd, and say how to start them."""
@@ -354,12 +374,4 @@ def install(directory: str, group: str, mode: int) -> None:
                 "install Python and the package where every user can, such as /usr and /opt",
                 err=True,
             )
-    try:
-        grp.getgrnam("kvm")
-    except KeyError:
-        click.echo(
-            "But there is no group kvm, by which the service gets /dev/kvm and without which it does not start; "
-            "install udev, or make it: groupadd --system kvm && chgrp kvm /dev/kvm && chmod g+rw /dev/kvm",
-            err=True,
-        )
     click.echo("Now: systemctl daemon-reload && systemctl enable --now ummunotify.socket")

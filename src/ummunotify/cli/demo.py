@@ -77,7 +77,7 @@ class _Demo:
         handle = self._register("a", a)
         _unmap(a)
         b, how = _map_again(a)
-        self._step("munmap(a)", "a is freed; nobody tells whoever keeps the handle")
+        self._step("munmap(a)", "a is freed; the owner of the handle is not told")
         self._step(f"b = mmap({_PAGE})", f"b is at {b:#x}: {how}")
         self._step("", "we have a handle for that address, so we use it:")
         self._read(handle, b)
@@ -106,7 +106,7 @@ class _Demo:
             _unmap(a)
             b, how = _map_again(a)
             after = first.valid
-            self._step("munmap(a)", "a is freed; the kernel tells of it")
+            self._step("munmap(a)", "a is freed; the kernel reports it")
             self._step(f"b = mmap({_PAGE})", f"b is at {b:#x}: {how}")
             self._check("first", after)
             first.release()

@@ -7,13 +7,13 @@ import os
 import platform
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..bpf import libbpf
 from ..bpf.program import count_on_host
 from ..notifier import Finding, survey
+from .output import show
 
 _CAP_PERFMON, _CAP_BPF, _CAP_SYS_ADMIN = 38, 39, 21
 
@@ -67,9 +67,9 @@ def _machine(programs: int | None) -> dict[str, str]:
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(as_json: bool) -> None:
-    """Say what works on this machine, what does not, and what to do about it.
+    """Report what works on this machine, what does not, and what to do about it.
 
-    Opens each source of invalidations, unmaps a page and looks whether the source has seen it. Exits with 0 if
+    Opens each source of invalidations, unmaps a page and checks that the source has seen it. Exits with 0 if
     at least one source works, and with 1 if none does.
     """
     programs = count_on_host()
@@ -81,28 +81,24 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({"machine": machine, "sources": sources, "advice": advice}, indent=2))
         raise SystemExit(not works)
 
-    console = Console(highlight=False, markup=False, emoji=False)
     facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
     for name, value in machine.items():
         facts.add_row(Text(name, style="bold"), value)
-    console.print(facts)
-    console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("source", "self-test", "what to know"):
-        table.add_column(title, overflow="fold")
+    for title in ("source", "self-test"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("what to know", overflow="fold")
     for finding in findings:
         if finding.available:
             table.add_row(finding.source, Text("passed", style="green"), "a page was unmapped, and it was seen")
         else:
             what = finding.reason + (f"\n-> {finding.remedy}" if finding.remedy else "")
             table.add_row(finding.source, Text("not available", style="red"), what)
-    console.print(table)
-    console.print()
-    if advice:
-        console.print(advice + "\n")
-    if works:
-        best = next(finding.source for finding in findings if finding.available)
-        console.print(Text(f"ummunotify works here: it will use {best}.", style="bold green"))
+    best = next((finding.source for finding in findings if finding.available), None)
+    if best is None:
+        verdict = Text("ummunotify does not work here.", style="bold red")
     else:
-        console.print(Text("ummunotify does not work here.", style="bold red"))
-        raise SystemExit(1)
+        verdict = Text(f"ummunotify works here: it will use {best}.", style="bold green")
+    show(facts, "", table, "", *([advice, ""] if advice else []), verdict)
+    raise SystemExit(best is None)

@@ -70,6 +70,9 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
 
     UnavailableError, SourceUnavailableError: what was insisted on does not work. UnknownSourceError.
     """
+    wanted = environment.get(SOURCE_ENVIRONMENT, "")
+    if source is None and wanted.partition(":")[0] == "bpf":
+        source = wanted  # a C program does not load BPF programs by itself
     if source is not None:
         source_names(source)
         kind, _, probe = source.partition(":")
@@ -79,7 +82,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
         elif kind == "daemon":
             os.close(connect_to_daemon())
         environment[SOURCE_ENVIRONMENT] = source
-    elif not environment.get(SOURCE_ENVIRONMENT):
+    elif not wanted:
         try:
             os.close(connect_to_daemon())
         except SourceUnavailableError:
@@ -94,7 +97,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
     help="Insist on one: daemon, bpf or uffd, the first two also with a probe (bpf:kvm). Left out: the daemon if it "
     "runs, else bpf if this user may load BPF programs.",
 )
-@click.option("--quiet", is_flag=True, help="If there is no device, or no monitor, nobody says why.")
+@click.option("--quiet", is_flag=True, help="Do not print why there is no device or no monitor.")
 @click.option("--libfabric", is_flag=True, help="Give libfabric a memory monitor, instead of the program a device.")
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterable
 
 import click
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +16,7 @@ from .._core import source_names
 from ..errors import SourceUnavailableError, UnknownSourceError
 from ..notifier import open as open_notifier
 from ..selftest import Outcome, Result, run
+from .output import show
 
 _STYLES = {
     Outcome.SEEN: "green",
@@ -56,12 +57,11 @@ def _notes(found: dict[str, list[Result]]) -> Iterable[tuple[str, str]]:
 
 
 def _show(found: dict[str, list[Result]], unavailable: dict[str, str]) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)
     results = next(iter(found.values()), [])
+    parts: list[RenderableType] = []
     if found:
-        console.print(_table("what changes the mapping", [each.case for each in results if each.changes], found))
-        console.print()
-        console.print(_table("what must not count", [each.case for each in results if not each.changes], found))
+        parts += [_table("what changes the mapping", [each.case for each in results if each.changes], found), ""]
+        parts += [_table("what must not count", [each.case for each in results if not each.changes], found), ""]
     notes = Table.grid(padding=(0, 2))
     notes.add_column(no_wrap=True)
     for source, reason in unavailable.items():
@@ -69,23 +69,22 @@ def _show(found: dict[str, list[Result]], unavailable: dict[str, str]) -> None:
     for what, why in _notes(found):
         notes.add_row(what, why)
     if notes.rows:
-        console.print()
-        console.print(notes)
-    console.print()
+        parts += [notes, ""]
     for source, results in found.items():
         bad = sum(each.bad for each in results)
         seen = sum(each.outcome is Outcome.SEEN for each in results)
         verdict = f"{bad} missed" if bad else "no miss"
-        console.print(Text(f"{source}: {verdict}, {seen} seen", style="bold red" if bad else "bold green"))
+        parts.append(Text(f"{source}: {verdict}, {seen} seen", style="bold red" if bad else "bold green"))
     if not found:
-        console.print(Text("no source works here: see `ummunotify doctor`", style="bold red"))
+        parts.append(Text("no source works here: see `ummunotify doctor`", style="bold red"))
+    show(*parts)
 
 
 @click.command("selftest")
 @click.option("--source", help="Only this source, or this of its probes: bpf, bpf:kvm, uffd, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def selftest(source: str | None, as_json: bool) -> None:
-    """Fire every known way to change a mapping, and look whether it is seen.
+    """Make every known kind of change of a mapping, and check that it is seen.
 
     Each source and probe that works here watches memory of this process while it is unmapped, moved, replaced,
     discarded, truncated, copied on write; and while things happen that must not count as a change.
@@ -96,6 +95,7 @@ def selftest(source: str | None, as_json: bool) -> None:
     refused   such memory cannot be watched with this source, and it says so
     blind     the source cannot see this, as its documentation says
     not here  this kernel or this user cannot do it
+    FAILED    the change itself went wrong, so nothing is known
 
     Exits with 1 if anything was missed, or if no source works.
     """

@@ -7,12 +7,13 @@ import socket
 from collections.abc import Iterator
 
 import click
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
 from .._abi import RECORD_SIZE, STATUS_SUMMARY, SUMMARY_SIZE, Op, Record, Request, Summary
 from .._core import connect_to_daemon
 from ..errors import SourceUnavailableError
+from .output import show
 
 
 def _ask(connection: socket.socket, argument: int, size: int) -> bytes:
@@ -43,7 +44,7 @@ def _mib(count: int) -> str:
 def status(as_json: bool) -> None:
     """Show the daemon's clients: their regions, invalidations and memory.
 
-    root sees all clients, other users see their own. Exits with 1 if no daemon answers.
+    root sees all clients, another user those of its own. Exits with 1 if no daemon answers.
     """
     try:
         with socket.socket(fileno=connect_to_daemon()) as connection:
@@ -57,23 +58,20 @@ def status(as_json: bool) -> None:
         clients = [record._asdict() | {"command": record.command.decode(errors="replace")} for record in records]
         click.echo(json.dumps({"daemon": summary._asdict(), "clients": clients}, indent=2))
         return
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(
+    parts: list[RenderableType] = [
         f"daemon {summary.pid}: {summary.clients} of {summary.tables} clients, {summary.ready} tables ready, "
         f"{_mib(summary.memory)} of kernel memory, up for {summary.seconds} s"
-    )
+    ]
     if summary.runs:
-        console.print(
+        parts.append(
             f"BPF program: {summary.runs:,} runs, {summary.run_time_ns / summary.runs:.0f} ns each, "
             f"{summary.skipped} skipped"
         )
     else:
-        console.print(f"BPF program: {summary.skipped} runs skipped; the kernel does not time them (--bpf-statistics)")
-    if not records:
-        return
+        parts.append(f"BPF program: {summary.skipped} runs skipped; the kernel does not time them (--bpf-statistics)")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("pid", "uid", "regions", "invalidations", "memory"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("command")
     for r in records:
         table.add_row(
@@ -84,4 +82,4 @@ def status(as_json: bool) -> None:
             _mib(r.memory),
             ascii(r.command.decode(errors="replace"))[1:-1],
         )
-    console.print(table)
+    show(*parts, *([table] if records else []))

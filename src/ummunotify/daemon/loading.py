@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .._abi import Probe
 from .._core import open_kvm
 from ..bpf import libbpf
-from ..bpf.program import Program, attached
+from ..bpf.program import Program, attached, check_permitted
 from ..errors import SourceUnavailableError, UnavailableError
 from ..notifier import open as open_notifier
 from .server import BOUNDS
@@ -42,6 +42,7 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> Loaded:
 
     Raises UnavailableError, OSError, with nothing left open.
     """
+    check_permitted()  # first: without that, access to /dev/kvm is of no use
     tried = [each.label for each in _PREFERENCE] if probe is None else [probe]
     missing: list[tuple[str, UnavailableError]] = []
     kvm = -1

@@ -1,0 +1,118 @@
+"""What all commands and examples have in common: help, mistakes, output that is not a terminal, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from daemons import Daemon
+
+COMMAND = str(Path(sys.executable).with_name("ummunotify"))
+EXAMPLES = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "examples").glob("*.py")
+    if '"""' in path.read_text() and path.name != "rdma.py"
+)
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
+    return subprocess.run(
+        command, env=inherited | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_similar_command() -> None:
+    result = run(COMMAND, "docter")
+    assert result.returncode == 2
+    assert "No such command 'docter'. Did you mean 'doctor'?" in result.stderr
+    result = run(COMMAND, "xyzzy")
+    assert result.stderr.endswith("No such command 'xyzzy'.\n")
+
+
+def test_lines_stay_whole_in_a_pipe(daemon: Daemon) -> None:
+    """A sentence is never cut by a line's end, and no line is filled up with blanks."""
+    found = run(COMMAND, "doctor", UMMUNOTIFY_SOCKET="/nowhere/socket").stdout
+    assert "no daemon runs here: there is no /nowhere/socket\n" in found
+    assert not [line for line in found.splitlines() if line != line.rstrip()]
+    assert "tables ready" in run(COMMAND, "status", UMMUNOTIFY_SOCKET=daemon.path).stdout.splitlines()[0]
+
+
+def test_a_narrow_terminal_keeps_names_whole() -> None:
+    assert "bpf:mmu_notifier" in run(COMMAND, "doctor", COLUMNS="40").stdout
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["config", "--cflags"], ["demo"], ["selftest", "--source", "uffd"]])
+def test_full_disk(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode != 0
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_while_the_package_is_imported(tmp_path: Path) -> None:
+    """The first module that the package needs tells when it is imported, and waits."""
+    (tmp_path / "_ummunotify_slow.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    code = "import sys, _ummunotify_command as c; sys.modules['ummunotify'] = None; import builtins; "
+    code += "real = builtins.__import__; "
+    code += (
+        "builtins.__import__ = lambda name, *a: real('_ummunotify_slow' if name == 'ummunotify.cli' else name, *a); "
+    )
+    code += "c.main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate()[1]
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_that_the_caller_ignores_stays_ignored() -> None:
+    code = "import signal, _ummunotify_command; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert done.stdout == b"True\n"
+
+
+def test_selftest_explains_every_outcome() -> None:
+    from ummunotify.selftest import Outcome
+
+    says = run(COMMAND, "selftest", "--help").stdout
+    assert not [outcome for outcome in Outcome if f"{outcome} " not in says]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_without_what_they_need(example: Path, tmp_path: Path) -> None:
+    """They say what they are for, and what is missing."""
+    for name in ("mpi4py", "pyverbs"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('there is no module {name}')")
+    helped = run(sys.executable, example, "--help", PYTHONPATH=str(tmp_path))
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert f"python examples/{example.name}" in helped.stdout
+    if "file_server" not in example.name:
+        missing = run(sys.executable, example, PYTHONPATH=str(tmp_path))
+        assert missing.returncode == 2
+        assert missing.stderr.startswith("there is no module ")
+        assert "Traceback" not in missing.stderr
+
+
+def test_units_for_a_group_that_is_not_there(tmp_path: Path) -> None:
+    result = run(COMMAND, "daemon", "install", "--directory", str(tmp_path), "--group", "nosuch")
+    assert result.returncode == 2
+    assert "there is no group 'nosuch'" in result.stderr
+    assert not list(tmp_path.iterdir())
