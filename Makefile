@@ -15,7 +15,7 @@ BPF_COMPILE = cd src/libummunotify/$(1) && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test lint bpf check-bpf bench vmtest vmtest-packages support wheels clean packages
+.PHONY: demo test lint bpf check-bpf bench vmtest vmtest-packages support wheels packages-test clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -75,6 +75,10 @@ check-bpf: $(VENV)/tools
 wheels:
 	tools/debian-packages gcc libc6-dev python3-dev python3-venv git
 	tools/wheels $(PYTHONS)
+
+# The Debian packages: built, installed, used, upgraded and purged in a minimal Debian 13.
+packages-test:
+	tools/fresh-machine -s trixie tools/test-packages
 
 clean:
 	rm -rf $(VENV) build dist
