@@ -15,7 +15,7 @@ BPF_COMPILE = cd src/libummunotify/$(1) && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test lint docs bpf check-bpf bench vmtest vmtest-packages support clean packages
+.PHONY: demo test lint docs bpf check-bpf bench vmtest vmtest-packages support wheels packages-test clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -77,5 +77,14 @@ check-bpf: $(VENV)/tools
 	cmp $(VENV)/watch.bpf.o src/ummunotify/bpf/watch.bpf.o
 	cmp $(VENV)/peers.bpf.o src/ummunotify/bpf/peers.bpf.o
 
+# What is committed, as dist/*.tar.gz, and a wheel for each of PYTHONS.
+wheels:
+	tools/debian-packages gcc libc6-dev python3-dev python3-venv git
+	tools/wheels $(PYTHONS)
+
+# The Debian packages: built, installed, used, upgraded and purged in a minimal Debian 13.
+packages-test:
+	tools/fresh-machine -s trixie tools/test-packages
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist

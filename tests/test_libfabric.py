@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,48 @@ def test_cache_that_was_disabled(source: str) -> None:
 
 def test_programs_without_libfabric() -> None:
     require_source("uffd")
-    assert run(*RUN, "--source", "uffd", "echo", "said") == "said\n"
+    says = [sys.executable, "-c", "print('said', flush=True)"]
+    assert re.fullmatch(
+        r"said\nummunotify: \S+ \(\d+\) has no monitor for libfabric: it has not loaded libfabric\n",
+        run(*RUN, "--source", "uffd", *says),
+    )
+    assert run(*RUN, "--quiet", "--source", "uffd", *says) == "said\n"
+    # A program that starts others is not meant, and neither are they.
+    assert run(*RUN, "--source", "uffd", "sh", "-c", f"{sys.executable} -c 0; echo said") == "said\n"
+
+
+@pytest.mark.parametrize("linked", ["dynamically", "statically", "by dlsym"])
+def test_programs_that_call_another_fi_getinfo(tmp_path: Path, linked: str) -> None:
+    """Or none. They end as they did, and say why there is no monitor."""
+    require_source("uffd")
+    main = tmp_path / "main.c"
+    main.write_text("""
+        #define _GNU_SOURCE
+        #include <dlfcn.h>
+        #include <rdma/fabric.h>
+        #ifdef STATICALLY
+        const char *volatile name = "mr_cache_monitor"; /* as in libfabric itself */
+        #endif
+        int main(void)
+        {
+        #ifdef BY_DLSYM
+            return !dlsym(dlopen("libfabric.so.1", RTLD_NOW), "fi_getinfo");
+        #elif defined(LINKED)
+            return !fi_version();
+        #else
+            return 0;
+        #endif
+        }
+    """)
+    options = {
+        "dynamically": ["-DLINKED", LIBFABRIC],
+        "statically": ["-DSTATICALLY"],
+        "by dlsym": ["-DBY_DLSYM", "-ldl"],
+    }
+    program = build(main, tmp_path / "main", *options[linked])
+    says = run(*RUN, "--source", "uffd", program)
+    why = "linked statically" if linked == "statically" else "not called fi_getinfo"
+    assert re.fullmatch(rf"ummunotify: main \(\d+\) has no monitor for libfabric: [^\n]*{why}[^\n]*\n", says)
 
 
 def test_plugin_with_its_own_libfabric(tmp_path: Path, source: str) -> None:

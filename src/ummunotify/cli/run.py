@@ -111,8 +111,8 @@ def run(source: str | None, quiet: bool, libfabric: bool, program: str, argument
     With --source bpf a daemon of the program's own holds the BPF program, and ends with it. --source uffd needs
     nothing, but sees only what the process does to its private anonymous memory; see docs/c.md.
 
-    With --libfabric there is no device; libfabric's cache of registrations is told of changes instead. See
-    docs/libfabric.md.
+    With --libfabric there is no device; libfabric's cache of registrations is told of changes instead. A program
+    that never used libfabric, or has it linked statically, says so at its end. See docs/libfabric.md.
 
     Exits with 127 if there is no PROGRAM, and with 126 if it cannot be executed.
     """
@@ -123,6 +123,8 @@ def run(source: str | None, quiet: bool, libfabric: bool, program: str, argument
     if set(library) & set(" :$"):
         raise click.ClickException(f"{library} cannot be preloaded: a blank, a colon or a dollar sign is in its path")
     environment["LD_PRELOAD"] = ":".join(filter(None, [library, environment.get("LD_PRELOAD")]))
+    if libfabric:
+        environment["UMMUNOTIFY_LIBFABRIC_PROGRAM"] = str(os.getpid())  # the program's too
     if quiet:
         environment["UMMUNOTIFY_QUIET"] = "1"
     try:
