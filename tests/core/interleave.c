@@ -226,6 +226,7 @@ static struct umn_memory memory;
 static struct umn_table *table;
 static int feeds_under_way, given_up;
 static int armed, wakes;
+static int foreign; /* changes may be others', as the BPF program's feed_table takes them */
 
 static void add_segment(void)
 {
@@ -380,7 +381,7 @@ static void feed_bounded(uint64_t start, uint64_t end, uint32_t steps)
 	}
 	feeds_under_way++;
 	if (umn_in_hull(w.header, start, end))
-		wakes += umn_invalidate(&w, steps);
+		wakes += foreign && umn_all_invalid(w.header) ? umn_disarm(w.header) : umn_invalidate(&w, steps);
 	feeds_under_way--;
 	for (int i = 0; i < count; i++) {
 		struct watched *r = &watched[i];
@@ -493,6 +494,39 @@ static void feed_all_giving_up(void)
 static void feed_second_giving_up(void)
 {
 	feed_bounded(at(1), at(2), 0);
+}
+
+static void setup_foreign(void)
+{
+	setup_3();
+	foreign = 1;
+}
+
+static void feed_giving_up_and_third(void)
+{
+	feed_bounded(at(0), at(200), 2);
+	feed_page(2);
+}
+
+static void drain_renew_third(void)
+{
+	drain(SLOTS);
+	renew(2);
+	feed_page(2);
+}
+
+static void drain_one_renew_third(void)
+{
+	drain(1);
+	renew(2);
+	feed_page(2);
+	drain(SLOTS);
+}
+
+static void watch_third(void)
+{
+	watch(60, at(2), at(4));
+	feed_page(2);
 }
 
 static void feed_all_losing(void)
@@ -678,6 +712,12 @@ static const struct scenario {
 	{"overflow, hint", setup_one_large, {feed_first, feed_second_giving_up, drain_all}, 3},
 	{"overflow", setup_3, {feed_all_giving_up, feed_third, drain_all}, 2},
 	{"overflow, unwatch", setup_3, {feed_all_giving_up, feed_all, unwatch_watch_drain}, 2},
+	{"foreign", setup_foreign, {feed_giving_up_and_third, feed_third, drain_twice}, 2},
+	{"foreign, two give up", setup_foreign, {feed_giving_up_and_third, feed_giving_up_and_third, drain_twice}, 2},
+	{"foreign, renew", setup_foreign, {feed_giving_up_and_third, drain_renew_third}, 3},
+	{"foreign, renew one", setup_foreign, {feed_giving_up_and_third, drain_one_renew_third}, 3},
+	{"foreign, watch", setup_foreign, {feed_giving_up_and_third, watch_third, drain_all}, 2},
+	{"foreign, wake-up", setup_foreign, {feed_giving_up_and_third, feed_third, arm_and_drain}, 2},
 	{"chain lost", setup_3, {feed_all_losing, feed_third, drain_twice}, 2},
 	{"chain lost, unwatch", setup_3, {feed_all_losing, feed_all, unwatch_watch_drain}, 2},
 };
@@ -691,7 +731,7 @@ static void run(const struct scenario *scenario, const struct choice *with, unsi
 	choice_next = 0;
 	point_count = 0;
 	watched_count = 0;
-	locked = feeds_under_way = given_up = armed = wakes = 0;
+	locked = feeds_under_way = given_up = armed = wakes = foreign = 0;
 	table = umn_table_new(SLOTS);
 	add_segment();
 	scenario->setup();

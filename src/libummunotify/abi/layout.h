@@ -55,7 +55,9 @@ struct umn_header {
 	/* rarely written, by both */
 	uint32_t overflow; /* one more each time that a change may have been missed: every region is invalid */
 	uint32_t armed;	   /* the owner sets it; the feeder that clears it sends the wake-up */
-	uint64_t unused4[7];
+	uint32_t given_up; /* feeder: `overflow` when it was counted up by a feeder that has since counted `generation` up */
+	uint32_t known;	   /* owner: the latest `overflow` that it has loaded to watch or renew a region, or to report all */
+	uint64_t unused4[6];
 
 	/* owner, at each watch: on a line that feeders do not read */
 	uint32_t regions; /* how many are watched; for statistics only */

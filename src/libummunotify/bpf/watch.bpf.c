@@ -592,8 +592,11 @@ struct change {
 /* Any region may be invalid. As in umn_invalidate; using the results makes these ordered operations. Returns 1. */
 static __always_inline int give_up(struct umn_header *header)
 {
-	return __sync_fetch_and_add(&header->overflow, 1) != UINT32_MAX &&
-	       __sync_fetch_and_add(&header->generation, 1) != UINT64_MAX;
+	uint32_t overflow = __sync_fetch_and_add(&header->overflow, 1) + 1;
+
+	if (__sync_fetch_and_add(&header->generation, 1) != UINT64_MAX)
+		UMN_STORE(&header->given_up, overflow);
+	return 1;
 }
 
 /*
@@ -635,7 +638,9 @@ static __always_inline int feed_table(uint32_t id, struct change *change, int no
 	steps = change->share < table->cells ? change->share : table->cells;
 	if (change->left < steps)
 		steps = change->left;
-	if (!steps || (change->own && !is_for(table))) {
+	if (!change->own && umn_all_invalid(w.header)) {
+		wake = umn_disarm(w.header);
+	} else if (!steps || (change->own && !is_for(table))) {
 		wake = give_up(w.header) && umn_disarm(w.header);
 	} else {
 		w.thread = thread_for(table);
@@ -876,8 +881,8 @@ static __always_inline int populates(struct task_struct *task, struct pt_regs *r
 }
 
 /*
- * Is the change just the split of a huge page, which leaves all pages where they are? Where a system call cuts a mapping within an
- * aligned 2 MiB, the kernel reports these 2 MiB, whether there is a huge page or not.
+ * Is the change, of an aligned 2 MiB, just the split of a huge page, which leaves all pages where they are? Where a system call cuts a
+ * mapping within an aligned 2 MiB, the kernel reports these 2 MiB, whether there is a huge page or not.
  *
  * The current task is inside the 64-bit system call `change->syscall`, holds the mmap lock for writing, and does not reclaim memory.
  * If it is not certain: no. docs/architecture.md, "Splits of huge pages", says why nothing else that these calls do passes all tests.
@@ -888,8 +893,6 @@ static __always_inline int splits(struct task_struct *task, struct pt_regs *regs
 	struct vm_area_struct *mapping;
 	int populated = 0;
 
-	if (change->end - change->start != PMD_SIZE || change->start & (PMD_SIZE - 1))
-		return 0;
 	switch (change->syscall) {
 	case NR_mmap:
 		if (!(regs->r10 & MAP_ANONYMOUS) || !(regs->r10 & MAP_FIXED))
@@ -964,7 +967,8 @@ static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs
 		if (within(change, regs->di, regs->si))
 			return !populates(task, regs);
 	}
-	return !no_reads && is_split(change->start, change->end, change->syscall);
+	return !no_reads && change->end - change->start == PMD_SIZE && !(change->start & (PMD_SIZE - 1)) &&
+	       is_split(change->start, change->end, change->syscall);
 }
 
 /*

@@ -87,6 +87,8 @@ struct umn_table {
 	int grace;	      /* 0: none is running; 1, 2: its step */
 	bool stuck;	      /* the last wait timed out; the counts may be made up */
 
+	uint32_t overflow_known; /* header->known */
+
 	/* pending.c */
 	uint32_t overflow_seen;
 	uint64_t settled;	 /* what was hit up to this generation has been on the list */
@@ -96,6 +98,20 @@ struct umn_table {
 	uint32_t segment_count;
 	struct segment segments[UMN_SEGMENTS];
 };
+
+/*
+ * Loads `overflow` for what is done next: a region is watched or renewed, or all are reported. Before that feeders are told, so that none
+ * takes an overflow up to this one for a reason to do nothing (umn_all_invalid). A full barrier: without it, on x86 too, a change that
+ * begins after the watch has returned may still find the old value, and be missed.
+ */
+static inline uint32_t load_overflow(struct umn_table *t)
+{
+	uint32_t overflow = load(&t->header->overflow);
+
+	if (t->overflow_known != overflow)
+		(void)__sync_lock_test_and_set(&t->header->known, t->overflow_known = overflow);
+	return overflow;
+}
 
 /* ---- From references to memory ---- */
 

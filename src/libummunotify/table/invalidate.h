@@ -182,6 +182,15 @@ static long umn_push(uint32_t number, struct umn_walk *w)
 	return 1;
 }
 
+/*
+ * Is everything invalid already, and will all be reported? Then a change needs to do nothing, but for a wake-up. A feeder has given up, and
+ * the owner has not acted on it when this change began: see docs/architecture.md, "Growing, and giving up".
+ */
+static UMN_INLINE int umn_all_invalid(struct umn_header *header)
+{
+	return (int32_t)(UMN_LOAD(&header->given_up) - UMN_LOAD(&header->known)) > 0;
+}
+
 /* Can [start, end) overlap a watched region? Asked before the walk counts itself in: a watch widens the hull before it publishes
  * its entry, so a region outside the hull that is seen here was not watched before this change began. */
 static UMN_INLINE int umn_in_hull(struct umn_header *header, uint64_t start, uint64_t end)
@@ -206,7 +215,7 @@ static UMN_INLINE int umn_in_hull(struct umn_header *header, uint64_t start, uin
 static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 {
 	struct umn_header *header = w->header;
-	uint32_t phase = UMN_LOAD(&header->phase) & 1;
+	uint32_t phase = UMN_LOAD(&header->phase) & 1, overflow = 0;
 	int wake = 0;
 
 	if (w->end > UMN_ADDRESS_MAX)
@@ -237,10 +246,14 @@ static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 		if (!w->done)
 			w->gave_up = 1; /* the chain is lost; the owner finds it again when it handles the overflow */
 	}
-	if (w->gave_up && __sync_fetch_and_add(&header->overflow, 1) != UINT32_MAX)
+	if (w->gave_up) {
+		overflow = __sync_fetch_and_add(&header->overflow, 1) + 1;
 		w->hit = 1;
+	}
 	if (w->hit && __sync_fetch_and_add(&header->generation, 1) != UINT64_MAX)
 		wake = umn_disarm(header);
+	if (w->gave_up)
+		UMN_STORE(&header->given_up, overflow); /* after the generation: umn_all_invalid */
 	if (__sync_fetch_and_sub(&header->readers[phase], 1) == 0)
 		wake = 1; /* cannot be, as above */
 	return wake;

@@ -128,7 +128,7 @@ static void gather(struct umn_table *t, uint64_t generation)
 			t->unsound = true;
 	}
 	/* After those feeders have left: one that gave up counts the overflow before it counts itself out. */
-	overflow = load(&t->header->overflow);
+	overflow = load_overflow(t);
 	umn_pending_take(t);
 	if (overflow != t->overflow_seen || t->unsound) {
 		t->overflow_seen = overflow;

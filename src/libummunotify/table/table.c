@@ -200,7 +200,7 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 	region->cookie = cookie;
 	region->user = user;
 	region->place = WATCHED;
-	region->overflow = load(&t->header->overflow);
+	region->overflow = load_overflow(t);
 	store(&slot_of(region)->state, UMN_LIVE);
 	umn_index_insert(t, region);
 	store(&t->regions, t->regions + 1);
@@ -237,7 +237,7 @@ int umn_table_renew(struct umn_table *t, struct umn_region *region)
 
 	if (!lock(t))
 		return 0;
-	overflow = load(&t->header->overflow);
+	overflow = load_overflow(t);
 	/* The source may be feeding nothing of what is at these addresses now. So first the slot is made ready to be hit, then the
 	 * source told, and only then is the region valid again: until then its overflow is one that never was. */
 	store(&region->overflow, source ? overflow - 1 : overflow);
@@ -298,6 +298,7 @@ void umn_table_restart(struct umn_table *t, uint64_t generation)
 	if (!lock(t))
 		return;
 	umn_grace_wait(t); /* a feeder of the self-test's changes may still count up */
+	load_overflow(t);
 	store(&t->header->generation, generation);
 	store(&t->seen, generation);
 	t->settled = generation;
