@@ -29,7 +29,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorte
 
 OUTPUT = "what a program prints, or what is not code"
 FORM = "a form: the program that it names is the reader's"
-SYSTEM = "it changes the host; tests/test_daemon_systemd.py tests the units"
+SYSTEM = "it changes the host; tests/test_daemon_systemd.py tests the units, tools/fresh-machine what is installed"
 TESTS = {
     "README.md": {
         "a = mmap": "pseudocode; `ummunotify demo` does it",
@@ -69,6 +69,12 @@ TESTS = {
         "# ummunotify status": OUTPUT,
         "/opt/ummunotify/bin/pip": SYSTEM,
         "systemctl disable": SYSTEM,
+    },
+    "docs/install.md": {
+        "python3 -m venv": "`make wheels` does it with each wheel",
+        "apt-get install": SYSTEM,
+        "apt-get build-dep": "`make packages-test` does it, on a machine of its own",
+        "meson setup": "test_c.py: test_installed_by_itself",
     },
     "docs/libfabric.md": {
         "ummunotify run --libfabric": FORM,

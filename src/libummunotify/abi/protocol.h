@@ -20,7 +20,7 @@
 
 #include <stdint.h>
 
-#define UMN_PROTOCOL_VERSION 2
+#define UMN_PROTOCOL_VERSION 3
 #define UMN_SOCKET_PATH "/run/ummunotify/socket"
 #define UMN_SOCKET_ENVIRONMENT "UMMUNOTIFY_SOCKET"
 
