@@ -381,7 +381,9 @@ static void feed_bounded(uint64_t start, uint64_t end, uint32_t steps)
 	}
 	feeds_under_way++;
 	if (umn_in_hull(w.header, start, end))
-		wakes += foreign && umn_all_invalid(w.header) ? umn_disarm(w.header) : umn_invalidate(&w, steps);
+		wakes += foreign && umn_all_invalid(w.header)
+				 ? __sync_fetch_and_add(&w.header->generation, 1) != UINT64_MAX && umn_disarm(w.header)
+				 : umn_invalidate(&w, steps);
 	feeds_under_way--;
 	for (int i = 0; i < count; i++) {
 		struct watched *r = &watched[i];

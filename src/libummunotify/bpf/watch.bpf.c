@@ -639,7 +639,7 @@ static __always_inline int feed_table(uint32_t id, struct change *change, int no
 	if (change->left < steps)
 		steps = change->left;
 	if (!change->own && umn_all_invalid(w.header)) {
-		wake = umn_disarm(w.header);
+		wake = __sync_fetch_and_add(&w.header->generation, 1) != UINT64_MAX && umn_disarm(w.header);
 	} else if (!steps || (change->own && !is_for(table))) {
 		wake = give_up(w.header) && umn_disarm(w.header);
 	} else {

@@ -183,8 +183,8 @@ static long umn_push(uint32_t number, struct umn_walk *w)
 }
 
 /*
- * Is everything invalid already, and will all be reported? Then a change needs to do nothing, but for a wake-up. A feeder has given up, and
- * the owner has not acted on it when this change began: see docs/architecture.md, "Growing, and giving up".
+ * Is everything invalid already, and will all be reported? Then a change need only count the generation up and send a wake-up. A feeder
+ * has given up, and the owner has not acted on it when this change begins: see docs/architecture.md, "Growing, and giving up".
  */
 static UMN_INLINE int umn_all_invalid(struct umn_header *header)
 {
