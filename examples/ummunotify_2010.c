@@ -56,14 +56,15 @@ static void init(void)
 static void drop_what_changed(void)
 {
 	struct ummunotify_event events[16];
+	uint64_t before;
 	ssize_t length;
 
-	while (last_counter != *counter) { /* no system call while nothing happens */
+	while (last_counter != (before = *counter)) { /* no system call while nothing happens */
 		length = read(fd, events, sizeof events);
 		if (length < 0 && errno != EAGAIN)
 			die("read");
 		if (length <= 0) {
-			last_counter = *counter;
+			last_counter = before; /* not what it is now: something may have changed since the read */
 			return;
 		}
 		for (size_t i = 0; i < (size_t)length / sizeof *events; i++) {
