@@ -14,6 +14,12 @@ from ummunotify import Notifier
 from ummunotify.selftest import Watched, units
 from ummunotify.selftest.changes import CASES, SLOW_CHANGES, Act, Case, Memory, MissingError, in_thread
 
+RARE = {
+    "madvise PAGEOUT of private memory",  # needs swap space
+    "brk, where prctl has placed the heap",  # needs CAP_SYS_RESOURCE over the host
+}
+"""Changes that not every machine can make, whatever is installed."""
+
 
 def run(case: Case, act: Act, umn: Notifier) -> None:
     try:
@@ -26,7 +32,7 @@ def run(case: Case, act: Act, umn: Notifier) -> None:
                 memory.fill()
                 check(case, watched)
     except MissingError as error:
-        require("changes", f"{case.name}: {error}")
+        require("changes", f"{case.name}: {error}", always=case.name not in RARE)
 
 
 def check(case: Case, watched: Watched) -> None:
