@@ -309,6 +309,36 @@ def test_who_waits_for_a_wakeup_does_not_delay_others(daemon: Daemon, nested: bo
             os.kill(daemon.pid, signal.SIGCONT)
 
 
+def test_changes_of_others_after_a_table_has_given_up(daemon: Daemon) -> None:
+    """Each counts, though nothing is walked for it, and is seen again once the owner has acted."""
+
+    def change() -> None:
+        other.pipe.send("change")
+        assert other.hear() == "changed"
+
+    other = Child(copies)
+    assert other.hear() == "ready"
+    with ummunotify.open(source="daemon") as umn:
+        regions = [umn.watch((PLACE, PAGE)) for _ in range(2 * BOUNDS.steps_foreign)]
+        for _ in range(3):
+            before = umn.generation
+            change()
+            assert umn.generation != before
+            assert umn.changed
+            assert not any(region.valid for region in regions)
+        assert {event.region for event in umn.read()} == set(regions)
+        assert not umn.changed
+        for region in regions[100:]:
+            region.close()
+        for region in regions[:100]:
+            region.renew()
+        change()
+        assert not any(region.valid for region in regions)
+        assert {event.region for event in umn.read()} == set(regions[:100])
+    other.pipe.send("end")
+    other.result()
+
+
 def test_more_wakeups_than_a_change_pays_for(daemon: Daemon) -> None:
     """All are sent, if some of them by the daemon."""
     clients = 2 * BOUNDS.waiters_foreign // 8
