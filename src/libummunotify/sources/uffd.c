@@ -558,6 +558,7 @@ static uint64_t end_of_room(const struct mapping *mapping)
 /* ---- The reader ---- */
 
 struct reader {
+	uint32_t instance; /* its own; uffd_state.instance may be the next one already */
 	bool has_own_table;
 	struct umn_descriptor uffd, maps;
 	struct umn_descriptor wake[UMN_UFFD_TABLES_MAX]; /* copies of the tables', by their place in uffd_state.tables */
@@ -796,7 +797,7 @@ static void end_registrations(struct reader *r)
 /* The reader's part of `start`. 0 or an errno. */
 static int set_up_reader(struct reader *r)
 {
-	*r = (struct reader){.uffd = uffd_state.uffd, .maps = {.fd = -1}, .low = UINT64_MAX};
+	*r = (struct reader){.uffd = uffd_state.uffd, .maps = {.fd = -1}, .low = UINT64_MAX, .instance = load(&uffd_state.instance)};
 	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++)
 		r->wake[i].fd = -1;
 	/* It empties the table without closing anything. */
@@ -824,8 +825,9 @@ static void *reader(void *unused)
 		poll(&polled, 1, polled.fd < 0 ? 10 : -1);
 		if (!polled.revents || take_events(&r) >= 0)
 			continue;
-		/* The program has closed it in the table that both share. Nothing will be told any more. */
-		store(&uffd_state.over, load(&uffd_state.instance));
+		/* The program has closed it in the table that both share. Nothing will be told any more. Its own number: who stops this
+		 * reader has counted on to that of the next instance, which is not over. */
+		store(&uffd_state.over, r.instance);
 		polled.fd = -1;
 		feed(&r, 0, UINT64_MAX, -1);
 	}
