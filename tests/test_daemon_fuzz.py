@@ -34,7 +34,7 @@ def resident(pid: int) -> int:
 
 @contextlib.contextmanager
 def bystander() -> Iterator[None]:
-    """Another user, who watches memory, changes it, and misses nothing meanwhile."""
+    """Meanwhile another user's process watches memory and changes it. It fails if a change is missed."""
     child = Child(stress, BYSTANDER)
     assert child.hear() == "watching"
     yield

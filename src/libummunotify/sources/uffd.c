@@ -558,7 +558,7 @@ static uint64_t end_of_room(const struct mapping *mapping)
 /* ---- The reader ---- */
 
 struct reader {
-	uint32_t instance; /* its own; uffd_state.instance may be the next one already */
+	uint32_t instance; /* the one that it reads for */
 	bool has_own_table;
 	struct umn_descriptor uffd, maps;
 	struct umn_descriptor wake[UMN_UFFD_TABLES_MAX]; /* copies of the tables', by their place in uffd_state.tables */
@@ -825,8 +825,8 @@ static void *reader(void *unused)
 		poll(&polled, 1, polled.fd < 0 ? 10 : -1);
 		if (!polled.revents || take_events(&r) >= 0)
 			continue;
-		/* The program has closed it in the table that both share. Nothing will be told any more. Its own number: who stops this
-		 * reader has counted on to that of the next instance, which is not over. */
+		/* The program has closed the userfaultfd, in the descriptor table that it shares with this reader: no event comes any
+		 * more. Not uffd_state.instance: the thread that stops this reader may have set that to the next instance. */
 		store(&uffd_state.over, r.instance);
 		polled.fd = -1;
 		feed(&r, 0, UINT64_MAX, -1);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -40,6 +39,8 @@ class _Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in _COMMANDS and not name.startswith("-"):  # click itself would look in `commands`, which is empty
+            from difflib import get_close_matches  # takes time, and only mistakes need it
+
             similar = " or ".join(map(repr, get_close_matches(name, _COMMANDS)))
             ctx.fail(f"No such command {name!r}." + (f" Did you mean {similar}?" if similar else ""))
         return super().resolve_command(ctx, args)
