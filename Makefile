@@ -15,14 +15,18 @@ BPF_COMPILE = cd src/libummunotify/$(1) && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test lint docs bpf check-bpf bench vmtest vmtest-packages support wheels packages-test clean packages
+.PHONY: demo test selftest lint docs bpf check-bpf bench vmtest vmtest-packages support wheels packages-test clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(RUN)ummunotify demo
 
+# All tests, or those that TESTS names.
 test: $(VENV)/installed
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest $(TESTS)
+
+selftest: $(VENV)/installed
+	$(RUN)ummunotify selftest
 
 # Writes docs/benchmarks.md, or only the sections that SECTIONS names.
 bench: $(VENV)/installed
