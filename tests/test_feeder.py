@@ -27,7 +27,19 @@ from support import LONG, require, show_secret
 
 import ummunotify
 from ummunotify import ForkedError, Notifier, SourceUnavailableError, TooManyNotifiersError
-from ummunotify._abi import PAGE, PROTOCOL_VERSION, REPLY_SIZE, Header, Op, Probe, Reply, Request, Status, u32
+from ummunotify._abi import (
+    OBJECT_VERSION,
+    PAGE,
+    PROTOCOL_VERSION,
+    REPLY_SIZE,
+    Header,
+    Op,
+    Probe,
+    Reply,
+    Request,
+    Status,
+    u32,
+)
 from ummunotify._bpf import create_segment, read_map
 from ummunotify._core import open_notifier
 from ummunotify.bpf import feeder, program
@@ -598,6 +610,17 @@ def test_a_defect_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(feeder, "attached", fail)
         with pytest.raises(UnavailableError, match="oops"):
+            feeder.connect(Probe.KVM)
+
+
+def test_an_object_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a package was installed anew, or removed, after the process had begun."""
+    for words, data in (("another version", b"ummunotify protocol 0\0"), ("No such file", None)):
+        path = tmp_path / words
+        if data is not None:
+            path.write_bytes(program._OBJECT.read_bytes().replace(OBJECT_VERSION + b"\0", data))
+        monkeypatch.setattr(program, "_OBJECT", path)
+        with pytest.raises(UnavailableError, match=f"{words}.*start the process again"):
             feeder.connect(Probe.KVM)
 
 

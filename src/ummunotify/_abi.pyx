@@ -10,6 +10,7 @@ import os
 from collections import namedtuple
 
 cdef extern from "abi/protocol.h":
+    const char *UMN_OBJECT_VERSION
     enum:
         UMN_PROTOCOL_VERSION
         UMN_FDS_MAX
@@ -95,6 +96,7 @@ RING_BYTES = UMN_RING_BYTES
 STEPS_MAX = UMN_STEPS_MAX
 
 PROTOCOL_VERSION = UMN_PROTOCOL_VERSION
+OBJECT_VERSION = <bytes>UMN_OBJECT_VERSION
 FDS_MAX = UMN_FDS_MAX
 STATUS_SUMMARY = UMN_STATUS_SUMMARY
 SOCKET_PATH = UMN_SOCKET_PATH.decode()

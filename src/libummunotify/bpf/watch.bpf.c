@@ -15,8 +15,10 @@
 #include <bpf/bpf_core_read.h>
 
 #include "abi/maps.h"
+#include "abi/protocol.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
+const char version[] SEC("ummunotify") = UMN_OBJECT_VERSION;
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 struct pt_regs {

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._abi import SEGMENTS, Probe, u64
+from .._abi import OBJECT_VERSION, SEGMENTS, Probe, u64
 from .._bpf import LINK, MAP, PROGRAM, Bounds, Descriptor, Tables
 from ..errors import UnavailableError
 from . import libbpf, zap
@@ -18,6 +18,7 @@ _GAPS = "probe_gap"
 """The program that notices where the kernel may skip the others."""
 _ENDED, _WAKE = "ended", ("wake_all_due", "wake_all_due_no_reads")
 """Programs that are attached to nothing: for tables whose address space has ended, and for wake-ups that are due."""
+_OBJECT = Path(libbpf.__file__).with_name("watch.bpf.o")
 _TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
 _TABLE_MAPS = ("segments", "rings", "tables", "owners", "handshakes", "control")
@@ -75,6 +76,19 @@ def _switched_off() -> bool:
 def _may_not_read(error: libbpf.BpfError) -> bool:
     """Was a program refused because it reads memory, as lockdown refuses it?"""
     return bool(re.search(r"(unknown func|cannot use helper) bpf_probe_read", error.log))
+
+
+def _object() -> bytes:
+    """The BPF object. Raises UnavailableError if it is not of the library that this process has."""
+    try:
+        data = _OBJECT.read_bytes()
+    except OSError as error:
+        raise UnavailableError(str(error), "install ummunotify again, and start the process again") from error
+    if OBJECT_VERSION + b"\0" not in data:
+        raise UnavailableError(
+            f"{_OBJECT} is of another version of ummunotify than this process", "start the process again"
+        )
+    return data
 
 
 def why(error: OSError) -> UnavailableError:
@@ -136,7 +150,7 @@ class Program:
         self._ended_code: Descriptor | None = None
         self._wake_code: Descriptor | None = None
         _check_kernel(probe)
-        data = Path(libbpf.__file__).with_name("watch.bpf.o").read_bytes()
+        data = _object()
         try:
             # Each function to attach to, with the cookie that the program gets from there.
             self._functions = zap.attachments() if probe == Probe.ZAP else {_FUNCTION: 0}
