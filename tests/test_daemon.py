@@ -539,15 +539,24 @@ def test_clients_that_do_not_finish(daemon: Daemon) -> None:
     daemon.settled()
 
 
-def test_a_flood(daemon: Daemon) -> None:
+@pytest.mark.parametrize("hold", [0, 700], ids=["of requests", "of held connections"])
+def test_a_flood(hold: int, daemon: Daemon) -> None:
     def flood(pipe: Connection) -> None:
+        held = []
         pipe.send("flooding")
         while not pipe.poll():
-            with contextlib.suppress(ummunotify.SourceUnavailableError, OSError), connect() as connection:
-                connection.send(Request(Op.HELLO).pack())
+            with contextlib.suppress(ummunotify.SourceUnavailableError, OSError):
+                connection = connect()
                 connection.setblocking(False)
-                for _ in range(10):
-                    connection.send(os.urandom(8))
+                held.append(connection)
+                connection.send(Request(Op.HELLO).pack())
+                if not hold:
+                    for _ in range(10):
+                        connection.send(os.urandom(8))
+            if len(held) > hold:
+                for connection in held:
+                    connection.close()
+                held.clear()
 
     child = Child(flood, NOBODY - 1)
     try:

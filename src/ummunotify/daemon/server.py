@@ -53,6 +53,8 @@ SEGMENTS_AT_ONCE = 32
 may open, and then refuses to pass on any more."""
 
 _GATHER_SECONDS = 0.002
+_GIVEN_AT_ONCE = 4
+"""Tables to clients that waited for them, in a turn of the loop: some 1 ms."""
 
 
 class Relay:
@@ -95,6 +97,8 @@ class Server:
         self._clients = Clients(self.loop, listener, who, self._usage, self.counters, self._do, self._gone)
         self._by_table: dict[int, Client] = {}
         self._waiting = Queue()
+        self._giving = False
+        """May tables be ready for clients that wait?"""
         self._taken: Counter[int] = Counter()  # tables, by each user since the last batch
         self._stock = Stock(program.tables, ready)
         self._started = time.monotonic()
@@ -105,7 +109,7 @@ class Server:
         self._to_wake: int | None = None
         """From this table on wake-ups may be due."""
         self.loop.watch(self._relay.fd, self._wake)
-        self._build()
+        self._stock.begin(0)
 
     def run(self, started: Callable[[], None]) -> None:
         """Until SIGTERM or SIGINT. In the main thread. Calls `started` when it is ready for either."""
@@ -117,7 +121,7 @@ class Server:
         self._to_wake = 0
 
     def _timeout(self) -> float | None:
-        if self._to_wake is not None or self._clients.late:
+        if self._to_wake is not None or self._clients.late or self._giving or self._stock.preparing:
             return 0
         if self._stock.idle_work() and not self._stock.batch:
             return _GATHER_SECONDS
@@ -130,9 +134,12 @@ class Server:
             self._to_wake = self._program.wake_due(self._to_wake) or None
         self._check()
         idle = idle and not self._clients.late
+        self._give_on()
         due = self._waiting or self._stock.growing or (idle and self._stock.idle_work())
         if due and not self._stock.batch:
-            self._build()
+            self._stock.begin(len(self._waiting))
+        if self._stock.preparing:
+            self._prepare()
 
     def _check(self) -> None:
         """What is to be looked at now and then."""
@@ -203,7 +210,7 @@ class Server:
             client.answer(Reply(status, value=limit).pack())
             return
         client.busy = True
-        if self._may_take(client.user):
+        if self._may_take(client.user) and not self._waiting.has(client.user):
             self._give(client)
         else:
             self._waiting.add(client)
@@ -309,16 +316,16 @@ class Server:
 
     # ---- what waits for running programs ----
 
-    def _build(self) -> None:
-        """Begin to put in and take out everything that is due."""
-        shortage = self._stock.begin(len(self._waiting))
-        if not shortage.error:
+    def _prepare(self) -> None:
+        """A part of what is put in and taken out next."""
+        shortage = self._stock.prepare()
+        if shortage is None or not shortage.error:
             return
         failed = Reply(Status.FAILED, value=shortage.error)
         for client, count in shortage.growing:
             self._usage.shrink(client.user, count)
             self._clients.answer(client, failed)
-        while len(self._waiting) > shortage.made:
+        while len(self._waiting) > shortage.made + len(self._stock.ready):
             client = self._waiting.take_last()
             self._usage.leave(client.user, 1)
             self._clients.answer(client, failed)
@@ -334,7 +341,15 @@ class Server:
             for fd in fds:
                 os.close(fd)
         self._taken.clear()
-        while (waiting := self._waiting.next(self._taken)) is not None and self._may_take(waiting.user):
+        self._giving = True
+
+    def _give_on(self) -> None:
+        """Give tables that have become ready to some of the clients that wait for them."""
+        for _ in range(_GIVEN_AT_ONCE if self._giving else 0):
+            waiting = self._waiting.next(self._taken)
+            if waiting is None or not self._may_take(waiting.user):
+                self._giving = False
+                break
             self._waiting.remove(waiting)
             try:
                 self._give(waiting)
@@ -351,6 +366,10 @@ class Queue:
 
     def __len__(self) -> int:
         return self._count
+
+    def has(self, user: int) -> bool:
+        """Does a client of this user wait?"""
+        return user in self._by_user
 
     def add(self, client: Client) -> None:
         self._by_user.setdefault(client.user, {})[client] = None
