@@ -21,6 +21,12 @@
 #define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
 
+/* The __sync builtins are full barriers as well, but for __sync_lock_test_and_set, which only acquires. */
+static inline void full_barrier(void)
+{
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
 /* The most chunks that one change of the index can take: two nodes a level, a new root, a chunk of slots. */
 #define CHUNKS_NEEDED (2 * UMN_LEVELS + 2)
 
@@ -102,14 +108,16 @@ struct umn_table {
 /*
  * Loads `overflow` for what is done next: a region is watched or renewed, or all are reported. Before that feeders are told, so that none
  * takes an overflow up to this one for a reason to do nothing (umn_all_invalid). A full barrier: without it, on x86 too, a change that
- * begins after the watch has returned may still find the old value, and be missed.
+ * begins after the watch or the report may still find the old value, and be missed.
  */
 static inline uint32_t load_overflow(struct umn_table *t)
 {
 	uint32_t overflow = load(&t->header->overflow);
 
-	if (t->overflow_known != overflow)
-		(void)__sync_lock_test_and_set(&t->header->known, t->overflow_known = overflow);
+	if (t->overflow_known != overflow) {
+		store(&t->header->known, t->overflow_known = overflow);
+		full_barrier();
+	}
 	return overflow;
 }
 

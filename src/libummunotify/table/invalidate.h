@@ -17,9 +17,10 @@
  * Nothing here waits or allocates, and every loop is bounded: a feeder may hold any kernel lock, and the table may belong to an
  * untrusted process. At a bound, or where a reference leads nowhere, the walk gives up: header.overflow makes every region invalid.
  *
- * The __sync builtins are full barriers: on x86 locked instructions; on Arm an atomic instruction that acquires and releases, or
- * a barrier after the loop. In BPF they are fully ordered if their result is used, and without order if not. Each place that needs
- * the order says what breaks without it.
+ * The __sync builtins are full barriers: on x86 locked instructions; on Arm an atomic instruction that acquires and releases, or a
+ * barrier after the loop. In BPF they are that only if their result is used, and without order if not. In user space clang has no barrier
+ * after the loop: what comes later may overtake it, but not a load that acquires, as UMN_LOAD does there; and
+ * __sync_lock_test_and_set only acquires. Each place that needs the order says what breaks without it.
  */
 #ifndef UMN_FEEDER_H
 #define UMN_FEEDER_H

@@ -213,6 +213,7 @@ int umn_table_watch(struct umn_table *t, uint64_t start, uint64_t end, uint64_t 
 	umn_grace_reclaim(t);
 	umn_index_tidy(t);
 	*result = region;
+	full_barrier(); /* see umn_table_renew */
 out:
 	unlock(t);
 	return error;
@@ -250,6 +251,10 @@ int umn_table_renew(struct umn_table *t, struct umn_region *region)
 			source->unwatch(source, region->start, region->end); /* for the time before */
 		store(&region->overflow, overflow);
 	}
+	/* From here on every feeder finds the region. The caller pins the memory next, and reads what is mapped there. Without the
+	 * barrier it might read that while the stores are still on their way, and a change that begins meanwhile on another CPU would
+	 * pass the region by. On x86 unlocking is such a barrier; on Arm what comes later may overtake it. */
+	full_barrier();
 	unlock(t);
 	return error;
 }
