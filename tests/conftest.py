@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ from ummunotify.selftest.changes import Memory, private
 pytest_plugins = ("daemons", "random_changes")
 
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 
 let_in()
 

@@ -19,7 +19,7 @@ from ummunotify import Invalidation, Notifier, Region, _core
 from ummunotify.bpf import libbpf
 from ummunotify.selftest.changes import PAGE, Memory, madvise
 
-_SYS_MADVISE = 28
+_SYS_MADVISE = {"x86_64": 28, "aarch64": 233}[os.uname().machine]
 
 LONG = 60.0
 """Seconds in which everything has happened that is going to."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from ummunotify import RegistrationCache
 
 PACKAGE = Path(ummunotify.__file__).parent
 HEADERS, LIBRARIES = PACKAGE / "include", PACKAGE / "lib"
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 
 CYTHON = """
 # cython: language_level=3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ from support import map_memory, unmap_memory
 
 from ummunotify import DeregistrationError, RegistrationCache, RegistrationError
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 PAGES = 64
 SECONDS = 60.0 if "UMMUNOTIFY_SLOW" in os.environ else 1.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def check(case: Case, watched: Watched) -> None:
     assert {unit for unit, region in watched.units.items() if region in events} == invalid
     assert (watched.whole in events) == bool(hit)
     # The last byte's page is the last unit's, if that is one page.
-    if not case.needless and memory.unit == 4096:
+    if not case.needless and memory.unit == mmap.PAGESIZE:
         assert (watched.last_byte in events) == (memory.count - 1 in expected)
     for region in watched.all:
         if region in events:
@@ -89,7 +90,7 @@ def test_slow(case: Case, keeper: Notifier) -> None:
 RECLAIM = """
 import ctypes, mmap, os, sys, tempfile, ummunotify
 
-PAGE, FILE_PAGES, TABLES = 4096, 4096, 4000
+PAGE, FILE_PAGES, TABLES = mmap.PAGESIZE, 4096, 4000
 limit = sys.argv[1]
 
 def set_limit(bytes):

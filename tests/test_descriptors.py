@@ -22,7 +22,7 @@ from support import LONG, bpf_map, map_memory, unmap_memory
 from ummunotify.selftest.changes import load, store
 
 source, how, when = sys.argv[2:]
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 before = {int(fd) for fd in os.listdir("/proc/self/fd")}
 umn = ummunotify.open(source)
@@ -206,14 +206,14 @@ def test_descriptors_that_the_program_closes_or_replaces(how: str, when: str, so
 
 
 ENDS = """
-import ctypes, os, sys, threading
+import ctypes, mmap, os, sys, threading
 sys.path.insert(0, sys.argv[1])
 import ummunotify
 from support import map_memory, unmap_memory
 from ummunotify.selftest.changes import store
 
 source, call, by = sys.argv[2:]
-PAGE, COUNT = 4096, 300
+PAGE, COUNT = mmap.PAGESIZE, 300
 libc = ctypes.CDLL(None, use_errno=True)
 umn = ummunotify.open(source)
 address = map_memory(COUNT * PAGE)

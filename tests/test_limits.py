@@ -130,13 +130,13 @@ FILTERS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 LATE = """
-import ctypes, os, sys
+import ctypes, mmap, os, sys
 sys.path.insert(0, sys.argv[2])
 import ummunotify
 from support import map_memory, unmap_memory
 from ummunotify.selftest.changes import store
 libc = ctypes.CDLL(None, use_errno=True)
-PAGE, COUNT = 4096, 300
+PAGE, COUNT = mmap.PAGESIZE, 300
 umn = ummunotify.open(sys.argv[1])
 address = map_memory(COUNT * PAGE)
 for i in range(COUNT):

@@ -6,6 +6,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 import enum
+import mmap
 import os
 from collections import namedtuple
 
@@ -92,7 +93,7 @@ SEGMENT_PAGES = UMN_SEGMENT_PAGES
 SEGMENTS = UMN_SEGMENTS
 CELLS_PER_SEGMENT = UMN_SEGMENT_PAGES * UMN_CELLS_PER_PAGE
 TABLES_PER_MM_MAX = UMN_TABLES_PER_MM_MAX
-RING_BYTES = UMN_RING_BYTES
+RING_BYTES = max(UMN_RING_BYTES, mmap.PAGESIZE)
 STEPS_MAX = UMN_STEPS_MAX
 
 PROTOCOL_VERSION = UMN_PROTOCOL_VERSION

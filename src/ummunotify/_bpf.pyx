@@ -15,9 +15,11 @@ from libc.errno cimport E2BIG, EBADF, ECHILD, EINVAL, ENOENT, ENOMEM, ENOSPC, ES
 from libc.stdint cimport UINT32_MAX, int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+import mmap
 import os
 from typing import NamedTuple
 
+from ._abi import RING_BYTES
 from .bpf.libbpf import BpfError
 from .errors import DescriptorLostError, UnavailableError
 
@@ -88,7 +90,6 @@ cdef extern from "abi/maps.h" nogil:
     const uint32_t UMN_SEGMENTS
     const uint32_t UMN_CELLS_PER_SEGMENT
     const uint32_t UMN_TABLES_PER_MM_MAX
-    const uint32_t UMN_RING_BYTES
     const uint32_t UMN_STEPS_MAX
     struct umn_fed_table:
         uint64_t space
@@ -99,6 +100,7 @@ cdef extern from "abi/maps.h" nogil:
         uint64_t space
         uint32_t sole_table, steps_own, steps_foreign, steps_share
         uint32_t waiters_own, waiters_foreign, waiters_relay
+        uint32_t page_shift
 
 cdef enum:
     STEPS_LEAST = 8  # enough to find some regions among a million: 1 for each of the 5 levels, 1 for each further hit
@@ -133,7 +135,7 @@ def create_segment():
 
 def create_ring():
     """A wake-up. A map's descriptor, which the caller closes; OSError."""
-    return check(umn_bpf_create_map(BPF_MAP_TYPE_RINGBUF, b"umn_wake", 0, 0, UMN_RING_BYTES, 0), "make a wake-up")
+    return check(umn_bpf_create_map(BPF_MAP_TYPE_RINGBUF, b"umn_wake", 0, 0, RING_BYTES, 0), "make a wake-up")
 
 
 def read_map(int fd, bytes key, size_t value_size):
@@ -280,6 +282,7 @@ cdef class Tables:
         memset(&value, 0, sizeof(value))
         value.tables = self.used
         value.handshakes = self.open_handshakes
+        value.page_shift = mmap.PAGESIZE.bit_length() - 1
         if len(self.fed) == 1:
             for table, space in self.fed.items():
                 value.sole_table, value.space = table + 1, space

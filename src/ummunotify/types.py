@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ._core import Region
 
-_CALLS = {
-    -1: "a page fault or the kernel itself",
-    1: "write",
-    9: "mmap",
-    10: "mprotect",
-    11: "munmap",
-    12: "brk",
-    16: "ioctl",
-    25: "mremap",
-    28: "madvise",
-    30: "shmat",
-    67: "shmdt",
-    76: "truncate",
-    77: "ftruncate",
-    285: "fallocate",
-    311: "process_vm_writev",
-    426: "io_uring_enter",
-    440: "process_madvise",
+_NUMBERS = {
+    "write": (1, 64),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "ioctl": (16, 29),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "shmat": (30, 196),
+    "shmdt": (67, 197),
+    "truncate": (76, 45),
+    "ftruncate": (77, 46),
+    "fallocate": (285, 47),
+    "process_vm_writev": (311, 271),
+    "io_uring_enter": (426, 426),
+    "process_madvise": (440, 440),
 }
+"""On x86-64; on the architectures that came later."""
+_CALLS = {numbers[os.uname().machine != "x86_64"]: name for name, numbers in _NUMBERS.items()}
+_CALLS[-1] = "a page fault or the kernel itself"
 
 
 class NotifierStats(NamedTuple):

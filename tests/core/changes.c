@@ -21,7 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE 4096ul
+#define PAGE ((unsigned long)sysconf(_SC_PAGESIZE))
 /* Far below what the kernel places itself, or something else's memory would come to lie in the holes. */
 #ifdef __SANITIZE_THREAD__ /* It lets only some addresses be mapped. */
 #define ARENA ((uint8_t *)0x7e9000000000)

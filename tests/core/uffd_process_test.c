@@ -31,7 +31,7 @@
 #include "sources/uffd.h"
 #include "table/table.h"
 
-#define PAGE 4096ul
+#define PAGE ((unsigned long)sysconf(_SC_PAGESIZE))
 #define SECONDS 60
 #define check(condition)                                                                   \
 	do {                                                                               \

@@ -13,7 +13,7 @@
 /* Tables of one address space that a change looks at. */
 #define UMN_TABLES_PER_MM_MAX 256
 
-/* A wake-up's ring buffer: one page, of which each wake-up takes 16 bytes. */
+/* A wake-up's ring buffer, of which each wake-up takes 16 bytes; more where the kernel's pages, of which it wants one, are larger. */
 #define UMN_RING_BYTES UMN_PAGE
 
 /* bpf_loop's own limit. */
@@ -36,14 +36,14 @@ struct umn_control {
 	uint32_t tables;	/* tables with this number and above have never been used */
 	uint32_t handshakes;	/* how many are open */
 	uint64_t space;		/* if just one table is being fed: its address space, ... */
-	uint32_t sole_table;	/* ... and its number plus 1 */
+	uint32_t sole_table;	/* ... and its number plus 1; both are 0 otherwise */
 	/* The most that a change may take ... */
 	uint32_t steps_own;	/* in all tables of the address space that makes it */
 	uint32_t steps_foreign; /* in all tables that may be others' ... */
 	uint32_t steps_share;	/* ... and in each of them */
 	/* For how many that wait a change may send wake-ups, to each as above; UINT32_MAX: they are not counted. And a run of the daemon's. */
 	uint32_t waiters_own, waiters_foreign, waiters_relay;
-	uint32_t unused;
+	uint32_t page_shift; /* the kernel's pages have 1 << page_shift bytes */
 };
 
 /* What is added for each wake-up to the number of those that wait for it. */

@@ -21,8 +21,13 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 const char version[] SEC("ummunotify") = UMN_OBJECT_VERSION;
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+/* x86-64's */
 struct pt_regs {
 	unsigned long r10, r9, r8, ax, cx, dx, si, di, orig_ax;
+};
+struct pt_regs___arm64 {
+	unsigned long regs[31], pstate, orig_x0;
+	int syscallno;
 };
 struct thread_info {
 	unsigned long syscall_work;
@@ -53,10 +58,14 @@ struct atomic {
 	int counter;
 };
 struct mm_context {
-	__u64 ctx_id;
+	__u64 ctx_id; /* of x86 */
 };
+struct user_namespace;
 struct mm_struct {
 	struct atomic mm_users;
+	void *pgd;
+	struct user_namespace *user_ns;
+	unsigned long mmap_base;
 	struct mm_context context;
 	struct maple_tree mm_mt;
 	struct rw_semaphore mmap_lock;
@@ -74,10 +83,14 @@ struct pid_namespace {
 struct nsproxy {
 	struct pid_namespace *pid_ns_for_children;
 };
+struct seccomp {
+	int mode;
+};
 struct task_struct {
 	struct thread_info thread_info;
 	unsigned int flags;
 	unsigned int ptrace;
+	struct seccomp seccomp;
 	struct mm_struct *mm;
 	struct pid *thread_pid;
 	struct nsproxy *nsproxy;
@@ -340,18 +353,40 @@ static __always_inline uint32_t thread_for(struct umn_fed_table *table)
 /* ---- Which address space? ---- */
 
 /*
- * An address space's number: x86 numbers them for its TLBs, from 1, in 64 bits (init_new_context), when they are made, and no number is
- * used twice. The mm_struct's address would not do: the next process may get it, and with that the tables of one that has ended.
+ * An address space's number: never 0, and the same from exec or fork to the end. The mm_struct's address would not do: the next process may
+ * get it, and with that the tables of one that has ended.
+ *
+ * x86 numbers them for its TLBs, from 1, in 64 bits (init_new_context), when they are made, and no number is used twice. Elsewhere it
+ * is made from what stays the same as long as there is the address space: where the mm_struct, its page table and its user
+ * namespace are, and the place that exec has chosen at random for its mappings. docs/architecture.md, "Which address space?", says
+ * what follows where the number of one that has ended comes again.
+ *
+ * Differences, as the verifier does not let a pointer be multiplied.
  */
+static __always_inline uint64_t space_from(uint64_t page_table, uint64_t user_namespace, uint64_t mmap_base)
+{
+	return (page_table * UINT64_C(0x9e3779b97f4a7c15) + user_namespace * UINT64_C(0xc2b2ae3d27d4eb4f) +
+		mmap_base * UINT64_C(0xd6e8feb86659fd93)) | 1;
+}
+
 static __always_inline uint64_t space_of(struct mm_struct *mm)
 {
-	return mm ? mm->context.ctx_id : 0;
+	if (!mm)
+		return 0;
+	if (bpf_core_field_exists(mm->context.ctx_id))
+		return mm->context.ctx_id;
+	return space_from((uint64_t)mm->pgd - (uint64_t)mm, (uint64_t)mm->user_ns - (uint64_t)mm, mm->mmap_base);
 }
 
 /* The same, of an mm_struct that is not the current task's. */
-static __always_inline uint64_t space_at(uint64_t mm)
+static __always_inline uint64_t space_at(uint64_t address)
 {
-	return BPF_CORE_READ((struct mm_struct *)mm, context.ctx_id);
+	struct mm_struct *mm = (struct mm_struct *)address;
+
+	if (bpf_core_field_exists(mm->context.ctx_id))
+		return BPF_CORE_READ(mm, context.ctx_id);
+	return space_from((uint64_t)BPF_CORE_READ(mm, pgd) - address, (uint64_t)BPF_CORE_READ(mm, user_ns) - address,
+			  BPF_CORE_READ(mm, mmap_base));
 }
 
 /*
@@ -375,7 +410,7 @@ static long find_ended(uint32_t unused, struct search *search)
 	if (!table || !table->space)
 		return 0;
 	mm = (struct mm_struct *)table->mm;
-	if (BPF_CORE_READ(mm, context.ctx_id) == table->space && BPF_CORE_READ(mm, mm_users.counter) > 0)
+	if (space_at(table->mm) == table->space && BPF_CORE_READ(mm, mm_users.counter) > 0)
 		return 0;
 	search->found = id + 1;
 	return 1;
@@ -582,7 +617,9 @@ int wake_all_due_no_reads(uint64_t *args)
 
 struct change {
 	uint64_t start, end;
-	int32_t syscall;
+	int32_t syscall; /* as it is reported: by the architecture's number */
+	int32_t call;	 /* the same as one of NR_*, by which it is judged; -1: any other, or none */
+	uint32_t page_shift;
 	uint32_t own;	/* the current task changes its own memory */
 	uint32_t share; /* the most steps in one table */
 	uint32_t left;	/* steps in all tables */
@@ -759,6 +796,7 @@ enum scope { OWN, ANYBODY };
 #define TS_COMPAT 0x0002 /* in a 32-bit system call: other numbers */
 #define ENOSYS 38
 
+/* What the program goes by: x86-64's numbers. */
 enum {
 	NR_mmap = 9,
 	NR_mprotect = 10,
@@ -785,14 +823,125 @@ enum {
 #define MADV_KEEPONFORK 19
 #define MADV_DONTNEED_LOCKED 24
 
+/* Of the 64-bit system calls that x86-64 and arm64 have in common; the others are not asked for. */
+static __always_inline int32_t call_of_arm64(int32_t number)
+{
+	switch (number) {
+	case 215:
+		return NR_munmap;
+	case 220:
+		return NR_clone;
+	case 226:
+		return NR_mprotect;
+	case 228:
+		return NR_mlock;
+	case 229:
+		return NR_munlock;
+	case 233:
+		return NR_madvise;
+	case 284:
+		return NR_mlock2;
+	case 288:
+		return NR_pkey_mprotect;
+	case 435:
+		return NR_clone3;
+	}
+	return -1; /* also of brk, mmap and mremap: see inside_call */
+}
+
+/* Argument `number`, a constant, of the system call or of the function. What follows each load keeps the compiler from making one
+ * load of all, from an address that the verifier does not know. */
+static __always_inline uint64_t argument(struct pt_regs *regs, int number, int of_function)
+{
+	uint64_t value;
+
+	if (!bpf_core_field_exists(regs->orig_ax))
+		value = ((struct pt_regs___arm64 *)regs)->regs[number];
+	else if (number == 0)
+		value = regs->di;
+	else if (number == 1)
+		value = regs->si;
+	else if (number == 2)
+		value = regs->dx;
+	else if (number == 3)
+		value = of_function ? regs->cx : regs->r10;
+	else if (number == 4)
+		value = regs->r8;
+	else
+		value = regs->r9;
+	UMN_OPAQUE(value);
+	return value;
+}
+
+#define PSR_MODE32_BIT 0x10
+#define PID_MAX_LIMIT (1u << 22)
+#define MAX_ERRNO 4095
+
+/*
+ * Is the current task inside a 64-bit system call? Notes which one. docs/architecture.md, "Inside a system call".
+ *
+ * On x86 that is pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any work is done on the way out.
+ *
+ * On arm64 the call's number outlasts the call, but its first argument stays in x0 only until the result replaces it. So the
+ * argument says "inside" where it is nothing that the call can return: neither an error, nor 0, nor a process's number. brk, mmap
+ * and mremap may return what they were given, so nothing is concluded from them.
+ */
+static __always_inline int inside_call(struct task_struct *task, struct pt_regs *regs, struct change *change)
+{
+	struct pt_regs___arm64 *arm64 = (void *)regs;
+
+	if (task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER))
+		return 0;
+	if (bpf_core_field_exists(regs->orig_ax)) {
+		if (regs->ax != (unsigned long)-ENOSYS || (task->thread_info.status & TS_COMPAT))
+			return 0;
+		change->syscall = change->call = regs->orig_ax;
+		return 1;
+	}
+	if (!bpf_core_field_exists(arm64->syscallno) || arm64->syscallno < 0 || (arm64->pstate & PSR_MODE32_BIT) ||
+	    arm64->regs[0] != arm64->orig_x0 || arm64->regs[0] < PID_MAX_LIMIT || arm64->regs[0] >= (unsigned long)-MAX_ERRNO)
+		return 0;
+	change->syscall = arm64->syscallno;
+	change->call = call_of_arm64(arm64->syscallno);
+	return 1;
+}
+
+#define PTRS_SHIFT 3 /* an entry of a page table has 8 bytes */
+
+/* What a page, and what an entry of the next two levels of a page table maps. Each table fills a page. */
+static __always_inline uint64_t page_size(uint32_t page_shift)
+{
+	return 1ull << (page_shift & 63);
+}
+
+static __always_inline uint64_t pmd_size(uint32_t page_shift)
+{
+	return page_size(2 * page_shift - PTRS_SHIFT);
+}
+
+static __always_inline uint64_t pud_size(uint32_t page_shift)
+{
+	return page_size(3 * page_shift - 2 * PTRS_SHIFT);
+}
+
+/* The pages that contain [address, address + length). */
+static __always_inline uint64_t pages_start(struct change *change, uint64_t address)
+{
+	return address & -page_size(change->page_shift);
+}
+
+static __always_inline uint64_t pages_end(struct change *change, uint64_t address, uint64_t length)
+{
+	return (address + length + page_size(change->page_shift) - 1) & -page_size(change->page_shift);
+}
+
 static __always_inline int within(struct change *change, uint64_t address, uint64_t length)
 {
-	return change->start >= (address & -4096ull) && change->end <= ((address + length + 4095) & -4096ull);
+	return change->start >= pages_start(change, address) && change->end <= pages_end(change, address, length);
 }
 
 /* ---- What leaves all pages where they are. ---- */
 
-#define PMD_SIZE (UINT64_C(1) << 21)
 #define VM_WRITE 0x2
 #define VM_LOCKED 0x2000
 
@@ -871,7 +1020,7 @@ static __always_inline struct vm_area_struct *mapping_at(struct task_struct *tas
 /* Is an end of the pages that contain [address, address + length) strictly inside the change? */
 static __always_inline int cut(struct change *change, uint64_t address, uint64_t length)
 {
-	uint64_t start = address & -4096ull, end = (address + length + 4095) & -4096ull;
+	uint64_t start = pages_start(change, address), end = pages_end(change, address, length);
 
 	return (change->start < start && start < change->end) || (change->start < end && end < change->end);
 }
@@ -879,7 +1028,7 @@ static __always_inline int cut(struct change *change, uint64_t address, uint64_t
 /* mprotect makes locked memory writable, and then breaks copy-on-write at once. */
 static __always_inline int populates(struct task_struct *task, struct pt_regs *regs)
 {
-	return (regs->dx & PROT_WRITE) && task->mm->locked_vm;
+	return (argument(regs, 2, 0) & PROT_WRITE) && task->mm->locked_vm;
 }
 
 /*
@@ -891,13 +1040,13 @@ static __always_inline int populates(struct task_struct *task, struct pt_regs *r
  */
 static __always_inline int splits(struct task_struct *task, struct pt_regs *regs, struct change *change)
 {
-	uint64_t a = regs->di, b = regs->si, c = regs->dx;
+	uint64_t a = argument(regs, 0, 0), b = argument(regs, 1, 0), c = argument(regs, 2, 0);
 	struct vm_area_struct *mapping;
 	int populated = 0;
 
-	switch (change->syscall) {
+	switch (change->call) {
 	case NR_mmap:
-		if (!(regs->r10 & MAP_ANONYMOUS) || !(regs->r10 & MAP_FIXED))
+		if (!(argument(regs, 3, 0) & MAP_ANONYMOUS) || !(argument(regs, 3, 0) & MAP_FIXED))
 			return 0;
 		break;
 	case NR_brk:
@@ -906,8 +1055,8 @@ static __always_inline int splits(struct task_struct *task, struct pt_regs *regs
 	case NR_mremap:
 		if (cut(change, a, c)) /* it shrinks */
 			b = c;
-		else if ((regs->r10 & MREMAP_FIXED) && !cut(change, a, b))
-			a = regs->r8, b = c;
+		else if ((argument(regs, 3, 0) & MREMAP_FIXED) && !cut(change, a, b))
+			a = argument(regs, 4, 0), b = c;
 		break;
 	case NR_madvise: /* only how the mapping is to be treated */
 		if (c > MADV_SEQUENTIAL && (c < MADV_DONTFORK || c > MADV_KEEPONFORK))
@@ -939,10 +1088,10 @@ static __always_inline int splits(struct task_struct *task, struct pt_regs *regs
 }
 
 /* A global function, so that the verifier looks at it once, and at what follows for two results rather than for each way to them. */
-__attribute__((noinline)) int is_split(uint64_t start, uint64_t end, int32_t syscall)
+__attribute__((noinline)) int is_split(uint64_t start, uint64_t end, int32_t call, uint32_t page_shift)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct change change = {.start = start, .end = end, .syscall = syscall};
+	struct change change = {.start = start, .end = end, .call = call, .page_shift = page_shift};
 
 	return splits(task, (struct pt_regs *)bpf_task_pt_regs(task), &change);
 }
@@ -959,18 +1108,19 @@ static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs
 {
 	if (!writes_mappings(task) || (task->flags & PF_MEMALLOC))
 		return 0;
-	switch (change->syscall) {
+	switch (change->call) {
 	case NR_fork:
 	case NR_clone:
 	case NR_clone3:
 		return 1;
 	case NR_mprotect:
 	case NR_pkey_mprotect:
-		if (within(change, regs->di, regs->si))
+		if (within(change, argument(regs, 0, 0), argument(regs, 1, 0)))
 			return !populates(task, regs);
 	}
-	return !no_reads && change->end - change->start == PMD_SIZE && !(change->start & (PMD_SIZE - 1)) &&
-	       is_split(change->start, change->end, change->syscall);
+	return !no_reads && change->end - change->start == pmd_size(change->page_shift) &&
+	       !(change->start & (pmd_size(change->page_shift) - 1)) &&
+	       is_split(change->start, change->end, change->call, change->page_shift);
 }
 
 /*
@@ -981,6 +1131,9 @@ static __always_inline int may_be_forged(struct task_struct *task)
 {
 	unsigned long forging;
 
+	/* On arm64 the bits have no names in BTF. They are set while there is a filter or a debugger. */
+	if (!bpf_core_field_exists(task->thread_info.syscall_work) && bpf_core_field_exists(task->seccomp.mode))
+		return task->ptrace || task->seccomp.mode;
 	if (!bpf_core_field_exists(task->thread_info.syscall_work) ||
 	    !bpf_core_enum_value_exists(enum syscall_work_bit, SYSCALL_WORK_BIT_SYSCALL_EMU))
 		return 1;
@@ -996,15 +1149,14 @@ static __always_inline int may_be_forged(struct task_struct *task)
  * told to change.
  *
  * The last condition is for what the kernel does on the side: work that other system calls left behind for this task. Any
- * system call may also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside" is
- * pt_regs.ax == -ENOSYS: the entry code writes it, and the result replaces it before any such work is done on the way out.
+ * system call may also reclaim memory for its own needs, from any process: PF_MEMALLOC says so. "Inside": see inside_call.
  */
 static __always_inline enum scope scope_of(struct task_struct *task, struct pt_regs *regs, struct change *change)
 {
-	uint64_t a = regs->di, b = regs->si, c = regs->dx;
+	uint64_t a = argument(regs, 0, 0), b = argument(regs, 1, 0), c = argument(regs, 2, 0);
 	int own = 0;
 
-	switch (change->syscall) {
+	switch (change->call) {
 	case NR_munmap:
 		own = within(change, a, b);
 		break;
@@ -1012,13 +1164,13 @@ static __always_inline enum scope scope_of(struct task_struct *task, struct pt_r
 		own = (c == MADV_DONTNEED || c == MADV_FREE || c == MADV_DONTNEED_LOCKED) && within(change, a, b);
 		break;
 	case NR_brk:
-		own = change->start >= (a & -4096ull);
+		own = change->start >= pages_start(change, a);
 		break;
 	case NR_mremap:
-		own = within(change, a, b) || ((regs->r10 & MREMAP_FIXED) && within(change, regs->r8, c));
+		own = within(change, a, b) || ((argument(regs, 3, 0) & MREMAP_FIXED) && within(change, argument(regs, 4, 0), c));
 		break;
 	case NR_mmap: /* of a file: its filesystem may drop cached pages that others map */
-		own = (regs->r10 & MAP_ANONYMOUS) && within(change, a, b) && writes_mappings(task);
+		own = (argument(regs, 3, 0) & MAP_ANONYMOUS) && within(change, a, b) && writes_mappings(task);
 		break;
 	case NR_mprotect:
 	case NR_pkey_mprotect:
@@ -1040,13 +1192,13 @@ static __always_inline void shake_hands(struct task_struct *task, uint64_t secre
 	table->mm = (uint64_t)task->mm;
 	table->uid = bpf_get_current_uid_gid();
 	note_pid_namespace(table);
-	/* Last: what finds this finds the others. The compiler and x86 keep the order. */
-	UMN_STORE(&table->space, space_of(task->mm));
+	/* Last, and ordered after the others (a full barrier): what finds this finds them. */
+	(void)__sync_lock_test_and_set(&table->space, space_of(task->mm));
 }
 
 static __always_inline int kvm_change(uint64_t *args, int no_reads)
 {
-	struct change change = {.start = args[0], .end = args[1], .syscall = -1};
+	struct change change = {.start = args[0], .end = args[1], .syscall = -1, .call = -1};
 	struct umn_header *header;
 	enum scope scope = ANYBODY;
 	struct task_struct *task;
@@ -1067,14 +1219,13 @@ static __always_inline int kvm_change(uint64_t *args, int no_reads)
 	task = bpf_get_current_task_btf();
 	regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	space = space_of(task->mm);
-	if (regs->ax == (unsigned long)-ENOSYS && !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_MEMALLOC | PF_USER_WORKER)) &&
-	    !(task->thread_info.status & TS_COMPAT)) {
-		change.syscall = regs->orig_ax;
+	change.page_shift = ctl->page_shift;
+	if (!(task->flags & PF_MEMALLOC) && inside_call(task, regs, &change)) {
 		if (leaves_pages(task, regs, &change, no_reads))
 			return 0;
 		scope = scope_of(task, regs, &change);
-		if (scope == OWN && ctl->handshakes && change.syscall == NR_madvise)
-			shake_hands(task, regs->r8);
+		if (scope == OWN && ctl->handshakes && change.call == NR_madvise)
+			shake_hands(task, argument(regs, 4, 0));
 		if (scope == OWN && !writes_mappings(task) && may_be_forged(task))
 			scope = ANYBODY;
 	}
@@ -1165,25 +1316,35 @@ int probe_gap(void *unused)
 
 /* ---- The probe mmu_notifier: the function that calls all notifiers. It says whose change it is, and of what kind. ---- */
 
+/*
+ * Is just one table being fed, and not for this address space? One load of `space` decides: the loader writes the control map field
+ * by field, so two fields may be of different times. `sole_table` of before a second table is bound, with the `space` of after,
+ * which is 0, would pass the first table by.
+ */
+static __always_inline int is_of_others(struct umn_control *ctl, uint64_t space)
+{
+	uint64_t sole = UMN_LOAD(&ctl->space);
+
+	return sole && sole != space && !ctl->handshakes;
+}
+
 /* The current task's change of [start, end) in the address space `mm`. `may_stay`: it may leave the pages where they are. */
 static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uint64_t start, uint64_t end, int may_stay)
 {
-	struct change change = {.start = start, .end = end, .syscall = -1};
+	struct change change = {.start = start, .end = end, .syscall = -1, .call = -1, .page_shift = ctl->page_shift};
 	uint64_t space = space_at(mm);
 	struct task_struct *task;
 	struct pt_regs *regs;
 
-	if (ctl->sole_table && !ctl->handshakes && ctl->space != space)
+	if (is_of_others(ctl, space))
 		return 0;
 	task = bpf_get_current_task_btf();
 	regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	change.own = mm == (uint64_t)task->mm;
 	pays(&change, ctl, change.own);
-	if (change.own && regs->ax == (unsigned long)-ENOSYS &&
-	    !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) && !(task->thread_info.status & TS_COMPAT)) {
-		change.syscall = regs->orig_ax;
-		if (ctl->handshakes && change.syscall == NR_madvise)
-			shake_hands(task, regs->r8);
+	if (change.own && inside_call(task, regs, &change)) {
+		if (ctl->handshakes && change.call == NR_madvise)
+			shake_hands(task, argument(regs, 4, 0));
 		if (may_stay && leaves_pages(task, regs, &change, 0))
 			return 0;
 	}
@@ -1197,7 +1358,7 @@ static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uin
 SEC("kprobe")
 int mmu_notifier(struct pt_regs *ctx)
 {
-	struct mmu_notifier_range *range = (void *)ctx->di;
+	struct mmu_notifier_range *range = (void *)argument(ctx, 0, 1);
 	uint32_t zero = 0;
 	struct umn_control *ctl = bpf_map_lookup_elem(&control, &zero);
 	unsigned int event = BPF_CORE_READ(range, event);
@@ -1214,7 +1375,6 @@ int mmu_notifier(struct pt_regs *ctx)
 /* ---- The probe zap: the functions that take pages away. bpf/zap.py of the Python package says which, and how they are called. ---- */
 
 #define ARGUMENTS 8 /* a power of two; 6 are in registers */
-#define PUD_SIZE (UINT64_C(1) << 30)
 #define VM_HUGETLB 0x00400000
 
 static __always_inline uint64_t member(uint64_t structure, uint8_t number)
@@ -1226,25 +1386,25 @@ static __always_inline uint64_t member(uint64_t structure, uint8_t number)
 }
 
 /* A hugetlb file's blocks are its pages. */
-static __always_inline uint64_t page_size_in(struct vm_area_struct *vma)
+static __always_inline uint64_t page_size_in(struct vm_area_struct *vma, uint32_t page_shift)
 {
 	unsigned int bits = BPF_CORE_READ(vma, vm_flags) & VM_HUGETLB ? BPF_CORE_READ(vma, vm_file, f_inode, i_blkbits) : 0;
 
-	return bits > 12 && bits < 63 ? UINT64_C(1) << bits : 4096;
+	return page_size(bits > page_shift && bits < 63 ? bits : page_shift);
 }
 
 /* No less than the folio has; whoever unmaps it has it locked, so that it will not be split meanwhile. */
-static __always_inline uint64_t size_of(struct folio *folio)
+static __always_inline uint64_t size_of(struct folio *folio, uint32_t page_shift)
 {
 	struct folio___memdesc *newer = (void *)folio;
 	uint64_t flags = 0, order;
 
 	if (!bpf_core_enum_value_exists(enum pageflags, PG_head))
-		return PUD_SIZE;
+		return pud_size(page_shift);
 	/* The first word of each page, whatever its type is called. */
 	bpf_probe_read_kernel(&flags, sizeof flags, folio);
 	if (!(flags >> (bpf_core_enum_value(enum pageflags, PG_head) & 63) & 1))
-		return 4096;
+		return page_size(page_shift);
 	if (bpf_core_field_exists(folio->_folio_order)) /* before Linux 6.6 */
 		order = BPF_CORE_READ(folio, _folio_order);
 	else if (bpf_core_field_exists(newer->_flags_1.f)) /* since Linux 6.18 */
@@ -1252,14 +1412,15 @@ static __always_inline uint64_t size_of(struct folio *folio)
 	else if (bpf_core_field_exists(folio->_flags_1))
 		order = BPF_CORE_READ(folio, _flags_1) & 0xff;
 	else
-		return PUD_SIZE;
-	return order < 18 ? 4096ull << order : PUD_SIZE;
+		return pud_size(page_shift);
+	return order < 18 ? page_size(page_shift + order) : pud_size(page_shift);
 }
 
 SEC("kprobe")
 int zap(struct pt_regs *ctx)
 {
-	uint64_t arguments[ARGUMENTS] = {ctx->di, ctx->si, ctx->dx, ctx->cx, ctx->r8, ctx->r9};
+	uint64_t arguments[ARGUMENTS] = {argument(ctx, 0, 1), argument(ctx, 1, 1), argument(ctx, 2, 1),
+					 argument(ctx, 3, 1), argument(ctx, 4, 1), argument(ctx, 5, 1)};
 	union {
 		uint64_t cookie;
 		struct umn_call call;
@@ -1277,7 +1438,7 @@ int zap(struct pt_regs *ctx)
 		mm = member(whose, how.call.members[0]);
 	if (how.call.type == UMN_OF_MOVE) /* that was a vm_area_struct */
 		mm = (uint64_t)BPF_CORE_READ((struct vm_area_struct *)mm, vm_mm);
-	if (ctl->sole_table && !ctl->handshakes && ctl->space != space_at(mm))
+	if (is_of_others(ctl, space_at(mm)))
 		return 0;
 	start = arguments[how.call.start % ARGUMENTS];
 	last = arguments[how.call.last % ARGUMENTS];
@@ -1289,20 +1450,22 @@ int zap(struct pt_regs *ctx)
 		end = start + last;
 		break;
 	case UMN_TO_PAGE:
-		size = page_size_in((struct vm_area_struct *)whose);
+		size = page_size_in((struct vm_area_struct *)whose, ctl->page_shift);
 		start &= -size;
 		end = start + size;
 		break;
 	case UMN_TO_PMD:
-		start &= -PMD_SIZE;
-		end = start + PMD_SIZE;
+		size = pmd_size(ctl->page_shift);
+		start &= -size;
+		end = start + size;
 		break;
 	case UMN_TO_PUD:
-		start &= -PUD_SIZE;
-		end = start + PUD_SIZE;
+		size = pud_size(ctl->page_shift);
+		start &= -size;
+		end = start + size;
 		break;
 	case UMN_TO_FOLIO:
-		end = start + size_of((struct folio *)last);
+		end = start + size_of((struct folio *)last, ctl->page_shift);
 		break;
 	case UMN_TO_MOVED:
 		start = member(whose, how.call.members[1]);

@@ -737,7 +737,7 @@ void *device_mmap(void *address, size_t length, int protection, int flags, int f
 	page = MAP_FAILED;
 	if (protection & PROT_WRITE)
 		errno = EACCES; /* the descriptor is for reading */
-	else if ((flags & MAP_TYPE) == MAP_PRIVATE || !length || length > UMN_PAGE || offset)
+	else if ((flags & MAP_TYPE) == MAP_PRIVATE || !length || length > (size_t)sysconf(_SC_PAGESIZE) || offset)
 		errno = EINVAL;
 	else
 		page = next.mmap(address, UMN_PAGE, protection, flags, d->counter_fd, 0);

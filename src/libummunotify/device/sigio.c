@@ -22,7 +22,7 @@ static void *set_async(void *argument)
 
 	/* Fails where close_range is missing (before Linux 5.9) or refused: then the signal names the pipe. */
 	if (!umn_descriptors_unshare(kept, 1))
-		fd = (int)syscall(SYS_dup2, s->out.fd, s->fd);
+		fd = (int)syscall(SYS_dup3, s->out.fd, s->fd, 0);
 	syscall(SYS_fcntl, fd, F_SETFL, O_NONBLOCK | O_ASYNC);
 	return NULL;
 }

@@ -111,7 +111,16 @@ _NEEDS = (
             ),
         ),
     ),
-    _Need("copying on write, merging of equal pages, uprobes", ((_Function("ptep_clear_flush", (_VMA_PAGE,)),),)),
+    _Need(
+        "copying on write, merging of equal pages, uprobes",
+        (
+            (
+                _Function("ptep_clear_flush", (_VMA_PAGE,)),
+                # arm64's, where a page of hugetlb memory has several entries; elsewhere it calls the one before.
+                _Function("huge_ptep_clear_flush", (_Call("vma", "addr", Extent.PAGE),), optional=True),
+            ),
+        ),
+    ),
     _Need(
         "huge pages",
         (

@@ -5,6 +5,7 @@ A user is not a uid: see peers.bpf.c.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from .._abi import PAGE, RING_BYTES, SEGMENT_PAGES, Status
 
 SEGMENT = SEGMENT_PAGES * PAGE
 """What a segment costs, in bytes."""
-TABLE = SEGMENT + RING_BYTES + 4 * PAGE
+TABLE = SEGMENT + RING_BYTES + 4 * mmap.PAGESIZE
 """What a table costs that has one, with its wake-up: a ring buffer has four pages beside its data."""
 SPARE = 16
 """Connections that are not clients: of each user, and of all users that use up everything else."""
 
 
-_PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+_PHYSICAL = mmap.PAGESIZE * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ class Relay:
     def __init__(self, fd: int) -> None:
         """OSError. The descriptor stays the caller's."""
         self.fd = fd
-        self._consumed = mmap.mmap(fd, PAGE)
-        self._produced = mmap.mmap(fd, PAGE, prot=mmap.PROT_READ, offset=PAGE)
+        self._consumed = mmap.mmap(fd, mmap.PAGESIZE)
+        self._produced = mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=mmap.PAGESIZE)
 
     def clear(self) -> None:
         """It is readable no more, until the program says so again."""

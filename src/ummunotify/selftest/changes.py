@@ -31,7 +31,8 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 PAGE = mmap.PAGESIZE
-HUGE_PAGE = 2 << 20
+HUGE_PAGE = PAGE * PAGE // 8
+"""What a page table maps, which has 8 bytes for each page."""
 COUNT = 8
 
 PROT_NONE = 0
@@ -50,13 +51,14 @@ PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE = 0x03, 0x08, 0x10, 0x20
 CLONE_VM, CLONE_PIDFD, CLONE_VFORK, CLONE_PARENT_SETTID = 0x100, 0x1000, 0x4000, 0x100000
 CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID = 0x200000, 0x1000000
 
-# System calls that libc has no function for, or whose number matters here; those of x86-64.
-NR_MUNMAP, NR_REMAP_FILE_PAGES, NR_PKEY_MPROTECT = 11, 216, 329
+# System calls that libc has no function for, or whose number matters here.
+_X86 = platform.machine() == "x86_64"
+NR_MUNMAP, NR_REMAP_FILE_PAGES, NR_PKEY_MPROTECT = (11, 216, 329) if _X86 else (215, 234, 288)
 NR_PROCESS_MADVISE, NR_IO_URING_SETUP, NR_IO_URING_ENTER = 440, 425, 426
-NR_MPROTECT, NR_FORK, NR_TGKILL, NR_SECCOMP = 10, 57, 234, 317
-NR_BRK, NR_GETPPID, NR_MBIND, NR_PERF_EVENT_OPEN = 12, 110, 237, 298
-NR_USERFAULTFD, NR_MEMFD_SECRET = 323, 447
-NR32_MADVISE, NR32_MUNMAP, NR32_MMAP2 = 219, 91, 192
+NR_MPROTECT, NR_TGKILL, NR_SECCOMP = (10, 234, 317) if _X86 else (226, 131, 277)
+NR_BRK, NR_GETPPID, NR_MBIND, NR_PERF_EVENT_OPEN = (12, 110, 237, 298) if _X86 else (214, 173, 235, 241)
+NR_USERFAULTFD, NR_MEMFD_SECRET = (323 if _X86 else 282), 447
+NR_FORK, NR32_MADVISE, NR32_MUNMAP, NR32_MMAP2 = 57, 219, 91, 192  # of x86 only
 
 
 class MissingError(Exception):
@@ -83,8 +85,8 @@ def call(name: str, *arguments: int) -> int:
 
 
 def syscall(number: int, *arguments: int) -> int:
-    if platform.machine() != "x86_64":
-        raise MissingError("the numbers of system calls are those of x86-64")
+    if platform.machine() not in ("x86_64", "aarch64"):
+        raise MissingError("the numbers of system calls are not known here")
     return call("syscall", number, *arguments)
 
 
@@ -134,7 +136,7 @@ _codes: dict[str, int] = {}
 
 
 def code_address(code: str) -> int:
-    if platform.machine() != "x86_64":
+    if not _X86:
         raise MissingError("the code is for x86-64")
     if code not in _codes:
         data = bytes.fromhex(code)
