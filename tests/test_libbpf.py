@@ -15,8 +15,9 @@ from support import require
 
 from ummunotify._abi import FED_TABLE_SIZE, u32
 from ummunotify._bpf import create_segment, read_map
-from ummunotify.bpf import libbpf
+from ummunotify.bpf import features, libbpf
 from ummunotify.bpf.libbpf import BpfError, BpfObject, LibraryMissingError
+from ummunotify.bpf.program import why
 
 OBJECT = resources.files("ummunotify.bpf").joinpath("watch.bpf.o").read_bytes()
 
@@ -101,3 +102,19 @@ def test_a_missing_library_is_named() -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "libbpf1" in said
     assert issubclass(LibraryMissingError, OSError)
+
+
+def test_what_a_kernel_lacks_is_found_by_trying() -> None:
+    assert features.missing() == []
+    assert not libbpf.has_helper(features._RAW_TRACEPOINT, 100_000)
+    assert libbpf.accepts(features._RAW_TRACEPOINT, features._FETCH_AND_ADD)
+    unknown = features._FETCH_AND_ADD.replace(bytes([0xDB]), bytes([0xFF]))
+    assert not libbpf.accepts(features._RAW_TRACEPOINT, unknown)
+
+
+def test_an_old_kernel_is_told_from_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old kernel's verifier may say EACCES, which without a log is a lack of privileges."""
+    monkeypatch.setattr(libbpf, "has_helper", lambda _, number: number != 181)
+    refused = BpfError(errno.EACCES, "load BPF object", "invalid func unknown#181")
+    assert why(refused).reason == "this kernel is too old for the BPF program: it lacks bpf_loop (Linux 5.17)"
+    assert why(BpfError(errno.EACCES, "load BPF object")).reason == "loading BPF programs is not permitted"

@@ -37,15 +37,28 @@ static void explain_failure(const struct umn_uffd_failure *failure)
 	snprintf(error, sizeof error, "%s", strerror(failure->error));
 	switch (failure->step) {
 	case UMN_UFFD_OPEN:
+		/* The only flag that not every kernel knows. */
+		if (failure->error == EINVAL) {
+			umn_fail(code, ENODEV, "use Linux 5.18 or later",
+				 "this kernel's userfaultfd lacks UFFD_USER_MODE_ONLY (Linux 5.11)");
+			return;
+		}
 		umn_fail(code, ENODEV,
-			 "allow userfaultfd in the container's seccomp profile, or give this user access to /dev/userfaultfd; the kernel "
-			 "needs CONFIG_USERFAULTFD",
+			 "allow userfaultfd in the container's seccomp profile, or give this user access to /dev/userfaultfd; the "
+			 "kernel has to be Linux 5.18 or later with CONFIG_USERFAULTFD",
 			 "the system call userfaultfd is refused (%s), and so is /dev/userfaultfd (%s)", error,
 			 strerror(failure->device_error));
 		return;
 	case UMN_UFFD_FEATURES:
-		umn_fail(code, ENODEV, "use Linux 5.18 or later, on an architecture with write-protecting userfaultfd (x86-64, arm64)",
-			 "this kernel's userfaultfd cannot watch memory without protecting it, or not reliably");
+		if (failure->error == EOPNOTSUPP)
+			umn_fail(code, ENODEV, "use Linux 5.18 or later",
+				 "this kernel's userfaultfd lacks UFFD_FEATURE_EXACT_ADDRESS (Linux 5.18): it may not tell reliably "
+				 "whether changes are under way, as before Linux 5.15");
+		else
+			umn_fail(code, ENODEV,
+				 "use Linux 5.18 or later, on an architecture with write-protecting userfaultfd (x86-64, arm64)",
+				 "this kernel's userfaultfd cannot watch memory without protecting it "
+				 "(UFFD_FEATURE_PAGEFAULT_FLAG_WP, Linux 5.7)");
 		return;
 	case UMN_UFFD_IOCTL:
 		umn_fail(code, ENODEV, "allow ioctl in the seccomp filter", "the ioctl of a userfaultfd is refused (%s)", error);

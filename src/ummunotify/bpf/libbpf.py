@@ -108,9 +108,11 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_prog_get_next_id": (_INT, _U32, _POINTER),
     "bpf_prog_get_fd_by_id": (_INT, _U32),
     "bpf_prog_test_run_opts": (_INT, _INT, _POINTER),
+    "bpf_prog_load": (_INT, _U32, _STRING, _STRING, _POINTER, _SIZE, _POINTER),
     "bpf_raw_tracepoint_open": (_INT, _STRING, _INT),
     "bpf_enable_stats": (_INT, _INT),
     "bpf_link_create": (_INT, _INT, _INT, _INT, _POINTER),
+    "libbpf_probe_bpf_helper": (_INT, _U32, _U32, _POINTER),
     "btf__load_vmlinux_btf": (_POINTER,),
     "btf__free": (None, _POINTER),
     "btf__find_by_name_kind": (_INT, _POINTER, _STRING, _U32),
@@ -394,6 +396,7 @@ class _TestRunOpts(ctypes.Structure):
 
 
 _TEST_RUN_ON_CPU = 1
+_INSTRUCTION = 8  # bytes
 
 
 def program_run(fd: int, arguments: bytes = b"", cpu: int | None = None) -> int:
@@ -409,6 +412,26 @@ def program_run(fd: int, arguments: bytes = b"", cpu: int | None = None) -> int:
         options.flags = _TEST_RUN_ON_CPU
     _call("run a program", "bpf_prog_test_run_opts", fd, ctypes.byref(options))
     return int(options.retval)
+
+
+def has_helper(program_type: int, helper: int) -> bool:
+    """Can programs of this type call this function of the kernel's? True also if nobody may load them.
+
+    Raises BpfError.
+    """
+    return _call("look for a helper", "libbpf_probe_bpf_helper", program_type, helper, None) > 0
+
+
+def accepts(program_type: int, instructions: bytes) -> bool:
+    """Does the kernel know these instructions? True also if it cannot be asked. Raises LibraryMissingError."""
+    arguments = program_type, b"try", b"GPL", instructions, len(instructions) // _INSTRUCTION, None
+    try:
+        os.close(_call("try instructions", "bpf_prog_load", *arguments, undo=os.close))
+    except LibraryMissingError:
+        raise
+    except BpfError as error:
+        return error.errno != errno.EINVAL
+    return True
 
 
 def raw_tracepoint_open(tracepoint: str, program_fd: int) -> int:

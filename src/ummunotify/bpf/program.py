@@ -10,7 +10,7 @@ from pathlib import Path
 from .._abi import OBJECT_VERSION, SEGMENTS, Probe, u64
 from .._bpf import LINK, MAP, PROGRAM, Bounds, Descriptor, Tables
 from ..errors import UnavailableError
-from . import libbpf, zap
+from . import features, libbpf, zap
 
 _NO_USER_READS = "kvm_no_reads"
 """The program for the probe kvm where the kernel is locked down."""
@@ -95,6 +95,12 @@ def why(error: OSError) -> UnavailableError:
     """What an error of loading means."""
     if isinstance(error, libbpf.LibraryMissingError):
         return UnavailableError("libbpf is not installed", "install libbpf1 (Debian) or libbpf (Fedora)")
+    # With a log it was the verifier that refused, whatever errno it chose.
+    if isinstance(error, libbpf.BpfError) and error.log and (missing := features.missing()):
+        return UnavailableError(
+            f"this kernel is too old for the BPF program: it lacks {', '.join(missing)}",
+            "use a kernel that has all of these (Linux 5.17 or later, or one that has them added)",
+        )
     if error.errno in (errno.EPERM, errno.EACCES):
         return _not_permitted()
     if isinstance(error, libbpf.BpfError) and _may_not_read(error):
@@ -152,14 +158,15 @@ class Program:
         _check_kernel(probe)
         data = _object()
         try:
-            # Each function to attach to, with the cookie that the program gets from there.
-            self._functions = zap.attachments() if probe == Probe.ZAP else {_FUNCTION: 0}
             try:
                 maps = self._load(data, tables, probe.label, bounds is not None)
             except libbpf.BpfError as error:
                 if probe != Probe.KVM or not _may_not_read(error):
                     raise
                 maps = self._load(data, tables, _NO_USER_READS, bounds is not None)
+            # Each function to attach to, with the cookie that the program gets from there. After loading: a kernel that
+            # is too old for the program should not be refused for how its functions are called.
+            self._functions = zap.attachments() if probe == Probe.ZAP else {_FUNCTION: 0}
         except OSError as error:
             raise why(error) from error
         self.maps = maps
