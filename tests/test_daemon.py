@@ -42,7 +42,7 @@ from daemons import (
     object_fd,
     stress,
 )
-from support import map_memory, require_module, unmap_memory
+from support import map_memory, require_module, show_secret, unmap_memory
 
 import ummunotify
 from ummunotify import _abi
@@ -106,6 +106,7 @@ def test_doctor_says_what_many_programs_cost(daemon: Daemon) -> None:
     with ummunotify.open("bpf"):
         found = find()
         assert found["sources"][0]["source"] == "daemon:kvm"
+        assert found["machine"]["subscribed by"] == "an empty virtual machine"
         assert int(found["machine"]["BPF programs"].split()[0]) >= 2  # the daemon's, and this process's
         assert not found["advice"]
         daemon.end()
@@ -675,14 +676,24 @@ def test_nobody_keeps_a_cpu_for_long(daemon: Daemon, count: int, gives_up: bool)
     assert as_nobody(program) == (not gives_up, count + int(gives_up), gives_up)
 
 
+def settle(connection: socket.socket) -> Status:
+    connection.send(Request(Op.SETTLE).pack())
+    return Status(Reply.unpack(connection.recv(100)).status)
+
+
 def test_a_secret_is_not_enough_to_watch_others(daemon: Daemon) -> None:
     """A table follows who shows the secret; without that there is no table."""
     with connect() as connection:
         connection.send(Request(Op.HELLO).pack())
         data, fds, _, _ = socket.recv_fds(connection, 100, 10)
         assert Reply.unpack(data).fds == len(fds)
-        connection.send(Request(Op.SETTLE).pack())
-        assert Reply.unpack(connection.recv(100)).status == Status.UNSEEN
+        secret = Reply.unpack(data).value
+        assert settle(connection) == Status.UNSEEN
+        show_secret(secret ^ 1)
+        assert settle(connection) == Status.UNSEEN
+        # It is not used up: an address space that was not subscribed may be now.
+        show_secret(secret)
+        assert settle(connection) == Status.OK
         connection.send(Request(Op.SETTLE).pack())
         assert connection.recv(100) == b""
         for fd in fds:

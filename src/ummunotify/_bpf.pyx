@@ -371,7 +371,7 @@ cdef class Tables:
         return self.put_control()
 
     def bind(self, int table, uint64_t secret):
-        """Close the handshake and feed the table from now on. False if the secret was not shown.
+        """Close the handshake and feed the table from now on. False if the secret was not shown: the handshake stays open.
 
         Raises OSError E2BIG if the address space has as many tables as a change looks at.
         """
@@ -380,10 +380,10 @@ cdef class Tables:
     cdef bint bind_table(self, uint32_t table, uint64_t secret) except -1:
         cdef umn_fed_table value
         cdef uint32_t number = table + 1
-        self.close_handshake(secret)
         self.get_table(table, &value)
         if not value.space:
             return False
+        self.close_handshake(secret)
         if list(self.fed.values()).count(value.space) >= <int>UMN_TABLES_PER_MM_MAX:
             raise OSError(E2BIG, "the process has too many tables")
         value.next = self.first_of(value.space)
@@ -602,10 +602,11 @@ cdef class Connection:
         return 0
 
     cdef int settle(self, umn_reply *reply) except -1:
-        # Whatever becomes of it, the secret is used up.
+        # Unless it is still to be shown, the secret is used up, whatever becomes of it.
         self.expected = False
         try:
             self.bound = self.tables.bind_table(self.table, self.secret)
+            self.expected = not self.bound
         except OSError as error:
             if error.errno != E2BIG:
                 raise

@@ -55,6 +55,7 @@ cdef extern from "ummunotify_feeder.h" nogil:
     int ummunotify_failed(const char *why, const char *remedy)
     int ummunotify_daemon_socket()
     int ummunotify_open_kvm()
+    const char *ummunotify_subscribed_by()
 
 cdef extern from *:
     """
@@ -369,6 +370,12 @@ def open_kvm():
             ummunotify_get_failure().why.decode(errors="replace"), ummunotify_get_failure().remedy.decode()
         )
     return fd
+
+
+def subscribed_by():
+    """What has subscribed this process to the kernel's notifications, as far as an open notifier has needed that; or None."""
+    cdef const char *by = ummunotify_subscribed_by()
+    return None if by is NULL else by.decode()
 
 
 def why_not():

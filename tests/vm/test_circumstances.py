@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from support import require
+from support import require, require_module
 
+Context = require_module("pyverbs.device").Context
 # A process of its own, whose mounts are its own.
 PRIVATE = ("unshare", "--mount", "--propagation", "private", "sh", "-ec")
 DEVICES = "mount -t tmpfs tmpfs /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/urandom c 1 9"
@@ -24,7 +25,8 @@ WHO_MAY_LOAD = (
     "--ambient-caps=-all,+bpf,+perfmon --bounding-set=-all,+bpf,+perfmon "
 )
 KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
-OPEN = "python -c 'import ummunotify; print(ummunotify.open().source)'"
+_ODP_SUPPORT = 1  # IBV_ODP_SUPPORT
+OPEN = "python -c 'import ummunotify as u; print(u.open().source, u._core.subscribed_by(), sep=\", \")'"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,13 +56,50 @@ def best(prepare: str) -> str:
 
 def test_nothing_lacks() -> None:
     assert doctor("true") == {"bpf:mmu_notifier": "", "bpf:kvm": "", "bpf:zap": ""}
-    assert best("true") == "bpf:mmu_notifier"
+    assert best("true") == "bpf:mmu_notifier, an empty virtual machine"
+
+
+def subscribed(prepare: str, source: str, kvm: int) -> None:
+    command = [*PRIVATE, f"{prepare}; python {Path(__file__).with_name('subscribed.py')} {source} {kvm}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def not_subscribed(why: str) -> str:
+    return f"the kernel does not notify of this process's changes, as nothing has subscribed it: {why}"
 
 
 def test_no_device() -> None:
     absent = "there is no /dev/kvm"
-    assert doctor(DEVICES) == {"bpf:mmu_notifier": absent, "bpf:kvm": absent, "bpf:zap": ""}
-    assert best(DEVICES) == "bpf:zap"
+    assert doctor(DEVICES) == {
+        "bpf:mmu_notifier": not_subscribed(f"{absent}, and there is no RDMA device"),
+        "bpf:kvm": absent,
+        "bpf:zap": "",
+    }
+    assert best(DEVICES) == "bpf:zap, None"
+
+
+@pytest.mark.parametrize("source", ["bpf:mmu_notifier", "daemon:mmu_notifier"])
+def test_no_device_but_something_else_subscribes(source: str) -> None:
+    daemon = (
+        "export UMMUNOTIFY_SOCKET=/dev/daemon/socket; "
+        "ummunotify daemon --probe mmu_notifier --socket $UMMUNOTIFY_SOCKET & "
+        "trap 'kill $!; wait $!' EXIT; while [ ! -S $UMMUNOTIFY_SOCKET ]; do kill -0 $!; sleep 0.2; done"
+    )
+    start = daemon if source.startswith("daemon") else "true"
+    subscribed(f"exec 9<>/dev/kvm; {DEVICES}; mkdir -m 755 /dev/daemon; {start}", source, 9)
+
+
+def test_no_device_but_rdma_memory_that_is_paged_on_demand() -> None:
+    keep_rdma = f"mkdir -p /run/rdma; mount --bind /dev/infiniband /run/rdma; {DEVICES}; mkdir /dev/infiniband; "
+    keep_rdma += "mount --bind /run/rdma /dev/infiniband"
+    on_demand = Context(name="rxe0").query_device_ex().odp_caps.general_caps & _ODP_SUPPORT
+    if on_demand:
+        assert best(keep_rdma) == "bpf:mmu_notifier, RDMA memory that is paged on demand"
+        subscribed(keep_rdma, "bpf:mmu_notifier", -1)
+    else:
+        refused = "there is no /dev/kvm, and there is no RDMA device here that pages on demand"
+        assert doctor(keep_rdma)["bpf:mmu_notifier"] == not_subscribed(refused)
 
 
 @pytest.fixture
@@ -80,7 +119,11 @@ def test_two_capabilities_and_no_access_to_the_device(paranoid: Callable[[int], 
     no_access = DEVICES + "; mknod -m 600 /dev/kvm c 10 232"
     refused = "/dev/kvm cannot be opened (Permission denied)"
     paranoid(2)
-    assert doctor(no_access, WHO_MAY_LOAD) == {"bpf:mmu_notifier": refused, "bpf:kvm": refused, "bpf:zap": ""}
+    assert doctor(no_access, WHO_MAY_LOAD) == {
+        "bpf:mmu_notifier": not_subscribed(f"{refused}, and there is no RDMA device"),
+        "bpf:kvm": refused,
+        "bpf:zap": "",
+    }
     paranoid(3)
     no_kprobes = "kprobes are not permitted without CAP_SYS_ADMIN (kernel.perf_event_paranoid is 3)"
     assert doctor(no_access, WHO_MAY_LOAD) == {
@@ -110,8 +153,10 @@ def no_module() -> Iterator[None]:
 
 
 def test_no_module(no_module: None) -> None:
-    assert doctor("true") == {
-        "bpf:mmu_notifier": "there is no /dev/kvm",
+    assert doctor("mount -t tmpfs tmpfs /dev/infiniband") == {
+        "bpf:mmu_notifier": not_subscribed(
+            "there is no /dev/kvm, and there is no RDMA device here that pages on demand"
+        ),
         "bpf:kvm": "the kernel has no tracepoint kvm_unmap_hva_range",
         "bpf:zap": "",
     }

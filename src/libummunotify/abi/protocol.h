@@ -8,7 +8,7 @@
  *				<-     OK with a secret, and descriptors: the wake-up, segment 0, what `gives` says, links
  *	(shows the secret to the BPF program)
  *	SETTLE                  ->
- *				<-     OK: the table is fed from now on
+ *				<-     OK: the table is fed from now on; UNSEEN: the client may show the secret again
  *	GROW                    ->     whenever the table is full
  *				<-     OK, and descriptors: the next segments
  *
@@ -64,7 +64,7 @@ enum umn_probe { UMN_PROBE_KVM, UMN_PROBE_MMU_NOTIFIER, UMN_PROBE_ZAP, UMN_PROBE
 
 /* What comes after segment 0, in this order. The rest is what keeps the program attached. */
 enum umn_gives {
-	UMN_GIVES_KVM = 1,	  /* /dev/kvm, for the virtual machine without which the kernel notifies no probe of this process */
+	UMN_GIVES_KVM = 1,	  /* /dev/kvm, for a virtual machine, which subscribes the process (sources/subscription.h) */
 	UMN_GIVES_PROBE_GAPS = 2, /* a map (struct umn_probe_gaps), for probes that the kernel may skip */
 };
 

@@ -38,6 +38,9 @@ int ummunotify_daemon_socket(void);
 
 /* A descriptor of /dev/kvm, for a feeder that hands it over; or -errno. */
 int ummunotify_open_kvm(void);
+
+/* What has subscribed this process's address space to the kernel's notifications, as far as a notifier has needed that; or NULL. */
+const char *ummunotify_subscribed_by(void);
 #pragma GCC visibility pop
 
 #endif

@@ -4,19 +4,16 @@
  * messages (abi/protocol.h): by the daemon through its socket, or by the process's own feeder through a function call.
  *
  * Once the table is bound, neither is on any path but growing. Nothing depends on a descriptor that the program could close: the
- * links, a copy of the socket and the virtual machine are kept (keeper.h), tables and the wake-up are mapped. All of that stays out of children
+ * links and a copy of the socket are kept (keeper.h), tables and the wake-up are mapped. All of that stays out of children
  * (MADV_DONTFORK), so a child neither sees nor holds anything of it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/kvm.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
@@ -28,10 +25,10 @@
 #include "process/descriptor.h"
 #include "process/error.h"
 #include "process/keeper.h"
-#include "process/process.h"
 #include "sources/connection.h"
 #include "sources/platform.h"
 #include "sources/probe_gap.h"
+#include "sources/subscription.h"
 
 #define TIMEOUT 30 /* seconds without an answer: longer than any other client can delay one */
 #define SEGMENT_BYTES ((size_t)UMN_SEGMENT_PAGES * UMN_PAGE)
@@ -46,6 +43,8 @@ struct kernel_connection {
 	struct umn_probe_gap probe_gap;
 	struct umn_ring ring;
 	int ring_fd;			 /* until add_wakeup */
+	int kvm;			 /* the daemon's, until bind_table; -1: it gives none */
+	uint16_t probe;
 	int counter_fd;			 /* of segment 0's map, until it is handed out; -1: not wanted */
 	void *segments[UMN_FDS_MAX];	 /* mapped already, the last one first */
 	uint32_t segment_count;
@@ -58,67 +57,6 @@ static const char *const names[2][UMN_PROBES] = {
 	{[UMN_PROBE_KVM] = "bpf:kvm", [UMN_PROBE_MMU_NOTIFIER] = "bpf:mmu_notifier", [UMN_PROBE_ZAP] = "bpf:zap"},
 	{[UMN_PROBE_KVM] = "daemon:kvm", [UMN_PROBE_MMU_NOTIFIER] = "daemon:mmu_notifier", [UMN_PROBE_ZAP] = "daemon:zap"},
 };
-
-/* ---- The virtual machine ---- */
-
-/*
- * One for the process, which subscribes it to the kernel's MMU notifications: made for the first connection that needs it, kept
- * until the process ends. An io_uring lets go of its files some time after its ring was unmapped. If a second machine were
- * made meanwhile, the kernel would report each change once for each: no change would have a hint, and counters would count twice.
- */
-static struct {
-	pthread_mutex_t lock;
-	struct umn_keeper *kept;
-} machine = {.lock = PTHREAD_MUTEX_INITIALIZER};
-
-static void machine_in_child(void)
-{
-	umn_keeper_forget(machine.kept);
-	machine.kept = NULL;
-	pthread_mutex_init(&machine.lock, NULL);
-}
-
-int ummunotify_open_kvm(void)
-{
-	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-
-	if (kvm >= 0)
-		return kvm;
-	if (errno == ENOENT)
-		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV,
-				"load the module (modprobe kvm-intel or kvm-amd), enable virtualisation in the firmware, or pass the "
-				"device into the container", "there is no /dev/kvm");
-	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "become a member of its group (kvm)", "/dev/kvm cannot be opened (%s)",
-			strerror(errno));
-}
-
-/* `machine.lock` is held. `kvm`: /dev/kvm, the caller's; -1: to be opened here. */
-static int make_machine(int kvm)
-{
-	int opened = kvm < 0 ? ummunotify_open_kvm() : -1, vm;
-
-	if (kvm < 0 && opened < 0)
-		return opened;
-	vm = ioctl(kvm < 0 ? opened : kvm, KVM_CREATE_VM, 0);
-	if (vm < 0)
-		umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "", "KVM cannot create a virtual machine (%s)", strerror(errno));
-	else
-		machine.kept = umn_keeper_new(&vm, 1);
-	umn_close(&opened);
-	umn_close(&vm);
-	return machine.kept ? 0 : -ENODEV;
-}
-
-static int need_machine(int kvm)
-{
-	int error = 0;
-
-	pthread_mutex_lock(&machine.lock);
-	if (!machine.kept)
-		error = make_machine(kvm);
-	pthread_mutex_unlock(&machine.lock);
-	return error;
-}
 
 /* ---- Asking ---- */
 
@@ -317,16 +255,36 @@ static int add_segment(struct umn_connection *connection, uint32_t pages, void *
 	return 0;
 }
 
+/* *unseen: the kernel did not notify of the change that shows the secret. */
+static int shake_hands(struct kernel_connection *c, bool *unseen)
+{
+	struct umn_reply reply;
+	int fds[UMN_FDS_MAX];
+	int error = c->probe_gap.shared ? umn_probe_gap_show_secret(&c->probe_gap, c->secret) : umn_show_secret(c->secret);
+
+	*unseen = false;
+	if (error)
+		return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, -error, "a page of memory cannot be changed");
+	error = ask(c, UMN_OP_SETTLE, &reply, fds);
+	*unseen = error && reply.status == UMN_STATUS_UNSEEN;
+	return error;
+}
+
 static int bind_table(struct umn_connection *connection)
 {
 	struct kernel_connection *c = (struct kernel_connection *)connection;
-	struct umn_reply reply;
-	int fds[UMN_FDS_MAX], error;
+	/* What hits the tracepoint is the machine. zap is at functions that every process passes. */
+	int error = c->probe == UMN_PROBE_KVM ? umn_need_machine(c->kvm) : 0;
+	bool unseen = false;
 
-	error = c->probe_gap.shared ? umn_probe_gap_show_secret(&c->probe_gap, c->secret) : umn_show_secret(c->secret);
-	if (error)
-		return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, -error, "a page of memory cannot be changed");
-	return ask(c, UMN_OP_SETTLE, &reply, fds);
+	if (!error)
+		error = shake_hands(c, &unseen);
+	if (error && unseen && c->probe == UMN_PROBE_MMU_NOTIFIER && !(error = umn_subscribe(c->kvm)))
+		error = shake_hands(c, &unseen);
+	if (!error && c->probe == UMN_PROBE_MMU_NOTIFIER)
+		umn_note_subscribed();
+	umn_close(&c->kvm);
+	return error;
 }
 
 static int add_wakeup(struct umn_connection *connection, int epoll)
@@ -369,6 +327,7 @@ static void release(struct umn_connection *connection)
 	umn_ring_unmap(&c->ring);
 	umn_close(&c->ring_fd);
 	umn_close(&c->counter_fd);
+	umn_close(&c->kvm);
 	/* So that the daemon notices at once: the kept copy is closed some time later, and children may have others. */
 	if (umn_descriptor_intact(&c->socket))
 		shutdown(c->socket.fd, SHUT_RDWR);
@@ -419,9 +378,11 @@ static int keep(struct kernel_connection *c, const int *links, uint32_t count)
 static int take(struct kernel_connection *c, const struct umn_reply *reply, int *fds)
 {
 	uint32_t next = 2 + !!(reply->gives & UMN_GIVES_KVM), gaps = next, links = reply->fds - next;
-	int kvm = reply->gives & UMN_GIVES_KVM ? fds[2] : -1, error;
+	int error;
 
 	c->connection.name = names[!c->feeder][reply->probe];
+	c->probe = reply->probe;
+	c->kvm = reply->gives & UMN_GIVES_KVM ? fds[2] : -1;
 	c->secret = reply->value;
 	c->ring_fd = fds[0];
 	/* For the device, whose users map it: a descriptor of the segment with the header. */
@@ -437,12 +398,8 @@ static int take(struct kernel_connection *c, const struct umn_reply *reply, int 
 		else
 			c->connection.source = &c->probe_gap.source;
 	}
-	/* zap is at functions that every process passes. */
-	if (!error && reply->probe != UMN_PROBE_ZAP)
-		error = need_machine(kvm);
 	if (!error)
 		error = keep(c, &fds[next], links);
-	umn_close(&kvm);
 	while (links)
 		close(fds[next + --links]);
 	return error;
@@ -466,17 +423,9 @@ static int hello(struct kernel_connection *c, int probe)
 	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, LOOK_AT_LOG, "the daemon's answer is not one");
 }
 
-static void start(void)
-{
-	umn_process_add_child(machine_in_child);
-}
-
 /* The connection, or NULL after what went wrong was said. */
 static struct umn_connection *open_connection(struct kernel_connection *c, int probe)
 {
-	static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-	pthread_once(&once, start);
 	if (!hello(c, probe))
 		return &c->connection;
 	release(&c->connection);
@@ -502,7 +451,7 @@ static struct kernel_connection *new_connection(bool counter)
 						.release = release,
 						.in_child = in_child,
 						.free = free_connection};
-	c->socket.fd = c->ring_fd = -1;
+	c->socket.fd = c->ring_fd = c->kvm = -1;
 	c->counter_fd = counter ? -2 : -1;
 	return c;
 }

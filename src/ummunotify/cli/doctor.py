@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from .._core import subscribed_by
 from ..bpf import libbpf
 from ..bpf.program import count_on_host
 from ..notifier import Finding, survey
@@ -74,6 +75,7 @@ def doctor(as_json: bool) -> None:
     """
     programs = count_on_host()
     machine, findings = _machine(programs), survey()
+    machine["subscribed by"] = subscribed_by() or "nothing"
     works = any(finding.available for finding in findings)
     advice = _advice(findings, programs)
     if as_json:

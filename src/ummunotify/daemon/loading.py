@@ -50,11 +50,14 @@ def load(probe: str | None, give_kvm: bool, tables: int) -> Loaded:
         try:
             kvm = open_kvm()
         except UnavailableError as error:
-            if probe is not None:
+            if probe == "kvm":
                 raise
-            tried.remove("zap")  # the only one for which clients need none
-            missing.append((", ".join(tried), error))
-            tried = ["zap"]
+            # zap is the only one for which no client needs it. With mmu_notifier, clients that nothing else has
+            # subscribed are refused, so it has to be asked for.
+            if probe is None:
+                tried.remove("zap")
+                missing.append((", ".join(tried), error))
+                tried = ["zap"]
     try:
         for each in tried:
             try:

@@ -248,6 +248,8 @@ class Server:
         try:
             if self._tables.bind(client.table, secret):
                 status, client.deadline = Status.OK, None
+            else:
+                client.secret = secret  # it may be shown until the deadline
         except OSError as error:
             if error.errno != errno.E2BIG:
                 raise
