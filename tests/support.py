@@ -68,7 +68,9 @@ def probes() -> list[str]:
     named = _core.SOURCE_ENVIRONMENT in os.environ
     found = [each for each in _core.source_names(None if named else "bpf") if each.startswith("bpf:")]
     # Most tests use them: what is missing for good should not show as a test that was skipped, a thousand times.
-    return [each for each in found if each == "bpf:kvm" or libbpf.kprobes_available()] or ["bpf:kvm"]
+    no_kvm = libbpf.btf_available() and libbpf.tracepoints_preemptible()
+    able = [each for each in found if (not no_kvm if each == "bpf:kvm" else libbpf.kprobes_available())]
+    return able or ["bpf:kvm"]
 
 
 def in_child(function: Callable[[], object]) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from support import require
 
-from ummunotify._abi import FED_TABLE_SIZE, u32
+from ummunotify._abi import FED_TABLE_SIZE, Probe, u32
 from ummunotify._bpf import create_segment, read_map
 from ummunotify.bpf import features, libbpf
 from ummunotify.bpf.libbpf import BpfError, BpfObject, LibraryMissingError
-from ummunotify.bpf.program import why
+from ummunotify.bpf.program import Program, why
+from ummunotify.errors import UnavailableError
 
 OBJECT = resources.files("ummunotify.bpf").joinpath("watch.bpf.o").read_bytes()
 
@@ -34,6 +35,20 @@ def privileged() -> None:
 
 def descriptors() -> set[str]:
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+def test_tracepoints_that_are_preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the next task's run is skipped: nobody may watch through them."""
+    if not libbpf.btf_available():
+        require("btf", "the kernel's types are not there")
+    assert libbpf.tracepoints_preemptible() == (int(os.uname().release.partition(".")[0]) >= 7)
+    types = tmp_path / "vmlinux"
+    monkeypatch.setattr(libbpf, "_BTF_PATH", str(types))
+    types.write_bytes(b"\0pid_t\0class_srcu_fast_notrace_t\0int\0")  # in an older kernel, too
+    assert libbpf.tracepoints_preemptible()
+    with pytest.raises(UnavailableError, match="Linux 7") as info:
+        Program(Probe.KVM, 1)
+    assert "mmu_notifier" in info.value.remedy
 
 
 def test_load_and_attach() -> None:

@@ -534,6 +534,17 @@ def btf_available() -> bool:
     return os.access(_BTF_PATH, os.R_OK)
 
 
+def tracepoints_preemptible() -> bool:
+    """May a program at a raw tracepoint be preempted? Since Linux 7 SRCU protects these, which leaves preemption on.
+
+    Does not need libbpf. OSError.
+    """
+    if int(os.uname().release.partition(".")[0]) >= 7:
+        return True
+    with open(_BTF_PATH, "rb") as types:
+        return b"\0class_srcu_fast_notrace_t\0" in types.read()  # the tracepoints of Linux 7 use it
+
+
 class Parameter(NamedTuple):
     """A parameter of a kernel function."""
 

@@ -301,6 +301,11 @@ def _check_kernel(probe: Probe) -> None:
         raise UnavailableError(
             "the kernel's types (BTF) are not available", "use a kernel that is built with CONFIG_DEBUG_INFO_BTF"
         )
+    if probe == Probe.KVM and libbpf.tracepoints_preemptible():
+        raise UnavailableError(
+            "this kernel preempts programs at tracepoints, and then skips those of other tasks (since Linux 7)",
+            "use a probe at kprobes: bpf:mmu_notifier, bpf:zap",
+        )
 
 
 def attached(probe: Probe, tables: int, bounds: Bounds | None = None) -> Program:
