@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from support import require
 
-from ummunotify._abi import CallType, Extent
+from ummunotify._abi import CallType, Extent, call_cookie
 from ummunotify._core import source_names
 from ummunotify.bpf import libbpf, zap
-from ummunotify.bpf.libbpf import KernelTypes
+from ummunotify.bpf.libbpf import KernelTypes, Parameter
 from ummunotify.bpf.zap import _Call, _Function, _Need
 from ummunotify.errors import UnavailableError
 
@@ -70,12 +70,37 @@ def test_this_kernel() -> None:
     """Every kernel that is tested has what the probe needs, also where it admits no kprobes."""
     found = zap.attachments()
     assert {"unmap_vmas", "move_page_tables", "ptep_clear_flush", "try_to_unmap_one"} <= set(found)
-    assert ("zap_page_range_single_batched" in found) != ("zap_page_range_single" in found)
+    assert len({"zap_vma_range_batched", "zap_page_range_single_batched", "zap_page_range_single"} & set(found)) == 1
     with KernelTypes() as types:
         members = types.members("vm_area_struct")
     assert members is not None
     place = members["vm_mm"] // 8
     assert found["ptep_clear_flush"].to_bytes(8, sys.byteorder) == bytes((0, 1, 1, 0, Extent.PAGE, place, 0, 0))
+
+
+def test_the_range_is_in_a_structure() -> None:
+    """As for munmap since Linux 7, and for mremap since Linux 6.16."""
+    call = _Call("unmap", extent=Extent.SPAN)
+    parameters = [Parameter("tlb", "struct mmu_gather *"), Parameter("unmap", "struct unmap_desc *")]
+    members = {"mas": 0, "first": 8, "pg_start": 16, "vma_start": 32, "vma_end": 40}
+    cookie = call.cookie({"unmap_desc": members}.get, parameters)
+    assert cookie == call_cookie(1, CallType.SPAN, 0, 0, Extent.SPAN, [1, 4, 5])
+    for name in ("first", "vma_start", "vma_end"):
+        others = {each: place for each, place in members.items() if each != name}
+        assert call.cookie({"unmap_desc": others}.get, parameters) is None
+
+
+def test_arguments_on_the_stack() -> None:
+    """As for UFFDIO_MOVE since Linux 6.18."""
+    no_members = dict[str, dict[str, int]]().get
+    call = _Call("mm", "src_addr", Extent.LENGTH, "len")
+    before = [Parameter("mm", "struct mm_struct *"), *(Parameter(f"pointer{i}", "struct  *") for i in range(5))]
+    after = [Parameter("src_addr", "long unsigned int"), Parameter("len", "long unsigned int")]
+    assert call.cookie(no_members, before + after) == call_cookie(0, CallType.MM, 6, 7, Extent.LENGTH)
+    farther = [*before, Parameter("pointer5", "void *"), *after]
+    assert call.cookie(no_members, farther) is None
+    for kind in ("struct large", "double", "int"):  # it may take no place, or several
+        assert call.cookie(no_members, [*before[:-1], Parameter("value", kind), *after]) is None
 
 
 def test_a_function_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,16 +63,17 @@ cdef extern from "abi/maps.h":
     const uint32_t UMN_STEPS_MAX
     enum:
         UMN_CALL_MEMBERS
+        UMN_CALL_ARGUMENTS
         UMN_OF_MM
         UMN_OF_HOLDER
-        UMN_OF_MOVE
+        UMN_OF_SPAN
         UMN_TO_END
         UMN_TO_LENGTH
         UMN_TO_PAGE
         UMN_TO_PMD
         UMN_TO_PUD
         UMN_TO_FOLIO
-        UMN_TO_MOVED
+        UMN_TO_SPAN
     struct umn_header:
         uint64_t generation
         uint32_t overflow, regions
@@ -95,6 +96,7 @@ CELLS_PER_SEGMENT = UMN_SEGMENT_PAGES * UMN_CELLS_PER_PAGE
 TABLES_PER_MM_MAX = UMN_TABLES_PER_MM_MAX
 RING_BYTES = max(UMN_RING_BYTES, mmap.PAGESIZE)
 STEPS_MAX = UMN_STEPS_MAX
+CALL_ARGUMENTS = UMN_CALL_ARGUMENTS
 
 PROTOCOL_VERSION = UMN_PROTOCOL_VERSION
 OBJECT_VERSION = <bytes>UMN_OBJECT_VERSION
@@ -170,7 +172,7 @@ class CallType(enum.IntEnum):
 
     MM = UMN_OF_MM
     HOLDER = UMN_OF_HOLDER
-    MOVE = UMN_OF_MOVE
+    SPAN = UMN_OF_SPAN
 
 
 class Extent(enum.IntEnum):
@@ -182,7 +184,7 @@ class Extent(enum.IntEnum):
     PMD = UMN_TO_PMD
     PUD = UMN_TO_PUD
     FOLIO = UMN_TO_FOLIO
-    MOVED = UMN_TO_MOVED
+    SPAN = UMN_TO_SPAN
 
 
 cdef bytes packed(const void *what, size_t size):

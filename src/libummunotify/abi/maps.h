@@ -57,6 +57,7 @@ struct umn_control {
  * CAP_SYS_ADMIN.
  */
 #define UMN_CALL_MEMBERS 3
+#define UMN_CALL_ARGUMENTS 8 /* the first, as long as all are numbers or pointers. A power of two. */
 struct umn_call {
 	uint8_t whose;	/* the argument that says whose address space it is ... */
 	uint8_t type;	/* ... and what that is (UMN_OF_*) */
@@ -65,9 +66,10 @@ struct umn_call {
 	uint8_t extent; /* ... and how (UMN_TO_*) */
 	uint8_t members[UMN_CALL_MEMBERS];
 };
-/* mm_struct; what has a pointer to one, members[0]; pagetable_move_control */
-enum { UMN_OF_MM, UMN_OF_HOLDER, UMN_OF_MOVE };
-enum { UMN_TO_END, UMN_TO_LENGTH, UMN_TO_PAGE, UMN_TO_PMD, UMN_TO_PUD, UMN_TO_FOLIO, UMN_TO_MOVED };
+/* mm_struct; what has a pointer to one, members[0]; what has a pointer to a vm_area_struct, members[0] */
+enum { UMN_OF_MM, UMN_OF_HOLDER, UMN_OF_SPAN };
+/* SPAN: the addresses are members of `whose`, from members[1] to members[2]. */
+enum { UMN_TO_END, UMN_TO_LENGTH, UMN_TO_PAGE, UMN_TO_PMD, UMN_TO_PUD, UMN_TO_FOLIO, UMN_TO_SPAN };
 
 UMN_STATIC_ASSERT(sizeof(struct umn_fed_table) == 40, "a table");
 UMN_STATIC_ASSERT(sizeof(struct umn_control) == 48, "control");

@@ -23,7 +23,7 @@ const char version[] SEC("ummunotify") = UMN_OBJECT_VERSION;
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 /* x86-64's */
 struct pt_regs {
-	unsigned long r10, r9, r8, ax, cx, dx, si, di, orig_ax;
+	unsigned long r10, r9, r8, ax, cx, dx, si, di, orig_ax, sp;
 };
 struct pt_regs___arm64 {
 	unsigned long regs[31], pstate, orig_x0;
@@ -855,9 +855,10 @@ static __always_inline uint64_t argument(struct pt_regs *regs, int number, int o
 {
 	uint64_t value;
 
-	if (!bpf_core_field_exists(regs->orig_ax))
+	if (!bpf_core_field_exists(regs->orig_ax)) {
 		value = ((struct pt_regs___arm64 *)regs)->regs[number];
-	else if (number == 0)
+		UMN_OPAQUE(value); /* not one load from a computed place for all: the verifier refuses that */
+	} else if (number == 0)
 		value = regs->di;
 	else if (number == 1)
 		value = regs->si;
@@ -1374,7 +1375,7 @@ int mmu_notifier(struct pt_regs *ctx)
 
 /* ---- The probe zap: the functions that take pages away. bpf/zap.py of the Python package says which, and how they are called. ---- */
 
-#define ARGUMENTS 8 /* a power of two; 6 are in registers */
+#define UNKNOWN 0xff /* no UMN_TO_* */
 #define VM_HUGETLB 0x00400000
 
 static __always_inline uint64_t member(uint64_t structure, uint8_t number)
@@ -1419,8 +1420,8 @@ static __always_inline uint64_t size_of(struct folio *folio, uint32_t page_shift
 SEC("kprobe")
 int zap(struct pt_regs *ctx)
 {
-	uint64_t arguments[ARGUMENTS] = {argument(ctx, 0, 1), argument(ctx, 1, 1), argument(ctx, 2, 1),
-					 argument(ctx, 3, 1), argument(ctx, 4, 1), argument(ctx, 5, 1)};
+	uint64_t arguments[UMN_CALL_ARGUMENTS] = {argument(ctx, 0, 1), argument(ctx, 1, 1), argument(ctx, 2, 1), argument(ctx, 3, 1),
+						  argument(ctx, 4, 1), argument(ctx, 5, 1), argument(ctx, 6, 1), argument(ctx, 7, 1)};
 	union {
 		uint64_t cookie;
 		struct umn_call call;
@@ -1431,17 +1432,21 @@ int zap(struct pt_regs *ctx)
 
 	if (!ctl)
 		return 0;
-	whose = arguments[how.call.whose % ARGUMENTS];
+	/* x86-64 has six in registers, and the next above the return address. */
+	if ((how.call.whose > 5 || how.call.start > 5 || how.call.last > 5) && bpf_core_field_exists(ctx->orig_ax) &&
+	    bpf_probe_read_kernel(&arguments[6], 2 * sizeof *arguments, (void *)(ctx->sp + 8)))
+		how.call.extent = UNKNOWN;
+	whose = arguments[how.call.whose % UMN_CALL_ARGUMENTS];
 	if (how.call.type == UMN_OF_MM)
 		mm = whose;
 	else
 		mm = member(whose, how.call.members[0]);
-	if (how.call.type == UMN_OF_MOVE) /* that was a vm_area_struct */
+	if (how.call.type == UMN_OF_SPAN) /* that was a vm_area_struct */
 		mm = (uint64_t)BPF_CORE_READ((struct vm_area_struct *)mm, vm_mm);
 	if (is_of_others(ctl, space_at(mm)))
 		return 0;
-	start = arguments[how.call.start % ARGUMENTS];
-	last = arguments[how.call.last % ARGUMENTS];
+	start = arguments[how.call.start % UMN_CALL_ARGUMENTS];
+	last = arguments[how.call.last % UMN_CALL_ARGUMENTS];
 	switch (how.call.extent) {
 	case UMN_TO_END:
 		end = last;
@@ -1467,11 +1472,11 @@ int zap(struct pt_regs *ctx)
 	case UMN_TO_FOLIO:
 		end = start + size_of((struct folio *)last, ctl->page_shift);
 		break;
-	case UMN_TO_MOVED:
+	case UMN_TO_SPAN:
 		start = member(whose, how.call.members[1]);
 		end = member(whose, how.call.members[2]);
 		break;
-	default: /* nothing that the loader says */
+	default: /* UNKNOWN, or nothing that the loader says */
 		start = 0;
 		end = UINT64_MAX;
 	}

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from .._abi import CallType, Extent, call_cookie
+from .._abi import CALL_ARGUMENTS, CallType, Extent, call_cookie
 from ..errors import UnavailableError
 from . import libbpf
 
@@ -22,12 +23,17 @@ _TYPES: dict[str, tuple[CallType, tuple[str, ...]]] = {
     "struct mmu_gather *": (CallType.HOLDER, ("mm",)),
     "struct mm_walk *": (CallType.HOLDER, ("mm",)),
     "struct userfaultfd_ctx *": (CallType.HOLDER, ("mm",)),
-    "struct pagetable_move_control *": (CallType.MOVE, ("old", "old_addr", "old_end")),
+    "struct pagetable_move_control *": (CallType.SPAN, ("old", "old_addr", "old_end")),
+    "struct unmap_desc *": (CallType.SPAN, ("first", "vma_start", "vma_end")),
 }
 """What says whose address space it is, and the members that the program reads."""
 
 _ADDRESS = "long unsigned int"
 _LAST = {Extent.END: _ADDRESS, Extent.LENGTH: _ADDRESS, Extent.FOLIO: "struct folio *"}
+
+
+_MembersOf = Callable[[str], dict[str, int] | None]
+"""KernelTypes.members"""
 
 
 class _Call(NamedTuple):
@@ -38,7 +44,7 @@ class _Call(NamedTuple):
     extent: Extent = Extent.PAGE
     last: str = ""
 
-    def cookie(self, types: libbpf.KernelTypes, parameters: list[libbpf.Parameter]) -> int | None:
+    def cookie(self, members_of: _MembersOf, parameters: list[libbpf.Parameter]) -> int | None:
         """What the program is told. None if this is not how the function is called."""
         at = {parameter.name: (number, parameter.type) for number, parameter in enumerate(parameters)}
         nothing = 0, ""
@@ -47,10 +53,11 @@ class _Call(NamedTuple):
         last, last_type = at.get(self.last, nothing)
         if what not in _TYPES or (self.start and start_type != _ADDRESS) or last_type != _LAST.get(self.extent, ""):
             return None
-        if max(whose, start, last) >= 6:  # not in a register
-            return None
+        needed = parameters[: max(whose, start, last) + 1]
+        if len(needed) > CALL_ARGUMENTS or not all(each.type == _ADDRESS or each.type[-1] == "*" for each in needed):
+            return None  # then it is not in the place that its number says
         kind, members = _TYPES[what]
-        offsets = types.members(what.split()[1]) or {}
+        offsets = members_of(what.split()[1]) or {}
         if not set(members) <= set(offsets):
             return None
         places = [offsets[member] // 8 for member in members]
@@ -76,16 +83,26 @@ class _Need(NamedTuple):
 
 _VMA_PAGE = _Call("vma", "address", Extent.PAGE)
 _VMA_PMD = _Call("vma", "address", Extent.PMD)
+_FOLIO = _Call("vma", "address", Extent.FOLIO, "folio")
 
 _NEEDS = (
     _Need(
         "munmap, mmap over it, brk, shmdt",
-        ((_Function("unmap_vmas", (_Call("tlb", "start_addr", Extent.END, "end_addr"),)),),),
+        (
+            (
+                _Function(
+                    "unmap_vmas",
+                    # Since Linux 7, and before.
+                    (_Call("unmap", extent=Extent.SPAN), _Call("tlb", "start_addr", Extent.END, "end_addr")),
+                ),
+            ),
+        ),
     ),
     _Need(
         "madvise DONTNEED, truncation",
         (
-            # Since Linux 6.16 the next one calls it, too.
+            (_Function("zap_vma_range_batched", (_Call("vma", "address", Extent.LENGTH, "size"),)),),
+            # Before Linux 7. Since Linux 6.16 the next one calls it, too.
             (_Function("zap_page_range_single_batched", (_Call("vma", "address", Extent.LENGTH, "size"),)),),
             (
                 _Function("zap_page_range_single", (_Call("vma", "address", Extent.LENGTH, "size"),)),
@@ -106,7 +123,7 @@ _NEEDS = (
             (
                 _Function(
                     "move_page_tables",
-                    (_Call("pmc", extent=Extent.MOVED), _Call("vma", "old_addr", Extent.LENGTH, "len")),
+                    (_Call("pmc", extent=Extent.SPAN), _Call("vma", "old_addr", Extent.LENGTH, "len")),
                 ),
             ),
         ),
@@ -129,6 +146,8 @@ _NEEDS = (
                 _Function("pmdp_collapse_flush", (_VMA_PMD,)),
                 # Only what is split half-way and given up; the others call the one before.
                 _Function("collapse_pte_mapped_thp", (_Call("mm", "addr", Extent.PMD),), optional=True),
+                # Since Linux 7 that one calls this one.
+                _Function("try_collapse_pte_mapped_thp", (_Call("mm", "addr", Extent.PMD),), optional=True),
                 # Not on all processors.
                 _Function("pudp_huge_clear_flush", (_Call("vma", "address", Extent.PUD),), optional=True),
             ),
@@ -137,9 +156,15 @@ _NEEDS = (
     ),
     _Need(
         "reclaim, hardware errors",
-        ((_Function("try_to_unmap_one", (_Call("vma", "address", Extent.FOLIO, "folio"),)),),),
+        (
+            (
+                _Function("try_to_unmap_one", (_FOLIO,)),
+                # Since Linux 7; before that it is a part of the other.
+                _Function("try_to_unmap_poisoned_hugetlb_one", (_FOLIO,), optional=True),
+            ),
+        ),
     ),
-    _Need("migration", ((_Function("try_to_migrate_one", (_Call("vma", "address", Extent.FOLIO, "folio"),)),),)),
+    _Need("migration", ((_Function("try_to_migrate_one", (_FOLIO,)),),)),
     _Need(
         "migration to devices",
         ((_Function("migrate_vma_collect_pmd", (_Call("walk", "start", Extent.END, "end"),)),),),
@@ -147,7 +172,11 @@ _NEEDS = (
     ),
     _Need(
         "userfaultfd's UFFDIO_MOVE",
-        ((_Function("move_pages", (_Call("ctx", "src_start", Extent.LENGTH, "len"),)),),),
+        (
+            # Since Linux 6.18, which moves several pages at once. Others are huge pages: see there.
+            (_Function("move_pages_ptes", (_Call("mm", "src_addr", Extent.LENGTH, "len"),)),),
+            (_Function("move_pages", (_Call("ctx", "src_start", Extent.LENGTH, "len"),)),),
+        ),
         only_with="uffdio_move",
     ),
 )
@@ -191,7 +220,7 @@ def _cookie(types: libbpf.KernelTypes, function: _Function) -> int:
     if parameters is None:
         raise _Missing(f"nothing says how {function.name} is called")
     for call in function.calls:
-        if (cookie := call.cookie(types, parameters)) is not None:
+        if (cookie := call.cookie(types.members, parameters)) is not None:
             return cookie
     called = ", ".join(f"{each.type} {each.name}".replace("* ", "*") for each in parameters)
     raise _Missing(f"{function.name} is called in an unknown way: ({called})")
