@@ -31,7 +31,7 @@ mount -t bpf bpf /sys/fs/bpf
 echo +memory >/sys/fs/cgroup/cgroup.subtree_control
 modprobe kvm-amd # what QEMU emulates
 # An RDMA device that needs no hardware, and Debian's pyverbs, but nothing else of what is beside it.
-modprobe rdma_rxe
+modprobe -a rdma_rxe ib_uverbs
 ip link set lo up
 rdma link add rxe0 type rxe netdev lo
 chmod 666 /dev/kvm /dev/infiniband/uverbs*

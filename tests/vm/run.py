@@ -4,7 +4,8 @@
     python tests/vm/run.py --only debian-6.1/full -- python -m pytest tests/test_changes.py
 
 The guests have the host's files, at the same paths. What they write is gone afterwards. Kernels are downloaded from
-Debian's archive when they are missing, and unpacked into a cache (UMMUNOTIFY_VM_CACHE, by default in ~/.cache).
+Debian's archive when they are missing, also those of other releases of Debian, and unpacked into a cache
+(UMMUNOTIFY_VM_CACHE, by default in ~/.cache).
 """
 
 from __future__ import annotations
@@ -46,47 +47,82 @@ EARLY = re.compile(r"^\[    0\.0|KASLR using|^Probing EDD|^\x1b.*(SeaBIOS|iPXE|B
 class Guest(NamedTuple):
     kernel: str
     package: str
+    suite: str
+    """Of Debian, that has the package; if empty, one of this machine's."""
+    append: str
+    """To the kernel's command line."""
     preempt: list[str]
     """The models to run the tests under; booted with the last."""
     tests: list[str]
+    sources: list[str]
+    """That must work with BPF, and miss nothing."""
 
     @property
     def name(self) -> str:
         return self.kernel if len(self.preempt) > 1 else f"{self.kernel}/{self.preempt[0]}"
 
 
-def guests() -> list[Guest]:
+def guests(by_hand: bool) -> list[Guest]:
     """Those of kernels.toml, each followed by the same for one preemption model only."""
-    kernels = tomllib.loads((HERE / "kernels.toml").read_text())["kernel"]
+    kernels = tomllib.loads((HERE / "kernels.toml").read_text())
     return [
-        Guest(each["name"], each["package"], models, each["tests"])
-        for each in kernels
+        Guest(
+            each["name"],
+            each["package"],
+            each.get("suite", ""),
+            each.get("append", ""),
+            models,
+            each["tests"],
+            each["sources"],
+        )
+        for each in kernels["kernel"] + (kernels["by-hand"] if by_hand else [])
         for models in (each["preempt"], *([one] for one in each["preempt"]))
     ]
 
 
 def image(kernel: str) -> Path | None:
-    return next((file.resolve() for file in (CACHE / kernel).glob("boot/vmlinuz-*")), None)
+    found = (file for place in ("boot/vmlinuz-*", "lib/modules/*/vmlinuz") for file in (CACHE / kernel).glob(place))
+    return next((file.resolve() for file in found), None)
 
 
-def output(*command: str, cwd: Path | None = None) -> str:
+def output(*command: str | Path, cwd: Path | None = None) -> str:
     return subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def fetch(kernel: str, package: str) -> None:
-    """Unpack a kernel's package into the cache, without installing it."""
-    depends = output("apt-cache", "show", "--no-all-versions", package)
-    found = re.search(r"^Depends:.*?\b(linux-image-[^ ,]+)", depends, re.MULTILINE)
+def archive(suite: str, scratch: Path) -> list[str]:
+    """Options of apt's tools: to look into this suite of the machine's mirror of Debian, and nowhere else."""
+    which = ("$(REPO_URI)", "Created-By: Packages", "Label: Debian", "Component: main")
+    if not (mirrors := output("apt-get", "indextargets", "--format", *which).split()):
+        sys.exit("apt's sources name no mirror of Debian")
+    Path(scratch, "sources.list").write_text(f"deb {mirrors[0]} {suite} main\n")
+    Path(scratch, "lists/partial").mkdir(parents=True)
+    places = {"Etc::SourceList": "sources.list", "Etc::SourceParts": "none", "State::Lists": "lists", "Cache": "cache"}
+    places["State::Status"] = "none"  # as if nothing were installed
+    options = [f"Dir::{key}={scratch / path}" for key, path in places.items()]
+    return [argument for option in options for argument in ("-o", option)]
+
+
+def fetch(guest: Guest) -> None:
+    """Unpack a kernel's packages into the cache, without installing them."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix=".fetch-") as scratch:
-        # apt's unprivileged user cannot write there
-        download = ("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", found[1] if found else package)
-        output(*download, cwd=Path(scratch))
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=".fetch-") as folder:
+        scratch = Path(folder)
+        options = ["-o", "APT::Sandbox::User=root"]  # apt's unprivileged user cannot write there
+        if guest.suite:
+            options += archive(guest.suite, scratch)
+            output("apt-get", "-q", *options, "update")
+        # Since Linux 7 the package of the image depends on others, which hold it and the modules.
+        needed = output("apt-cache", *options, "depends", "--recurse", "--important", guest.package)
+        packages = set(re.findall(r"\blinux-(?:image|base|binary|modules)-\d\S*", needed))
+        output("apt-get", "-q", *options, "download", *packages, cwd=scratch)
         root = Path(scratch, "root")
-        output("dpkg-deb", "-x", str(next(Path(scratch).glob("*.deb"))), str(root))
-        for file in root.glob("boot/vmlinuz-*"):
-            output("depmod", "-b", str(root), file.name.removeprefix("vmlinuz-"))
-        root.rename(CACHE / kernel)
+        for package in scratch.glob("*.deb"):
+            output("dpkg-deb", "-x", package, root)
+        if not (root / "lib").exists():
+            (root / "lib").symlink_to("usr/lib")
+        for modules in root.glob("lib/modules/*"):
+            output("depmod", "-b", root, modules.name)
+        root.rename(CACHE / guest.kernel)
 
 
 def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: str) -> int:
@@ -99,6 +135,7 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: 
     kept |= {"PATH": PATH, "HOME": "/root", "VIRTUAL_ENV": sys.prefix, "UMMUNOTIFY_VM": guest.name}
     kept["UMMUNOTIFY_VM_TESTS"] = " ".join(f"tests/{each}" for each in guest.tests)
     kept["UMMUNOTIFY_VM_PREEMPT"] = " ".join(guest.preempt)
+    kept["UMMUNOTIFY_VM_SOURCES"] = " ".join(guest.sources)
     settings = [f"{name}={value}" for name, value in kept.items()]
     started = time.monotonic()
     with tempfile.NamedTemporaryFile("w", prefix="ummunotify-vm-", suffix=".sh") as script:
@@ -113,7 +150,7 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: 
             f"--qemu-opts=-accel tcg,thread={threads} -fsdev {host} -device virtio-9p-pci,fsdev=host,mount_tag=host"
         ]
         # On a busy host the emulated clocks drift apart; that must not look like a defect of the guest.
-        append = f"preempt={guest.preempt[-1]} tsc=reliable nowatchdog modprobe.blacklist={BLACKLIST}"
+        append = f"preempt={guest.preempt[-1]} tsc=reliable nowatchdog modprobe.blacklist={BLACKLIST} {guest.append}"
         # Of the kernel's messages only the last: why it panicked.
         arguments += ["--append", f"{append} loglevel=1"]
         # QEMU's output must be a pipe: it truncates a file.
@@ -145,20 +182,26 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="KERNEL[/PREEMPT]", help=f"of {', '.join(each.name for each in guests())}")
+    parser.add_argument(
+        "--only", metavar="KERNEL[/PREEMPT]", help=f"of {', '.join(each.name for each in guests(True))}"
+    )
     parser.add_argument("--timeout", type=float, default=1500, metavar="S", help="for each guest (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="guests at a time (%(default)s)")
     parser.add_argument("--threads", choices=("single", "multi"), default="single", help="do its CPUs take turns?")
     parser.add_argument("command", nargs="*", help="instead of suite.sh")
     options = parser.parse_args()
     os.environ["PATH"] = PATH  # vng and depmod
-    chosen = [each for each in guests() if (each.name == options.only if options.only else each.name == each.kernel)]
+    chosen = [
+        each
+        for each in guests(by_hand=bool(options.only))
+        if (each.name == options.only if options.only else each.name == each.kernel)
+    ]
     if not chosen:
         parser.error(f"there is no kernel {options.only!r}")
-    if missing := {each.kernel: each.package for each in chosen if image(each.kernel) is None}:
+    if missing := [each for each in chosen if image(each.kernel) is None]:
         output("apt-get", "-q", "update")
-        for kernel, package in missing.items():
-            fetch(kernel, package)
+        for guest in missing:
+            fetch(guest)
     build()
     command = options.command or ["sh", str(HERE / "suite.sh")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))

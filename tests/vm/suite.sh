@@ -26,7 +26,7 @@ selftest() {
 for each in $UMMUNOTIFY_VM_PREEMPT; do
     echo "$each" >$model
     grep -q "($each)" $model
-    selftest "bpf:mmu_notifier bpf:kvm bpf:zap" ummunotify selftest --source bpf
+    selftest "$UMMUNOTIFY_VM_SOURCES" ummunotify selftest --source bpf
 done
 ummunotify daemon --socket /run/ummunotify/socket --user nobody --probe zap &
 while [ ! -S /run/ummunotify/socket ]; do kill -0 $!; sleep 0.2; done
