@@ -86,7 +86,9 @@ static int make_machine(int kvm)
 
 	if (kvm < 0 && opened < 0)
 		return opened;
-	vm = ioctl(kvm < 0 ? opened : kvm, KVM_CREATE_VM, 0);
+	kvm = kvm < 0 ? opened : kvm;
+	/* On arm64 a machine has 40 bits of addresses, which not all processors can do, if it is not asked for fewer: 32 is the least. */
+	vm = ioctl(kvm, KVM_CREATE_VM, ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_ARM_VM_IPA_SIZE) > 0 ? 32 : 0);
 	if (vm < 0)
 		umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "", "KVM cannot create a virtual machine (%s)", strerror(errno));
 	else
