@@ -88,7 +88,7 @@ class CraftedTable:
         for _ in range(rng.randrange(1, 40)):
             node = rng.randrange(PAGE, _SEGMENT, _NODE)
             used = rng.choice((0, 1, _FANOUT, rng.randrange(256)))
-            struct.pack_into("=BB", memory, node, rng.randrange(10), used)
+            struct.pack_into("=BBB", memory, node, rng.randrange(10), used, rng.randrange(3))
             everywhere = rng.random() < 0.7
             bounds = [0 if everywhere else rng.getrandbits(48) for _ in range(_FANOUT)]
             bounds += [_EVERYWHERE if everywhere else rng.getrandbits(48) for _ in range(_FANOUT)]

@@ -326,6 +326,27 @@ static void walks_are_bounded(void)
 	delete_world(&world);
 }
 
+/* Where no region reaches over another, the walk to one leaf takes one step, whatever the order in which they are watched. */
+static void descends_to_the_leaf(void)
+{
+	enum { N = 20000, PRIME = 7919 };
+
+	make_world(&world, N);
+	for (uint64_t i = 0; i < N; i++) {
+		uint64_t start = 0x2000 * (i * PRIME % N + 1);
+
+		watch(&world, start, start + 0x1000, 0, NULL);
+	}
+	for (uint64_t i = 1; i <= N; i++) {
+		feed_bounded(&world, 0x2000 * i, 0x2000 * i + 0x1000, 0, 0, 1);
+		feed_bounded(&world, 0x2000 * i + 0x1000, 0x2000 * (i + 1), 0, 0, 1);
+	}
+	check(world.header->overflow == 0 && world.header->generation == N);
+	check(umn_table_drain(world.table, events, REGIONS_MAX) == REGIONS_MAX);
+	check_sound(&world);
+	delete_world(&world);
+}
+
 /* ---- Limits, and the end ---- */
 
 static void limits(void)
@@ -386,6 +407,7 @@ int main(int argc, char **argv)
 	memory_is_constant(constant);
 	memory_comes_back();
 	walks_are_bounded();
+	descends_to_the_leaf();
 	limits();
 	return 0;
 }

@@ -73,6 +73,7 @@ static void attack(void)
 		break;
 	case 5:
 		node->used = random64();
+		node->ordered = random64();
 		break;
 	case 6: /* loops, too */
 		node->ref[below(UMN_FANOUT)] = one_in(2) ? header->root : random_ref();

@@ -460,6 +460,22 @@ static void setup_3_levels(void)
 	watch_pages((UMN_FANOUT + 1) * UMN_FANOUT);
 }
 
+/* Three leaves, with room in each. */
+static void setup_room(void)
+{
+	watch_pages(2 * UMN_FANOUT + 2);
+	unwatch(6);
+	unwatch((int)UMN_FANOUT + 6);
+}
+
+/* Regions in the first and the second reach into the third, so the ends in the root are in order ... */
+static void setup_reaching(void)
+{
+	setup_room();
+	watch(60, at(UMN_FANOUT + 6), at(2 * UMN_FANOUT + 1));
+	watch(61, at(6), at(2 * UMN_FANOUT + 1));
+}
+
 /* Two leaves of which one is nearly empty. */
 static void setup_merge(void)
 {
@@ -650,6 +666,24 @@ static void unwatch_one(void)
 	unwatch(30);
 }
 
+/* ... until the second no longer does. */
+static void unwatch_reaching(void)
+{
+	unwatch(60);
+}
+
+/* The first leaf comes to reach over the second. */
+static void watch_reaching(void)
+{
+	watch(60, at(6), at(2 * UMN_FANOUT));
+	feed_page(2 * UMN_FANOUT - 1);
+}
+
+static void feed_third_leaf(void)
+{
+	feed_page(2 * UMN_FANOUT);
+}
+
 static void feed_around_30(void)
 {
 	feed(at(29), at(33));
@@ -707,6 +741,8 @@ static const struct scenario {
 	{"split above", setup_levels, {watch_split, feed_first}, 2},
 	{"split, 3 levels", setup_3_levels, {watch_split_early, feed_around_30}, 1},
 	{"unwatch, 3 levels", setup_3_levels, {unwatch_one, feed_around_30}, 2},
+	{"ends in order no more", setup_reaching, {unwatch_reaching, feed_third_leaf}, 2},
+	{"reaching over a leaf", setup_room, {watch_reaching, feed_around_30}, 2},
 	{"merge", setup_merge, {feed_all, unwatch_merge}, 2},
 	{"unwatch all", setup_3, {feed_all, unwatch_all, feed_third}, 2},
 	{"unwatch all, levels", setup_merge, {unwatch_all, feed_all}, 1},

@@ -12,10 +12,10 @@ static const char *check_node(struct umn_table *t, uint32_t ref, uint32_t parent
 	struct umn_region *region;
 	const char *wrong;
 	struct entry below;
-	uint64_t last = 0;
+	uint64_t last = 0, last_end = 0;
 
 	++*nodes;
-	if (shared->level != node->level || shared->used != node->used ||
+	if (shared->level != node->level || shared->used != node->used || shared->ordered != node->ordered ||
 	    memcmp(shared->start, node->start, sizeof node->start) || memcmp(shared->end, node->end, sizeof node->end) ||
 	    memcmp(shared->ref, node->ref, sizeof node->ref))
 		return "a node's shared copy is not as it was written";
@@ -42,10 +42,16 @@ static const char *check_node(struct umn_table *t, uint32_t ref, uint32_t parent
 		if (node->start[i] < last)
 			return "entries are not in order";
 		last = node->start[i];
+		if (node->ordered && node->end[i] < last_end)
+			return "the ends are not in order";
+		last_end = node->end[i];
 		wrong = check_node(t, node->ref[i], ref, regions, nodes);
 		if (wrong)
 			return wrong;
 	}
+	for (; node->level && i < UMN_FANOUT; i++)
+		if (node->start[i] != UMN_ADDRESS_MAX)
+			return "an entry that is not used looks like a used one";
 	if (n != entries || (node->level && n != node->used) || (!n && !t->untidy && parent))
 		return "a node's count is wrong";
 	return NULL;

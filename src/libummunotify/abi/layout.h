@@ -65,11 +65,13 @@ struct umn_header {
 };
 
 /* An entry is in use while its ref is not 0. In a leaf (level 0) ref is a slot, and the entries are in any order. Above,
- * ref is a node, `start` a lower bound of the starts in it and `end` an upper bound of the ends, sorted by start. */
+ * ref is a node, `start` a lower bound of the starts in it and `end` an upper bound of the ends, sorted by start; entries that are not
+ * in use begin at UMN_ADDRESS_MAX. */
 struct umn_node {
 	uint8_t level;
 	uint8_t used; /* entries at this index and above have never been used */
-	uint16_t unused0;
+	uint8_t ordered; /* above leaves: starts and ends have both been sorted since the node was built; goes from 1 to 0 only */
+	uint8_t unused0;
 	uint32_t unused1;
 	uint64_t start[UMN_FANOUT];
 	uint64_t end[UMN_FANOUT];

@@ -260,12 +260,21 @@ struct {
 #define UMN_INLINE __always_inline
 #define UMN_LOAD(p) (*(volatile __typeof__(*(p)) *)(p))
 #define UMN_STORE(p, v) (*(volatile __typeof__(*(p)) *)(p) = (v))
+/* The address depends on v, which Arm respects; x86 does loads in order anyway. */
+#define UMN_AFTER(p, v)                                           \
+	({                                                        \
+		uint64_t none_ = (v);                             \
+		asm volatile("%0 &= 0" : "+r"(none_));            \
+		(__typeof__(p))((uint64_t)(p) + none_);           \
+	})
+#define UMN_PREFETCH(p) ((void)UMN_LOAD(p)) /* nothing waits for what is not used */
 #define UMN_OPAQUE(v) asm volatile("" : "+r"(v))
 #define UMN_UNROLL _Pragma("clang loop unroll(full)")
 #define UMN_REPEAT(n, f, w) bpf_loop(n, f, w, 0)
 struct umn_walk;
 static __always_inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref);
 static __always_inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref);
+static __always_inline uint32_t umn_descend(struct umn_walk *w, uint32_t ref);
 #include "table/invalidate.h"
 
 static __always_inline uint8_t *page_at(uint32_t segments_at, uint32_t ref)
@@ -291,6 +300,19 @@ static __always_inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t
 	uint64_t cell = ref & (UMN_CELLS_PER_PAGE - 1);
 
 	return page ? (struct umn_slot *)(page + cell * UMN_CELL) : 0;
+}
+
+/* A global function, so that the verifier looks at it once. */
+__attribute__((noinline)) uint32_t descend_index(uint32_t segments_at, uint32_t ref, uint64_t start, uint64_t end)
+{
+	struct umn_walk w = {.segments_at = segments_at, .start = start, .end = end};
+
+	return umn_descend_from(&w, ref);
+}
+
+static __always_inline uint32_t umn_descend(struct umn_walk *w, uint32_t ref)
+{
+	return descend_index(w->segments_at, ref, w->start, w->end);
 }
 
 static __always_inline struct umn_header *header_of(uint32_t id)

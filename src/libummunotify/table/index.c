@@ -90,10 +90,20 @@ static uint32_t parent_of(struct umn_table *t, uint32_t ref, uint32_t *at)
 
 /* The shared copies are written by atomic stores even before a feeder can reach them: ThreadSanitizer cannot tell. */
 
+/* Are starts and ends still sorted if entry i gets these? */
+static bool in_order(const struct umn_node *node, uint32_t i, uint64_t start, uint64_t end)
+{
+	return (!i || (node->start[i - 1] <= start && node->end[i - 1] <= end)) &&
+	       (i + 1 == node->used || (start <= node->start[i + 1] && end <= node->end[i + 1]));
+}
+
 static void set_bounds(struct umn_table *t, uint32_t ref, uint32_t i, uint64_t start, uint64_t end)
 {
 	struct umn_node *own = node_at(t, ref), *shared = cell_at(t, ref);
 
+	/* Before the bounds, and for good: a feeder that finds it set after it has loaded bounds knows that they were sorted then. */
+	if (own->ordered && !in_order(own, i, start, end))
+		store(&shared->ordered, own->ordered = 0);
 	if (own->start[i] != start)
 		store(&shared->start[i], own->start[i] = start);
 	if (own->end[i] != end)
@@ -120,6 +130,7 @@ static uint32_t new_node(struct umn_table *t, uint32_t level, const struct entry
 	uint32_t i, ref = take_chunk(t);
 	struct chunk *chunk = chunk_at(t, ref);
 	struct umn_node *shared = cell_at(t, ref), *own;
+	bool ordered = level;
 
 	chunk->node = t->spare_nodes;
 	t->spare_nodes = chunk->node->next;
@@ -130,17 +141,20 @@ static uint32_t new_node(struct umn_table *t, uint32_t level, const struct entry
 		store(&shared->start[i], own->start[i] = entries[i].start);
 		store(&shared->end[i], own->end[i] = entries[i].end);
 		store(&shared->ref[i], own->ref[i] = entries[i].ref);
+		if (i && (entries[i].start < entries[i - 1].start || entries[i].end < entries[i - 1].end))
+			ordered = false;
 		if (level)
 			chunk_at(t, entries[i].ref)->parent = ref;
 		else
 			region_at(t, entries[i].ref)->leaf = ref;
 	}
 	for (; i < UMN_FANOUT; i++) {
-		store(&shared->start[i], own->start[i] = 0);
+		store(&shared->start[i], own->start[i] = level ? UMN_ADDRESS_MAX : 0);
 		store(&shared->end[i], own->end[i] = 0);
 		store(&shared->ref[i], own->ref[i] = 0);
 	}
 	store(&shared->used, own->used = n);
+	store(&shared->ordered, own->ordered = ordered);
 	chunk->entries = n;
 	chunk->parent = 0;
 	return ref;

@@ -4,15 +4,18 @@
  *
  * One source for the BPF program and for user-space feeders. The file that includes it defines
  *
- *	UMN_WALK_FIELDS			a field or more of struct umn_walk, for the two functions below
+ *	UMN_WALK_FIELDS			a field or more of struct umn_walk, for the functions below
  *	struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref)	NULL if there is no such chunk
  *	struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref)
+ *	uint32_t umn_descend(struct umn_walk *w, uint32_t ref)	umn_descend_from, by a call or not
  *	UMN_LOAD(p), UMN_STORE(p, v)	single-copy atomic; in BPF without order
+ *	UMN_AFTER(p, v)			p, from which nothing is loaded before v was
+ *	UMN_PREFETCH(p)			has the cache line fetched
  *	UMN_OPAQUE(v)			hides from the compiler what it knows of v
  *	UMN_REPEAT(n, f, w)		calls f(i, w) for i = 0, 1, ... until it returns 1, at most n times
  *	UMN_INLINE, UMN_UNROLL		on functions that are to be inlined, loops that are to be unrolled
  *
- * with the declarations of the two functions before the include (struct umn_walk is incomplete there).
+ * with the declarations of the three functions before the include (struct umn_walk is incomplete there).
  *
  * Nothing here waits or allocates, and every loop is bounded: a feeder may hold any kernel lock, and the table may belong to an
  * untrusted process. At a bound, or where a reference leads nowhere, the walk gives up: header.overflow makes every region invalid.
@@ -108,6 +111,77 @@ static UMN_INLINE uint32_t umn_lowest(uint32_t bits)
 	return below * 0x01010101 >> 24;
 }
 
+/* Has the node's cache lines fetched all at once. Otherwise those with the ends and refs, and a leaf's, wait for those with the starts. */
+static UMN_INLINE void umn_fetch(struct umn_node *node)
+{
+	uint32_t i;
+
+	UMN_UNROLL
+	for (i = 0; i < UMN_CHUNK / 64; i++)
+		UMN_PREFETCH((uint64_t *)node + 8 * i);
+}
+
+/*
+ * In a node above leaves: the last entry that can overlap, which is as many as there are later starts before the end of the change. The
+ * starts are sorted at any time, if the node is `ordered`. So of an entry with a region that overlaps, and of all before it, each load
+ * finds a start before that end, whatever is stored meanwhile: the result is that entry or a later one. By fives: no load in either half
+ * waits for another.
+ */
+static UMN_INLINE uint32_t umn_last(struct umn_walk *w, struct umn_node *node)
+{
+	uint64_t fives = 0, ones = 0;
+	uint32_t i;
+
+	UMN_UNROLL
+	for (i = 5; i < UMN_FANOUT; i += 5)
+		fives += (UMN_LOAD(&node->start[i]) - w->end) >> 63;
+	fives = (fives & 7) * 5; /* at most 20, which the BPF verifier does not find */
+	UMN_UNROLL
+	for (i = 1; i < 5; i++)
+		ones += (UMN_LOAD(&node->start[fives + i]) - w->end) >> 63;
+	return (uint32_t)(fives + ones);
+}
+
+/*
+ * The way down from the root, as long as just one entry overlaps and can be found without a look at all of them. Returns the node where
+ * that ends, for umn_step; 0: nothing overlaps.
+ */
+static UMN_INLINE uint32_t umn_descend_from(struct umn_walk *w, uint32_t ref)
+{
+	uint64_t end, end_before;
+	uint32_t levels, i, before, below;
+	struct umn_node *node;
+
+	for (levels = 1; levels < UMN_LEVELS; levels++) {
+		node = umn_node_at(w, ref);
+		if (!node)
+			break;
+		umn_fetch(node);
+		if (!UMN_LOAD(&node->level))
+			break;
+		i = umn_last(w, node);
+		UMN_OPAQUE(i); /* what is compared is what is used */
+		if (i >= UMN_FANOUT)
+			break;
+		before = i - 1;
+		UMN_OPAQUE(before); /* before Linux 6.8 the verifier learns nothing from i being other than 0 */
+		end_before = before < UMN_FANOUT ? UMN_LOAD(&node->end[before]) : 0;
+		if (end_before > w->start)
+			break;
+		end = UMN_LOAD(&node->end[i]);
+		below = UMN_LOAD(&node->ref[i]);
+		/* After the bounds (the starts are before the ends, whose addresses depend on them). It is set, so it was when they were
+		 * loaded: the end before is the greatest there, and no entry before overlaps. The other way round the owner could clear it
+		 * and then narrow that end, in between: a change would be missed. */
+		if (!UMN_LOAD(UMN_AFTER(&node->ordered, end | end_before)))
+			break;
+		if (end <= w->start)
+			return 0;
+		ref = below;
+	}
+	return ref;
+}
+
 /*
  * One step of the depth-first walk: enters a node, or goes back to one that waits, and follows one entry of it. A node waits only if
  * more than one entry overlaps. So a walk on a single path takes one step for each level, and none for the way back.
@@ -196,7 +270,10 @@ static UMN_INLINE int umn_all_invalid(struct umn_header *header)
  * its entry, so a region outside the hull that is seen here was not watched before this change began. */
 static UMN_INLINE int umn_in_hull(struct umn_header *header, uint64_t start, uint64_t end)
 {
-	return UMN_LOAD(&header->root) && start < UMN_LOAD(&header->high) && end > UMN_LOAD(&header->low);
+	if (!UMN_LOAD(&header->root) || start >= UMN_LOAD(&header->high) || end <= UMN_LOAD(&header->low))
+		return 0;
+	UMN_PREFETCH(&header->readers[0]); /* the next that is written */
+	return 1;
 }
 
 /* Invalidates what [w->start, w->end) overlaps, in at most `steps` steps. The caller has zeroed the rest of *w. Returns 1 if a
@@ -230,7 +307,7 @@ static UMN_INLINE int umn_invalidate(struct umn_walk *w, uint32_t steps)
 	w->depth = w->hit = w->first = w->last = w->done = w->taken = w->tries = w->zero;
 	w->gave_up |= w->zero;
 	w->node[w->zero & (UMN_LEVELS - 1)] = w->left[w->zero & (UMN_LEVELS - 1)] = w->zero;
-	w->enter = UMN_LOAD(&header->root);
+	w->enter = umn_descend(w, UMN_LOAD(&header->root));
 	if (w->enter) {
 		UMN_REPEAT(steps, umn_step, w);
 		if (!w->done)

@@ -7,6 +7,8 @@
 #define UMN_INLINE inline
 #define UMN_LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define UMN_STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
+#define UMN_AFTER(p, v) ((void)(v), (p)) /* all loads are acquires */
+#define UMN_PREFETCH(p) __builtin_prefetch(p)
 #define UMN_UNROLL
 #define UMN_OPAQUE(v) ((void)(v))
 #ifndef UMN_REPEAT /* a test has its own */
@@ -19,6 +21,7 @@
 struct umn_walk;
 static inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref);
 static inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref);
+static inline uint32_t umn_descend(struct umn_walk *w, uint32_t ref);
 #include "table/invalidate.h"
 
 /* A reference that leads nowhere: the BPF program's maps answer with no page, here it is looked up. */
@@ -39,6 +42,11 @@ static inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref)
 static inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref)
 {
 	return cell_at(w, ref, ref % UMN_CELLS_PER_SEGMENT);
+}
+
+static inline uint32_t umn_descend(struct umn_walk *w, uint32_t ref)
+{
+	return umn_descend_from(w, ref);
 }
 
 void umn_memory_add(struct umn_memory *memory, void *segment, uint32_t pages)
