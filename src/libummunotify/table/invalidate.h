@@ -8,6 +8,7 @@
  *	struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref)	NULL if there is no such chunk
  *	struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref)
  *	uint32_t umn_descend(struct umn_walk *w, uint32_t ref)	umn_descend_from, by a call or not
+ *	uint32_t umn_thread_number(struct umn_walk *w)	the current thread's number; asked for at the first hit only
  *	UMN_LOAD(p), UMN_STORE(p, v)	single-copy atomic; in BPF without order
  *	UMN_AFTER(p, v)			p, from which nothing is loaded before v was
  *	UMN_PREFETCH(p)			has the cache line fetched
@@ -15,7 +16,7 @@
  *	UMN_REPEAT(n, f, w)		calls f(i, w) for i = 0, 1, ... until it returns 1, at most n times
  *	UMN_INLINE, UMN_UNROLL		on functions that are to be inlined, loops that are to be unrolled
  *
- * with the declarations of the three functions before the include (struct umn_walk is incomplete there).
+ * with the declarations of the four functions before the include (struct umn_walk is incomplete there).
  *
  * Nothing here waits or allocates, and every loop is bounded: a feeder may hold any kernel lock, and the table may belong to an
  * untrusted process. At a bound, or where a reference leads nowhere, the walk gives up: header.overflow makes every region invalid.
@@ -78,6 +79,9 @@ static UMN_INLINE void umn_hit(struct umn_walk *w, struct umn_slot *slot, uint32
 	 * mix. The owner reads it after it found the slot on the list; the push orders these stores before that. */
 	UMN_STORE(&slot->hint_start, w->start);
 	UMN_STORE(&slot->hint_end, w->end);
+	/* Asked twice. With one `if` for both, the program that clang makes is too much for the BPF verifier. */
+	if (!w->first)
+		w->thread = umn_thread_number(w);
 	UMN_STORE(&slot->thread, w->thread);
 	UMN_STORE(&slot->syscall, w->syscall);
 	UMN_STORE(&slot->next, w->first);

@@ -22,6 +22,7 @@ struct umn_walk;
 static inline struct umn_node *umn_node_at(struct umn_walk *w, uint32_t ref);
 static inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref);
 static inline uint32_t umn_descend(struct umn_walk *w, uint32_t ref);
+static inline uint32_t umn_thread_number(struct umn_walk *w);
 #include "table/invalidate.h"
 
 /* A reference that leads nowhere: the BPF program's maps answer with no page, here it is looked up. */
@@ -47,6 +48,11 @@ static inline struct umn_slot *umn_slot_at(struct umn_walk *w, uint32_t ref)
 static inline uint32_t umn_descend(struct umn_walk *w, uint32_t ref)
 {
 	return umn_descend_from(w, ref);
+}
+
+static inline uint32_t umn_thread_number(struct umn_walk *w)
+{
+	return w->thread; /* the caller knew it */
 }
 
 void umn_memory_add(struct umn_memory *memory, void *segment, uint32_t pages)
