@@ -18,7 +18,7 @@ from benchmarks import device as benchmark
 from daemons import COMMAND, NOBODY, PATIENCE, Daemon
 from other_users import require_another_user
 from support import require_source
-from test_c import HERE, build, output
+from test_c import HERE, build, output, sanitizing
 
 from ummunotify._abi import SOCKET_ENVIRONMENT as SOCKET
 from ummunotify.cli.config import LIB
@@ -398,7 +398,7 @@ def sanitized(request: pytest.FixtureRequest, public: Path) -> str:
     The sanitizers stand before the C library's functions themselves. So the suite calls those of preload.c by
     other names.
     """
-    options = [f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
+    options = sanitizing(request.param)
     sources = device_sources()
     preload = next(source for source in sources if source.endswith("preload.c"))
     rest = [source for source in sources if source != preload]
