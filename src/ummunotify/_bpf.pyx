@@ -19,7 +19,7 @@ import mmap
 import os
 from typing import NamedTuple
 
-from ._abi import RING_BYTES
+from ._abi import RING_BYTES as _RING_BYTES
 from .bpf.libbpf import BpfError
 from .errors import DescriptorLostError, UnavailableError
 
@@ -135,7 +135,7 @@ def create_segment():
 
 def create_ring():
     """A wake-up. A map's descriptor, which the caller closes; OSError."""
-    return check(umn_bpf_create_map(BPF_MAP_TYPE_RINGBUF, b"umn_wake", 0, 0, RING_BYTES, 0), "make a wake-up")
+    return check(umn_bpf_create_map(BPF_MAP_TYPE_RINGBUF, b"umn_wake", 0, 0, _RING_BYTES, 0), "make a wake-up")
 
 
 def read_map(int fd, bytes key, size_t value_size):
