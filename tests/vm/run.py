@@ -56,10 +56,7 @@ class Guest(NamedTuple):
     tests: list[str]
     sources: list[str]
     """That must work with BPF, and miss nothing."""
-
-    @property
-    def name(self) -> str:
-        return self.kernel if len(self.preempt) > 1 else f"{self.kernel}/{self.preempt[0]}"
+    name: str
 
 
 def guests(by_hand: bool) -> list[Guest]:
@@ -74,9 +71,13 @@ def guests(by_hand: bool) -> list[Guest]:
             models,
             each["tests"],
             each["sources"],
+            name,
         )
         for each in kernels["kernel"] + (kernels["by-hand"] if by_hand else [])
-        for models in (each["preempt"], *([one] for one in each["preempt"]))
+        for name, models in (
+            (each["name"], each["preempt"]),
+            *((f"{each['name']}/{one}", [one]) for one in each["preempt"]),
+        )
     ]
 
 
