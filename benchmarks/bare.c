@@ -100,8 +100,8 @@ void bench_unmap_each(const uint64_t *addresses, uint32_t n, struct timing *timi
 /* Address space of which no page is used: at `address`. 0 or -1. */
 int bench_reserve(uint64_t address, uint64_t length)
 {
-	return mmap((void *)address, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1,
-		    0) == MAP_FAILED
+	return mmap((void *)address, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0) ==
+			       MAP_FAILED
 		       ? -1
 		       : 0;
 }
@@ -163,8 +163,8 @@ int bench_probes(void)
 		query.info.bpf_fd = (uint32_t)fd;
 		query.info.info_len = sizeof info;
 		query.info.info = (uint64_t)&info;
-		if (!syscall(SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &query, sizeof query) &&
-		    info.type == BPF_LINK_TYPE_RAW_TRACEPOINT && !strcmp(name, "kvm_unmap_hva_range"))
+		if (!syscall(SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &query, sizeof query) && info.type == BPF_LINK_TYPE_RAW_TRACEPOINT &&
+		    !strcmp(name, "kvm_unmap_hva_range"))
 			count++;
 		close(fd);
 	}

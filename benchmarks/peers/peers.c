@@ -7,8 +7,8 @@
  */
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <string.h>
 
 #define REGIONS 64 /* watched at once */
@@ -79,7 +79,7 @@ void __wrap_ofi_mr_cache_notify(struct ofi_mr_cache *cache, const void *address,
 
 int peer_open(const char *name)
 {
-	static uint64_t cache[1024]; /* nobody looks into it but for a list of caches */
+	static uint64_t cache[1024];		       /* nobody looks into it but for a list of caches */
 	struct ofi_mem_monitor *monitors[64] = {NULL}; /* the first: for ordinary memory */
 
 	monitors[0] = monitor = strcmp(name, "uffd") ? memhooks_monitor : uffd_monitor;

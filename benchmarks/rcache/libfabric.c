@@ -112,7 +112,8 @@ int main(int argc, char **argv)
 	struct fid *monitor;
 	double theirs;
 
-	_Static_assert(offsetof(struct mr_cache, entry_data_size) == 0x98 && offsetof(struct mr_cache, entry_pool) == 0x168, "1.17");
+	_Static_assert(offsetof(struct mr_cache, entry_data_size) == 0x98 && offsetof(struct mr_cache, entry_pool) == 0x168,
+		       "1.17");
 	ofi_mem_init();
 	ofi_monitors_init();
 	if (ummunotify_libfabric_import(&monitor)) /* before there is a cache */

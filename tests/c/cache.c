@@ -34,8 +34,8 @@ int main(void)
 	memset(memory, 1, 8192);
 	if (ummunotify_cache_open(&cache, &registrar, NULL) || ummunotify_cache_uncached(cache) ||
 	    ummunotify_cache_acquire(cache, memory, 8192, NULL, &first) || ummunotify_cache_release(cache, first) ||
-	    ummunotify_cache_acquire(cache, memory + 5, 100, NULL, &second) || second != first ||
-	    second->handle != memory + 1 || !ummunotify_registration_valid(second)) {
+	    ummunotify_cache_acquire(cache, memory + 5, 100, NULL, &second) || second != first || second->handle != memory + 1 ||
+	    !ummunotify_registration_valid(second)) {
 		puts(ummunotify_error());
 		return 1;
 	}

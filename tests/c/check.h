@@ -14,13 +14,13 @@
 
 #define PAGE ((unsigned long)sysconf(_SC_PAGESIZE))
 
-#define check(condition)                                                                                                       \
-	do {                                                                                                                   \
-		if (!(condition)) {                                                                                            \
-			fprintf(stderr, "%s:%d: %s: this does not hold: %s (errno %d)\n", __FILE__, __LINE__, __func__,        \
-				#condition, errno);                                                                            \
-			abort();                                                                                               \
-		}                                                                                                              \
+#define check(condition)                                                                                                           \
+	do {                                                                                                                       \
+		if (!(condition)) {                                                                                                \
+			fprintf(stderr, "%s:%d: %s: this does not hold: %s (errno %d)\n", __FILE__, __LINE__, __func__,            \
+				#condition, errno);                                                                                \
+			abort();                                                                                                   \
+		}                                                                                                                  \
 	} while (0)
 
 /* Private anonymous memory that is in use; at `where` if that is not NULL. */

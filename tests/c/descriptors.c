@@ -56,7 +56,8 @@ static void waits_or_says_why(void)
 	madvise(memory, PAGE, MADV_DONTNEED);
 	memory[0] = 1;
 	result = ummunotify_wait(umn, 30000);
-	check(result == 1 || (result == -EBADF && ummunotify_failure()->code == UMMUNOTIFY_DESCRIPTOR && *ummunotify_failure()->remedy));
+	check(result == 1 ||
+	      (result == -EBADF && ummunotify_failure()->code == UMMUNOTIFY_DESCRIPTOR && *ummunotify_failure()->remedy));
 	result = ummunotify_fd(umn);
 	check(result >= 0 || (result == -EBADF && ummunotify_failure()->code == UMMUNOTIFY_DESCRIPTOR));
 	check(!ummunotify_valid(region));

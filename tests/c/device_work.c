@@ -58,8 +58,7 @@ static uint64_t change_and_read(void)
 {
 	struct ummunotify_event events[4];
 	char *page = get_pages(1, NULL);
-	struct ummunotify_register_ioctl wanted = {
-		.start = (uint64_t)page, .end = (uint64_t)page + PAGE, .user_cookie = 1};
+	struct ummunotify_register_ioctl wanted = {.start = (uint64_t)page, .end = (uint64_t)page + PAGE, .user_cookie = 1};
 	uint64_t before, after;
 
 	check(!ioctl(fd, UMMUNOTIFY_REGISTER_REGION, &wanted));

@@ -328,7 +328,8 @@ static void test_threads_inside(void)
 	begin();
 	stop = false;
 #ifdef HAS_SANITIZER
-	child_allocates = false; /* AddressSanitizer's allocator of GCC 12 leaves its locks held in the child of a threaded process */
+	child_allocates =
+		false; /* AddressSanitizer's allocator of GCC 12 leaves its locks held in the child of a threaded process */
 #endif
 	check(!pthread_create(&threads[0], NULL, work, NULL) && !pthread_create(&threads[1], NULL, work, NULL) &&
 	      !pthread_create(&threads[2], NULL, open_and_close, NULL));
@@ -347,8 +348,11 @@ static void test_threads_inside(void)
 int main(int argc, char **argv)
 {
 	static const struct test tests[] = {
-		{"kinds", test_kinds},	     {"ends", test_ends}, {"grandchildren", test_grandchildren},
-		{"daemon", test_daemon},     {"shared_memory", test_shared_memory},
+		{"kinds", test_kinds},
+		{"ends", test_ends},
+		{"grandchildren", test_grandchildren},
+		{"daemon", test_daemon},
+		{"shared_memory", test_shared_memory},
 		{"threads_inside", test_threads_inside},
 	};
 

@@ -438,15 +438,9 @@ static void test_caches(void)
 int main(int argc, char **argv)
 {
 	static const struct test tests[] = {
-		{"importing", test_importing},
-		{"the_case", test_the_case},
-		{"unsubscribing", test_unsubscribing},
-		{"lock", test_under_libfabrics_lock},
-		{"joining", test_joining},
-		{"limit", test_limit},
-		{"kinds", test_what_uffd_cannot_watch},
-		{"fork", test_fork},
-		{"caches", test_caches},
+		{"importing", test_importing},		{"the_case", test_the_case}, {"unsubscribing", test_unsubscribing},
+		{"lock", test_under_libfabrics_lock},	{"joining", test_joining},   {"limit", test_limit},
+		{"kinds", test_what_uffd_cannot_watch}, {"fork", test_fork},	     {"caches", test_caches},
 	};
 
 	struct fi_info *info;

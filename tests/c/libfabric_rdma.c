@@ -26,13 +26,13 @@
 #define PORT "7471"
 #define WAIT 20000 /* milliseconds, for what takes a few */
 
-#define must(call)                                                                                                             \
-	do {                                                                                                                   \
-		int64_t status = (call);                                                                                       \
-		if (status) {                                                                                                  \
-			fprintf(stderr, "%s: %s\n", #call, fi_strerror((int)-status));                                         \
-			exit(2);                                                                                               \
-		}                                                                                                              \
+#define must(call)                                                                                                                 \
+	do {                                                                                                                       \
+		int64_t status = (call);                                                                                           \
+		if (status) {                                                                                                      \
+			fprintf(stderr, "%s: %s\n", #call, fi_strerror((int)-status));                                             \
+			exit(2);                                                                                                   \
+		}                                                                                                                  \
 	} while (0)
 
 static struct fid_fabric *fabric;
@@ -166,8 +166,8 @@ static const struct change {
 	char *(*make)(void);
 	void (*change)(char *page);
 } changes[] = {
-	{"nothing", private_page, by_nothing},	 {"munmap", private_page, by_munmap}, {"syscall", private_page, by_system_call},
-	{"madvise", private_page, by_madvise},	 {"mremap", private_page, by_mremap}, {"truncate", file_page, by_truncation},
+	{"nothing", private_page, by_nothing}, {"munmap", private_page, by_munmap}, {"syscall", private_page, by_system_call},
+	{"madvise", private_page, by_madvise}, {"mremap", private_page, by_mremap}, {"truncate", file_page, by_truncation},
 };
 
 static void try_change(struct fid_ep *ep, char *buffer, struct fid_mr *buffer_mr, const struct change *change)

@@ -259,7 +259,7 @@ static int note_event(const struct ummunotify_event *event, void *context)
 	check(ummunotify_changed(umn)); /* until it is done */
 	if (d->nested)
 		check(ummunotify_dispatch(umn, note_event, d) == 0); /* at once, and delivers nothing */
-	check(!ummunotify_renew(umn, event->region)); /* everything but closing is allowed */
+	check(!ummunotify_renew(umn, event->region));		     /* everything but closing is allowed */
 	d->cookies[d->calls++] = event->cookie;
 	return d->calls == d->stop_at;
 }
@@ -385,7 +385,8 @@ static void *use_until_shutdown(void *argument)
 			break;
 		if (!argument && (madvise(page, PAGE, MADV_DONTNEED), false))
 			break;
-		if (is_closed(ummunotify_dispatch(short_lived, ignore_event, NULL)) || is_closed(ummunotify_read(short_lived, events, 4)))
+		if (is_closed(ummunotify_dispatch(short_lived, ignore_event, NULL)) ||
+		    is_closed(ummunotify_read(short_lived, events, 4)))
 			break;
 		if (!argument && is_closed(ummunotify_unwatch(short_lived, region)))
 			break;
@@ -529,12 +530,20 @@ static void test_growing(void)
 
 int main(int argc, char **argv)
 {
-	const struct test tests[] = {
-		{"the_case", test_the_case}, {"order_and_room", test_order_and_room}, {"growing", test_growing},
-		{"threads", test_threads},   {"fork", test_fork},		      {"errors", test_errors},
-		{"failure", test_failure},   {"sources", test_sources},		      {"open_with", test_open_with},
-		{"wait", test_wait},	     {"stats", test_stats},		      {"dispatch", test_dispatch},
-		{"dispatch_by_threads", test_dispatch_by_threads},		      {"shutdown", test_shutdown}};
+	const struct test tests[] = {{"the_case", test_the_case},
+				     {"order_and_room", test_order_and_room},
+				     {"growing", test_growing},
+				     {"threads", test_threads},
+				     {"fork", test_fork},
+				     {"errors", test_errors},
+				     {"failure", test_failure},
+				     {"sources", test_sources},
+				     {"open_with", test_open_with},
+				     {"wait", test_wait},
+				     {"stats", test_stats},
+				     {"dispatch", test_dispatch},
+				     {"dispatch_by_threads", test_dispatch_by_threads},
+				     {"shutdown", test_shutdown}};
 	int before = count_fds(), result;
 
 	if (ummunotify_open(&umn, NULL)) {

@@ -37,7 +37,8 @@ static inline const char *check_cache(struct ummunotify_cache *c)
 	const char *wrong = NULL;
 
 	pthread_mutex_lock(&c->lock);
-	umn_for_each_entry(c, e) {
+	umn_for_each_entry(c, e)
+	{
 		uint8_t place = umn_rest(e)->place, order = umn_rest(e)->order;
 
 		if (!wrong)

@@ -37,11 +37,11 @@
 
 struct watched {
 	changes_region *region;
-	uint64_t start, end; /* bytes */
-	uint32_t first, last; /* pages */
+	uint64_t start, end;	      /* bytes */
+	uint32_t first, last;	      /* pages */
 	uint64_t since[REGION_PAGES]; /* which change had begun when it was watched */
-	bool disturbed; /* a change was under way then, which could or could not hit it */
-	uint64_t reports; /* since then; under draining */
+	bool disturbed;		      /* a change was under way then, which could or could not hit it */
+	uint64_t reports;	      /* since then; under draining */
 };
 
 struct worker {
@@ -460,8 +460,8 @@ static void change(struct worker *w)
 			munmap(moved, length);
 		break;
 	case 8:
-		failed = mmap(place(first), length, PROT_READ | PROT_WRITE,
-			      MAP_SHARED | MAP_FIXED | (populate ? MAP_POPULATE : 0), file, first * PAGE) == MAP_FAILED;
+		failed = mmap(place(first), length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | (populate ? MAP_POPULATE : 0),
+			      file, first * PAGE) == MAP_FAILED;
 		if (!failed) {
 			end(w, first, last, false);
 			begin(first, last);

@@ -23,10 +23,10 @@ struct changes_options {
 #ifndef CHANGES_NOTIFIER
 	struct umn_source *source; /* the table's, if it has one */
 #endif
-	uint32_t threads;	   /* at most CHANGES_THREADS_MAX */
-	bool files;		   /* map a file too, and punch holes into it */
-	uint64_t changes;	   /* stop after so many */
-	double seconds;		   /* or then */
+	uint32_t threads; /* at most CHANGES_THREADS_MAX */
+	bool files;	  /* map a file too, and punch holes into it */
+	uint64_t changes; /* stop after so many */
+	double seconds;	  /* or then */
 	uint64_t seed;
 };
 #define CHANGES_THREADS_MAX 16u

@@ -19,10 +19,10 @@ __attribute__((noreturn, format(printf, 1, 2))) static void fail(const char *for
 	abort();
 }
 
-#define check(condition)                                                              \
-	do {                                                                          \
-		if (!(condition))                                                     \
-			fail("%s:%d: not true: %s", __FILE__, __LINE__, #condition);  \
+#define check(condition)                                                                                                           \
+	do {                                                                                                                       \
+		if (!(condition))                                                                                                  \
+			fail("%s:%d: not true: %s", __FILE__, __LINE__, #condition);                                               \
 	} while (0)
 
 #endif

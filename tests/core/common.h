@@ -12,14 +12,14 @@
 
 /* A feeder may be told to lose its chain, as if others had always been faster to change the list's head. */
 static _Thread_local bool lose_chain;
-#define UMN_REPEAT(n, f, w)                                                                               \
-	do {                                                                                              \
-		uint32_t n_ = (void *)(f) == (void *)umn_push && lose_chain ? 0 : (n);                    \
-		for (uint32_t i_ = 0; i_ < n_ && !f(i_, w); i_++)                                         \
-			;                                                                                 \
+#define UMN_REPEAT(n, f, w)                                                                                                        \
+	do {                                                                                                                       \
+		uint32_t n_ = (void *)(f) == (void *)umn_push && lose_chain ? 0 : (n);                                             \
+		for (uint32_t i_ = 0; i_ < n_ && !f(i_, w); i_++)                                                                  \
+			;                                                                                                          \
 	} while (0)
-#include "table/user_feeder.c"
 #include "check.h"
+#include "table/user_feeder.c"
 #include "table_check.h"
 
 /* xorshift64*: the same sequence on every run, per thread. */
@@ -125,8 +125,7 @@ static inline void check_sound(struct world *world)
 		fail("umn_table_check: %s", wrong);
 }
 
-static inline bool feed_bounded(struct world *world, uint64_t start, uint64_t end, uint32_t thread, int32_t syscall,
-				uint32_t steps)
+static inline bool feed_bounded(struct world *world, uint64_t start, uint64_t end, uint32_t thread, int32_t syscall, uint32_t steps)
 {
 	struct umn_walk w = {.memory = &world->memory,
 			     .header = world->header,

@@ -12,7 +12,7 @@ struct expected {
 	struct umn_region *region;
 	uint64_t start, end, cookie;
 	bool invalid;
-	uint32_t hits; /* since it was last reported */
+	uint32_t hits;	/* since it was last reported */
 	uint64_t order; /* of the first of these, its range, and who made it */
 	uint64_t hit_start, hit_end;
 	uint32_t thread;

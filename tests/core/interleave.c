@@ -18,10 +18,10 @@
 
 /* A feeder may be told to lose its chain. */
 static int lose_chain;
-#define UMN_REPEAT(n, f, w)                                                                             \
-	do {                                                                                            \
-		for (uint32_t i_ = 0; i_ < ((void *)(f) == (void *)umn_push && lose_chain ? 0 : (n)) && !f(i_, w); i_++) \
-			;                                                                               \
+#define UMN_REPEAT(n, f, w)                                                                                                        \
+	do {                                                                                                                       \
+		for (uint32_t i_ = 0; i_ < ((void *)(f) == (void *)umn_push && lose_chain ? 0 : (n)) && !f(i_, w); i_++)           \
+			;                                                                                                          \
 	} while (0)
 #include "table/user_feeder.c"
 #include "table_check.h"
@@ -215,8 +215,8 @@ static struct watched {
 	struct umn_region *region;
 	uint64_t start, end;
 	int state;
-	int renewed;	  /* how often */
-	int grants;	  /* events that may still come: one for each change, and one more after giving up */
+	int renewed; /* how often */
+	int grants;  /* events that may still come: one for each change, and one more after giving up */
 	struct claim claims[CHANGES];
 	int claim_count;
 } watched[SLOTS];
@@ -376,8 +376,8 @@ static void feed_bounded(uint64_t start, uint64_t end, uint32_t steps)
 			continue; /* may be reported or not */
 		if (r->claim_count == CHANGES)
 			fail("the test has too many changes");
-		r->claims[r->claim_count++] = (struct claim){.start = start > r->start ? start : r->start,
-							     .end = end < r->end ? end : r->end};
+		r->claims[r->claim_count++] =
+			(struct claim){.start = start > r->start ? start : r->start, .end = end < r->end ? end : r->end};
 	}
 	feeds_under_way++;
 	if (umn_in_hull(w.header, start, end))

@@ -20,12 +20,12 @@ void umn_clearing(const void *state, uint32_t bits);
 
 #define __atomic_load_n(p, order) (umn_point(p, sizeof *(p), 0), *(const volatile __typeof__(*(p)) *)(p))
 #define __atomic_store_n(p, v, order) (umn_point(p, sizeof *(p), 1), (void)(*(volatile __typeof__(*(p)) *)(p) = (v)))
-#define umn_modify(p, expression)                                         \
-	({                                                                \
-		__typeof__(p) p_ = (p);                                   \
-		__typeof__(*p_) old_ = (umn_point(p_, sizeof *p_, 1), *p_); \
-		*p_ = (expression);                                       \
-		old_;                                                     \
+#define umn_modify(p, expression)                                                                                                  \
+	({                                                                                                                         \
+		__typeof__(p) p_ = (p);                                                                                            \
+		__typeof__(*p_) old_ = (umn_point(p_, sizeof *p_, 1), *p_);                                                        \
+		*p_ = (expression);                                                                                                \
+		old_;                                                                                                              \
 	})
 #define __sync_fetch_and_add(p, v) umn_modify(p, old_ + (v))
 #define __sync_fetch_and_sub(p, v) umn_modify(p, old_ - (v))

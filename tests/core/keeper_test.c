@@ -193,7 +193,7 @@ static void test_child(void)
 		close(alive.in);
 		umn_keeper_forget(keeper);
 		check(!is_mapped("io_uring") && count("/proc/self/task") == 3); /* with . and .. */
-		check(read(alive.out, &byte, 1) == 1); /* until the parent has seen the end */
+		check(read(alive.out, &byte, 1) == 1);				/* until the parent has seen the end */
 		_exit(0);
 	}
 	check(!has_ended(kept.out));

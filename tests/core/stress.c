@@ -21,7 +21,7 @@ enum { NONE, WATCHING, WATCHED, UNWATCHING };
 struct record {
 	uint64_t start, end;
 	struct umn_region *region;
-	int held;	   /* by so many feeders; -1: by an owner */
+	int held; /* by so many feeders; -1: by an owner */
 	int state;
 	uint32_t renewals; /* odd: in one */
 	uint64_t last_hit; /* the clock when the last change by who held it began */
@@ -65,7 +65,7 @@ static uint64_t tick(void)
 	uint64_t value = 0;
 
 	QUIETLY
-		value = __sync_fetch_and_add(&now_clock, 1);
+	value = __sync_fetch_and_add(&now_clock, 1);
 	return value;
 }
 
@@ -172,8 +172,8 @@ static void *owner(void *argument)
 			more = !more;
 		r = &records[below(record_count)];
 		QUIETLY
-			if (!own(r))
-				r = NULL;
+		if (!own(r))
+			r = NULL;
 		if (!r)
 			continue;
 		done++;
@@ -188,7 +188,7 @@ static void *owner(void *argument)
 				do_watch(r);
 		}
 		QUIETLY
-			disown(r);
+		disown(r);
 	}
 	__sync_fetch_and_add(&change_count, done);
 	return NULL;
@@ -204,7 +204,8 @@ static size_t drain(size_t room)
 	size_t n = umn_table_drain(world.table, events, room);
 	uint64_t after = tick();
 
-	QUIETLY {
+	QUIETLY
+	{
 		for (size_t i = 0; i < n; i++) {
 			struct record *r = events[i].region->user;
 			int state = get(&r->state);
@@ -290,8 +291,8 @@ static void *feeder(void *argument)
 			if (get(&r->reported) <= began)
 				missing = true;
 			QUIETLY
-				for (uint64_t last = get(&r->last_hit); last < began; last = get(&r->last_hit))
-					__sync_bool_compare_and_swap(&r->last_hit, last, began);
+			for (uint64_t last = get(&r->last_hit); last < began; last = get(&r->last_hit))
+				__sync_bool_compare_and_swap(&r->last_hit, last, began);
 		}
 		if (missing && one_in(4)) {
 			pthread_mutex_lock(&drain_lock);

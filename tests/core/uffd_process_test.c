@@ -33,13 +33,12 @@
 
 #define PAGE ((unsigned long)sysconf(_SC_PAGESIZE))
 #define SECONDS 60
-#define check(condition)                                                                   \
-	do {                                                                               \
-		if (!(condition)) {                                                        \
-			fprintf(stderr, "%s:%d: not true: %s (errno %s)\n", __FILE__,      \
-				__LINE__, #condition, strerror(errno));                    \
-			abort();                                                           \
-		}                                                                          \
+#define check(condition)                                                                                                           \
+	do {                                                                                                                       \
+		if (!(condition)) {                                                                                                \
+			fprintf(stderr, "%s:%d: not true: %s (errno %s)\n", __FILE__, __LINE__, #condition, strerror(errno));      \
+			abort();                                                                                                   \
+		}                                                                                                                  \
 	} while (0)
 
 struct notifier {
@@ -376,8 +375,9 @@ static void clone_outlives(void)
 	struct notifier n = opened();
 	uint8_t *plain = map_alone(64 * PAGE), *grown = map_alone(64 * PAGE), *moved = map_alone(64 * PAGE);
 	uint8_t *split = map_alone(64 * PAGE), *heap = malloc(100000);
-	struct umn_region *regions[] = {watch(&n, plain, 64 * PAGE), watch(&n, grown + PAGE, PAGE), watch(&n, moved + 3 * PAGE, PAGE),
-					watch(&n, split + 9 * PAGE, PAGE), watch(&n, heap, 100000)};
+	struct umn_region *regions[] = {watch(&n, plain, 64 * PAGE), watch(&n, grown + PAGE, PAGE),
+					watch(&n, moved + 3 * PAGE, PAGE), watch(&n, split + 9 * PAGE, PAGE),
+					watch(&n, heap, 100000)};
 	pid_t child = clone_sleeper();
 
 	check(mremap(grown, 64 * PAGE, 128 * PAGE, 0) == grown);
@@ -526,8 +526,8 @@ static void mremap_partly_watched(void)
 				to = mremap(memory, moves[k].from * PAGE, moves[k].to * PAGE, moves[k].flags, target);
 				check(to != MAP_FAILED);
 				check(!touched || (to[0] == 7 && to[60 * PAGE] == 7));
-				check(umn_region_valid(region) == !(moves[k].changes || to != memory ||
-								    parts[i].first + parts[i].pages > moves[k].to));
+				check(umn_region_valid(region) ==
+				      !(moves[k].changes || to != memory || parts[i].first + parts[i].pages > moves[k].to));
 				/* And on: of what was moved and has grown, too. */
 				before = to;
 				to = mremap(to, moves[k].to * PAGE, 700 * PAGE, MREMAP_MAYMOVE);

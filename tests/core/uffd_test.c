@@ -29,10 +29,10 @@
 #define PAGE ((unsigned long)sysconf(_SC_PAGESIZE))
 #define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
-#define check(condition)                                                              \
-	do {                                                                          \
-		if (!(condition))                                                     \
-			fail("%s:%d: not true: %s", __FILE__, __LINE__, #condition);  \
+#define check(condition)                                                                                                           \
+	do {                                                                                                                       \
+		if (!(condition))                                                                                                  \
+			fail("%s:%d: not true: %s", __FILE__, __LINE__, #condition);                                               \
 	} while (0)
 
 __attribute__((noreturn, format(printf, 1, 2))) static void fail(const char *format, ...)
@@ -125,8 +125,8 @@ static struct {
 	void *address;
 	struct umn_region *region;
 	uint64_t length;
-	uint32_t round; /* the unmapper's */
-	uint32_t taken; /* the round that the other thread is done with */
+	uint32_t round;	   /* the unmapper's */
+	uint32_t taken;	   /* the round that the other thread is done with */
 	uint32_t unmapped; /* the round whose munmap has returned */
 	uint64_t inside, untouched, unchanged;
 	bool stop;

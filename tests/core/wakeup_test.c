@@ -265,8 +265,8 @@ static void test_no_epoll(void)
 int main(void)
 {
 	static void (*const tests[])(void) = {
-		test_own_epoll, test_callers_epoll, test_taken_away,	test_child, test_source_refuses,
-		test_no_descriptors,   test_no_epoll,
+		test_own_epoll,	     test_callers_epoll,  test_taken_away, test_child,
+		test_source_refuses, test_no_descriptors, test_no_epoll,
 	};
 	unsigned int before;
 

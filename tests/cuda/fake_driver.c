@@ -52,12 +52,12 @@ int fake_pushed(void)
 	return pushed;
 }
 
-#define maybe_fail()                                                     \
-	do {                                                             \
-		if (failing_name && !strcmp(failing_name, __func__)) {   \
-			failing_name = NULL;                             \
-			return failing_code;                             \
-		}                                                        \
+#define maybe_fail()                                                                                                               \
+	do {                                                                                                                       \
+		if (failing_name && !strcmp(failing_name, __func__)) {                                                             \
+			failing_name = NULL;                                                                                       \
+			return failing_code;                                                                                       \
+		}                                                                                                                  \
 	} while (0)
 
 /* The driver's. */

@@ -69,7 +69,7 @@ struct umn_header {
  * in use begin at UMN_ADDRESS_MAX. */
 struct umn_node {
 	uint8_t level;
-	uint8_t used; /* entries at this index and above have never been used */
+	uint8_t used;	 /* entries at this index and above have never been used */
 	uint8_t ordered; /* above leaves: starts and ends have both been sorted since the node was built; goes from 1 to 0 only */
 	uint8_t unused0;
 	uint32_t unused1;
@@ -87,7 +87,7 @@ struct umn_node {
 
 struct umn_slot {
 	uint32_t state;
-	uint32_t next; /* the next slot on the list; written by the feeder that set UMN_PENDING, as are ... */
+	uint32_t next;	     /* the next slot on the list; written by the feeder that set UMN_PENDING, as are ... */
 	uint64_t hint_start; /* ... the first hit's range, ... */
 	uint64_t hint_end;
 	uint32_t thread; /* ... the thread that made it (0: not known), ... */
@@ -96,7 +96,7 @@ struct umn_slot {
 
 /* For the probes that the kernel may skip: see sources/probe_gap.h. The feeder writes it, for all its tables. */
 struct umn_probe_gaps {
-	uint32_t cpus; /* on how many the kernel may be skipping the probe now */
+	uint32_t cpus;	/* on how many the kernel may be skipping the probe now */
 	uint32_t times; /* how often that has begun; counted before `cpus`; wraps */
 };
 
@@ -108,6 +108,6 @@ struct umn_probe_gaps {
 UMN_STATIC_ASSERT(sizeof(struct umn_header) == 320, "header: five cache lines");
 UMN_STATIC_ASSERT(sizeof(struct umn_node) <= UMN_CHUNK, "a node fits in a chunk");
 UMN_STATIC_ASSERT(sizeof(struct umn_slot) == UMN_CELL, "a slot is a cell");
-UMN_STATIC_ASSERT((uint64_t)UMN_SEGMENTS * UMN_CELLS_PER_SEGMENT <= UINT32_MAX, "a reference has 32 bits");
+UMN_STATIC_ASSERT(UMN_SEGMENTS <= UINT32_MAX / UMN_CELLS_PER_SEGMENT, "a reference has 32 bits");
 
 #endif

@@ -21,7 +21,7 @@
 
 /* In the map `tables`, by the table's number. */
 struct umn_fed_table {
-	uint64_t space; /* the number of the address space (space_of in watch.bpf.c); 0: its owner has not shown itself yet, or is gone */
+	uint64_t space; /* the address space's number (space_of in watch.bpf.c); 0: the owner has not shown itself, or is gone */
 	uint64_t mm;	/* where that one's mm_struct was when the owner showed itself */
 	uint32_t uid;	/* the owner's then */
 	uint32_t next;	/* the next table of the same address space, plus 1 */
@@ -33,10 +33,10 @@ struct umn_fed_table {
 
 /* The one value in the map `control`. */
 struct umn_control {
-	uint32_t tables;	/* tables with this number and above have never been used */
-	uint32_t handshakes;	/* how many are open */
-	uint64_t space;		/* if just one table is being fed: its address space, ... */
-	uint32_t sole_table;	/* ... and its number plus 1; both are 0 otherwise */
+	uint32_t tables;     /* tables with this number and above have never been used */
+	uint32_t handshakes; /* how many are open */
+	uint64_t space;	     /* if just one table is being fed: its address space, ... */
+	uint32_t sole_table; /* ... and its number plus 1; both are 0 otherwise */
 	/* The most that a change may take ... */
 	uint32_t steps_own;	/* in all tables of the address space that makes it */
 	uint32_t steps_foreign; /* in all tables that may be others' ... */

@@ -35,7 +35,8 @@ enum umn_op {
 	UMN_OP_HELLO = 1,
 	UMN_OP_SETTLE = 2,
 	UMN_OP_GROW = 3,
-	UMN_OP_STATUS = 4, /* a umn_summary, then for each `argument` the umn_record of the first client with at least that table's number */
+	/* A umn_summary, then for each `argument` the umn_record of the first client with at least that table's number. */
+	UMN_OP_STATUS = 4,
 };
 #define UMN_STATUS_SUMMARY UINT32_MAX /* the `argument` that asks for the summary */
 
@@ -47,15 +48,15 @@ struct umn_request {
 /* `value` is the limit that was reached, or an errno. */
 enum umn_status {
 	UMN_STATUS_OK,
-	UMN_STATUS_END,		 /* there are no more records */
-	UMN_STATUS_VERSION,	 /* the daemon speaks version `value` */
-	UMN_STATUS_CLIENTS,	 /* of all users */
+	UMN_STATUS_END,	    /* there are no more records */
+	UMN_STATUS_VERSION, /* the daemon speaks version `value` */
+	UMN_STATUS_CLIENTS, /* of all users */
 	UMN_STATUS_USER_CLIENTS,
-	UMN_STATUS_USER_MEMORY,	 /* in bytes */
+	UMN_STATUS_USER_MEMORY, /* in bytes */
 	UMN_STATUS_PROCESS_CLIENTS,
-	UMN_STATUS_FAILED,	 /* with the errno `value` */
-	UMN_STATUS_UNSEEN,	 /* the secret was not shown */
-	UMN_STATUS_MEMORY,	 /* of all users, in bytes */
+	UMN_STATUS_FAILED, /* with the errno `value` */
+	UMN_STATUS_UNSEEN, /* the secret was not shown */
+	UMN_STATUS_MEMORY, /* of all users, in bytes */
 	UMN_STATUSES
 };
 
@@ -69,7 +70,7 @@ enum umn_gives {
 };
 
 struct umn_reply {
-	uint16_t status, fds; /* how many descriptors come with it */
+	uint16_t status, fds;  /* how many descriptors come with it */
 	uint16_t gives, probe; /* to HELLO */
 	uint64_t value;
 };

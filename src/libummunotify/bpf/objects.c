@@ -34,7 +34,8 @@ static uint64_t pointer(const void *p)
 	return (uintptr_t)p;
 }
 
-int umn_bpf_create_map(uint32_t type, const char *name, uint32_t key_size, uint32_t value_size, uint32_t max_entries, uint32_t flags)
+int umn_bpf_create_map(uint32_t type, const char *name, uint32_t key_size, uint32_t value_size, uint32_t max_entries,
+		       uint32_t flags)
 {
 	union bpf_attr attr;
 

@@ -14,7 +14,8 @@
 #include <stdint.h>
 
 /* Each returns 0, or a descriptor (close-on-exec), or a negative errno. */
-int umn_bpf_create_map(uint32_t type, const char *name, uint32_t key_size, uint32_t value_size, uint32_t max_entries, uint32_t flags);
+int umn_bpf_create_map(uint32_t type, const char *name, uint32_t key_size, uint32_t value_size, uint32_t max_entries,
+		       uint32_t flags);
 int umn_bpf_update(int map, const void *key, const void *value);
 int umn_bpf_lookup(int map, const void *key, void *value);
 int umn_bpf_delete(int map, const void *key);

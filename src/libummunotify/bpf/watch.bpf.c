@@ -11,8 +11,8 @@
 #define BPF_MAP_TYPE_ARRAY_OF_MAPS 12
 #define BPF_MAP_TYPE_RINGBUF 27
 #define BPF_F_MMAPABLE (1u << 10)
-#include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
 
 #include "abi/maps.h"
 #include "abi/protocol.h"
@@ -104,7 +104,12 @@ struct maple_arange_64 {
 	unsigned long pivot[9];
 	void *slot[10];
 };
-enum mmu_notifier_event { MMU_NOTIFY_CLEAR = 1, MMU_NOTIFY_PROTECTION_VMA = 2, MMU_NOTIFY_PROTECTION_PAGE = 3, MMU_NOTIFY_SOFT_DIRTY = 4 };
+enum mmu_notifier_event {
+	MMU_NOTIFY_CLEAR = 1,
+	MMU_NOTIFY_PROTECTION_VMA = 2,
+	MMU_NOTIFY_PROTECTION_PAGE = 3,
+	MMU_NOTIFY_SOFT_DIRTY = 4
+};
 struct mmu_notifier_range {
 	struct mm_struct *mm;
 	unsigned long start, end;
@@ -256,16 +261,16 @@ struct {
 
 /* ---- The feeder. ---- */
 
-#define UMN_WALK_FIELDS uint32_t segments_at;/* the table's first entry in `segments` */
+#define UMN_WALK_FIELDS uint32_t segments_at; /* the table's first entry in `segments` */
 #define UMN_INLINE __always_inline
 #define UMN_LOAD(p) (*(volatile __typeof__(*(p)) *)(p))
 #define UMN_STORE(p, v) (*(volatile __typeof__(*(p)) *)(p) = (v))
 /* The address depends on v, which Arm respects; x86 does loads in order anyway. */
-#define UMN_AFTER(p, v)                                           \
-	({                                                        \
-		uint64_t none_ = (v);                             \
-		asm volatile("%0 &= 0" : "+r"(none_));            \
-		(__typeof__(p))((uint64_t)(p) + none_);           \
+#define UMN_AFTER(p, v)                                                                                                            \
+	({                                                                                                                         \
+		uint64_t none_ = (v);                                                                                              \
+		asm volatile("%0 &= 0" : "+r"(none_));                                                                             \
+		(__typeof__(p))((uint64_t)(p) + none_);                                                                            \
 	})
 #define UMN_PREFETCH(p) ((void)UMN_LOAD(p)) /* nothing waits for what is not used */
 #define UMN_OPAQUE(v) asm volatile("" : "+r"(v))
@@ -402,7 +407,8 @@ static __always_inline uint32_t umn_thread_number(struct umn_walk *w)
 static __always_inline uint64_t space_from(uint64_t page_table, uint64_t user_namespace, uint64_t mmap_base)
 {
 	return (page_table * UINT64_C(0x9e3779b97f4a7c15) + user_namespace * UINT64_C(0xc2b2ae3d27d4eb4f) +
-		mmap_base * UINT64_C(0xd6e8feb86659fd93)) | 1;
+		mmap_base * UINT64_C(0xd6e8feb86659fd93)) |
+	       1;
 }
 
 static __always_inline uint64_t space_of(struct mm_struct *mm)
@@ -514,13 +520,15 @@ static long count_next(uint32_t unused, void *context)
 	bpf_probe_read_kernel(&list, sizeof list, (void *)(item + bpf_core_field_offset(struct epitem, pwqlist)));
 	if (list != eppoll)
 		return 0;
-	if (bpf_probe_read_kernel(&ep, sizeof ep, (void *)(item + bpf_core_field_offset(struct epitem, ep))) || level == WAIT_LEVELS - 1)
+	if (bpf_probe_read_kernel(&ep, sizeof ep, (void *)(item + bpf_core_field_offset(struct epitem, ep))) ||
+	    level == WAIT_LEVELS - 1)
 		return 1;
 	head = ep + bpf_core_field_offset(struct eventpoll, poll_wait) + bpf_core_field_offset(struct wait_queue_head, head);
 	level = (level + 1) & (WAIT_LEVELS - 1);
 	count->head[level] = head;
 	count->level = level;
-	return bpf_probe_read_kernel(&count->at[level], sizeof head, (void *)(head + bpf_core_field_offset(struct list_head, next))) != 0;
+	return bpf_probe_read_kernel(&count->at[level], sizeof head,
+				     (void *)(head + bpf_core_field_offset(struct list_head, next))) != 0;
 }
 
 /* How many wait for the table's ring, or more than `most`. A global function, so that the verifier looks at it once. */
@@ -536,7 +544,8 @@ __attribute__((noinline)) int count_waiters(uint32_t id, uint32_t most)
 	    !bpf_core_field_exists(((struct epitem *)0)->pwqlist))
 		return 0;
 	rb = ((struct bpf_ringbuf_map *)ring)->rb;
-	head = (uint64_t)rb + bpf_core_field_offset(struct bpf_ringbuf, waitq) + bpf_core_field_offset(struct wait_queue_head, head);
+	head = (uint64_t)rb + bpf_core_field_offset(struct bpf_ringbuf, waitq) +
+	       bpf_core_field_offset(struct wait_queue_head, head);
 	count->level = count->found = count->done = 0;
 	count->head[0] = head;
 	if (bpf_probe_read_kernel(&count->at[0], sizeof head, (void *)(head + bpf_core_field_offset(struct list_head, next))))
@@ -591,8 +600,7 @@ static __always_inline long wake_due(struct search *search, int no_reads)
 	struct umn_header *header;
 	uint32_t before = search->left;
 
-	if (!ctl || !is_due || !UMN_LOAD(is_due) || !__sync_lock_test_and_set(is_due, 0) ||
-	    try_wakeup(id, &search->left, no_reads))
+	if (!ctl || !is_due || !UMN_LOAD(is_due) || !__sync_lock_test_and_set(is_due, 0) || try_wakeup(id, &search->left, no_reads))
 		return 0;
 	if (before == ctl->waiters_relay) {
 		/* Too many wait for it. The next change tries again. */
@@ -1455,8 +1463,9 @@ static __always_inline uint64_t size_of(struct folio *folio, uint32_t page_shift
 SEC("kprobe")
 int zap(struct pt_regs *ctx)
 {
-	uint64_t arguments[UMN_CALL_ARGUMENTS] = {argument(ctx, 0, 1), argument(ctx, 1, 1), argument(ctx, 2, 1), argument(ctx, 3, 1),
-						  argument(ctx, 4, 1), argument(ctx, 5, 1), argument(ctx, 6, 1), argument(ctx, 7, 1)};
+	uint64_t arguments[UMN_CALL_ARGUMENTS] = {argument(ctx, 0, 1), argument(ctx, 1, 1), argument(ctx, 2, 1),
+						  argument(ctx, 3, 1), argument(ctx, 4, 1), argument(ctx, 5, 1),
+						  argument(ctx, 6, 1), argument(ctx, 7, 1)};
 	union {
 		uint64_t cookie;
 		struct umn_call call;

@@ -62,13 +62,13 @@ struct range {
 	const void *address;
 	size_t length;
 	struct ummunotify_region *region;
-	uint32_t references;	      /* subscriptions */
-	bool joined;		      /* there has been one since it was last cleared */
-	bool done;		      /* no cache has a registration of it; to be forgotten in libfabric's next call */
-	bool forgotten;		      /* not in the table, and not watched */
-	struct range *older, *newer;  /* in the order in which they were added, or last found in use */
-	struct range *evicted;	      /* the next in the list of those to be expelled, */
-	struct range *unfreed;	      /* of those that are done, to be given back, or spare */
+	uint32_t references;	     /* subscriptions */
+	bool joined;		     /* there has been one since it was last cleared */
+	bool done;		     /* no cache has a registration of it; to be forgotten in libfabric's next call */
+	bool forgotten;		     /* not in the table, and not watched */
+	struct range *older, *newer; /* in the order in which they were added, or last found in use */
+	struct range *evicted;	     /* the next in the list of those to be expelled, */
+	struct range *unfreed;	     /* of those that are done, to be given back, or spare */
 	bool is_evicted;
 };
 
@@ -100,7 +100,7 @@ struct table {
 
 struct monitor {
 	struct fid_mem_monitor fid;
-	struct fi_ops ops;	      /* libfabric's, but for `close` */
+	struct fi_ops ops;	       /* libfabric's, but for `close` */
 	int (*close)(struct fid *fid); /* libfabric's */
 	struct ummunotify *umn;
 	pthread_t thread;
@@ -112,7 +112,7 @@ struct monitor {
 	struct range *oldest, *newest;
 	const struct umn_header *header; /* of all regions */
 	uint32_t epoch;
-	bool confirms;			 /* the source has to be asked too */
+	bool confirms;			/* the source has to be asked too */
 	size_t count, limit, evictions; /* evictions: of those that are counted */
 	uint64_t checked, stale;
 	uint64_t known; /* the generation up to which what had changed was expelled; the thread stores it. Never 0, as a closed
@@ -400,8 +400,8 @@ static bool none_stale(const struct monitor *m)
 {
 	uint64_t known = __atomic_load_n(&m->known, __ATOMIC_ACQUIRE);
 
-	return m->count && umn_process_is(m->epoch) && !m->confirms && !m->evictions && !__atomic_load_n(&m->done, __ATOMIC_RELAXED) &&
-	       m->count < m->limit - m->limit / 8 &&
+	return m->count && umn_process_is(m->epoch) && !m->confirms && !m->evictions &&
+	       !__atomic_load_n(&m->done, __ATOMIC_RELAXED) && m->count < m->limit - m->limit / 8 &&
 	       umn_generation(m->header) == known;
 }
 
@@ -410,7 +410,8 @@ static bool is_untouched(const struct monitor *m, const void *address, size_t le
 	struct table *table = __atomic_load_n(&m->table, __ATOMIC_RELAXED);
 	struct place *place = table ? find(table, address, length) : NULL;
 	/* In this order: see umn_region_untouched. */
-	bool result = place && umn_process_is(m->epoch) && place->slot && umn_slot_untouched(place->slot, m->header, place->overflow) &&
+	bool result = place && umn_process_is(m->epoch) && place->slot &&
+		      umn_slot_untouched(place->slot, m->header, place->overflow) &&
 		      (!m->confirms || umn_region_valid((const struct umn_region *)range_of(place)->region));
 
 	if (result && !(place->range & USED))
@@ -602,7 +603,7 @@ static int open_monitor(struct monitor *m)
 		return error;
 	umn_begin_at_one(m->umn);
 	__atomic_store_n(&m->known, umn_dispatched(m->umn), __ATOMIC_RELAXED); /* nothing is watched yet */
-	error = ummunotify_fd(m->umn); /* the thread is woken from now on */
+	error = ummunotify_fd(m->umn);					       /* the thread is woken from now on */
 	if (error >= 0)
 		error = start_thread(m);
 	if (error < 0) {

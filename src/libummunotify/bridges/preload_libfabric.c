@@ -20,15 +20,16 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include "include/ummunotify.h"
 #include "bridges/libfabric.h"
+#include "include/ummunotify.h"
 
 #define LIBFABRICS 32 /* and plugins, in one process */
 #define PLUGIN "-fi.so"
 
 struct fi_info;
 
-#define PARAMETERS uint32_t version, const char *node, const char *service, uint64_t flags, const struct fi_info *hints, struct fi_info **info
+#define PARAMETERS                                                                                                                 \
+	uint32_t version, const char *node, const char *service, uint64_t flags, const struct fi_info *hints, struct fi_info **info
 typedef int getinfo_function(PARAMETERS);
 
 static struct {
@@ -195,12 +196,12 @@ __attribute__((destructor)) static void say_unused(void)
 
 /* ---- The versions ---- */
 
-#define PROVIDE(minor)                                                                                                                 \
-	__attribute__((visibility("default"))) int fi_getinfo_##minor(PARAMETERS);                                                     \
-	__asm__(".symver fi_getinfo_" #minor ", fi_getinfo@FABRIC_1." #minor);                                                         \
-	int fi_getinfo_##minor(PARAMETERS)                                                                                             \
-	{                                                                                                                              \
-		return getinfo("FABRIC_1." #minor, __builtin_return_address(0), version, node, service, flags, hints, info);           \
+#define PROVIDE(minor)                                                                                                             \
+	__attribute__((visibility("default"))) int fi_getinfo_##minor(PARAMETERS);                                                 \
+	__asm__(".symver fi_getinfo_" #minor ", fi_getinfo@FABRIC_1." #minor);                                                     \
+	int fi_getinfo_##minor(PARAMETERS)                                                                                         \
+	{                                                                                                                          \
+		return getinfo("FABRIC_1." #minor, __builtin_return_address(0), version, node, service, flags, hints, info);       \
 	}
 PROVIDE(0)
 PROVIDE(1)

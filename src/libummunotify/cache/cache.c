@@ -674,8 +674,7 @@ static void end(struct miss *m)
 
 static int miss(struct ummunotify_cache *c, uint64_t start, uint64_t end_, void *argument, struct umn_entry **entry)
 {
-	struct miss m = {
-		.c = c, .epoch = enter(c), .argument = argument, .nested = depth > 1, .call = malloc(sizeof *m.call)};
+	struct miss m = {.c = c, .epoch = enter(c), .argument = argument, .nested = depth > 1, .call = malloc(sizeof *m.call)};
 	uint64_t low, high;
 	int error, later;
 
@@ -878,7 +877,8 @@ int ummunotify_cache_open(struct ummunotify_cache **cache, const struct ummunoti
 	if (!c->registrar.register_memory || !c->registrar.deregister ||
 	    c->registrar.granularity & (c->registrar.granularity - 1)) {
 		munmap(c, sizeof *c);
-		return umn_fail(UMMUNOTIFY_ARGUMENT, EINVAL, "", "a registrar needs two functions, and its granularity is a power of two");
+		return umn_fail(UMMUNOTIFY_ARGUMENT, EINVAL, "",
+				"a registrar needs two functions, and its granularity is a power of two");
 	}
 	if (!c->registrar.max_length)
 		c->registrar.max_length = SIZE_MAX;
@@ -925,9 +925,7 @@ void ummunotify_cache_close(struct ummunotify_cache *c)
 		return;
 	ummunotify_cache_shutdown(c, NULL);
 	/* What could not be deregistered, or was not released. */
-	umn_for_each_entry(c, entry)
-		if (umn_rest(entry)->region)
-			ummunotify_unwatch(c->umn, umn_rest(entry)->region);
+	umn_for_each_entry(c, entry) if (umn_rest(entry)->region) ummunotify_unwatch(c->umn, umn_rest(entry)->region);
 	if (c->umn && !c->given)
 		give_shared_back();
 	pthread_mutex_lock(&caches_lock);

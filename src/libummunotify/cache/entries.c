@@ -469,7 +469,8 @@ static struct umn_slab *new_slab(void)
 
 struct umn_entry *umn_entry_by_number(uint64_t number)
 {
-	struct umn_slab *slab = number < (uint64_t)UMN_SLABS * UMN_SLAB_NUMBERS ? load(&slabs.by_number[number / UMN_SLAB_NUMBERS]) : NULL;
+	struct umn_slab *slab =
+		number < (uint64_t)UMN_SLABS * UMN_SLAB_NUMBERS ? load(&slabs.by_number[number / UMN_SLAB_NUMBERS]) : NULL;
 	uint32_t i = number % UMN_SLAB_NUMBERS;
 
 	return slab && i >= UMN_SLAB_FIRST ? &slab->entries[i - UMN_SLAB_FIRST] : NULL;
@@ -603,7 +604,8 @@ void umn_entries_retire_range(struct ummunotify_cache *c, uint64_t start, uint64
 {
 	struct umn_entry *entry, *closed = NULL;
 
-	umn_for_each_entry(c, e) {
+	umn_for_each_entry(c, e)
+	{
 		if (umn_rest(e)->place != UMN_OPEN || !overlaps(e, start, end))
 			continue;
 		count_stale(c, e);
@@ -621,9 +623,7 @@ void umn_entries_retire_range(struct ummunotify_cache *c, uint64_t start, uint64
 
 bool umn_entries_overlap(struct ummunotify_cache *c, uint64_t start, uint64_t end)
 {
-	umn_for_each_entry(c, e)
-		if (umn_rest(e)->place != UMN_FREE && overlaps(e, start, end))
-			return true;
+	umn_for_each_entry(c, e) if (umn_rest(e)->place != UMN_FREE && overlaps(e, start, end)) return true;
 	return false;
 }
 
@@ -652,8 +652,7 @@ static void merge_entry(struct ummunotify_cache *c, struct umn_entry *entry, str
 
 size_t umn_entries_merge(struct ummunotify_cache *c, uint64_t *start, uint64_t *end, uint64_t max_length, bool all)
 {
-	struct merge m = {
-		.start = *start, .end = *end, .low = *start, .high = *end, .max_length = max_length, .all = all};
+	struct merge m = {.start = *start, .end = *end, .low = *start, .high = *end, .max_length = max_length, .all = all};
 	umn_link link, next;
 	uint64_t orders, block, last;
 	uint32_t order;
@@ -663,9 +662,8 @@ size_t umn_entries_merge(struct ummunotify_cache *c, uint64_t *start, uint64_t *
 		block = m.start >> order;
 		last = (m.end - 1) >> order;
 		if (last - block > c->count) {
-			umn_for_each_entry(c, e)
-				if (umn_rest(e)->place == UMN_OPEN && umn_rest(e)->order == order)
-					merge_entry(c, e, &m);
+			umn_for_each_entry(c, e) if (umn_rest(e)->place == UMN_OPEN && umn_rest(e)->order == order)
+				merge_entry(c, e, &m);
 			continue;
 		}
 		for (; block <= last; block++)
@@ -748,9 +746,9 @@ void umn_entries_stats(struct ummunotify_cache *c, struct ummunotify_cache_stats
 	stats->hits = __atomic_load_n(&c->other_hits, __ATOMIC_RELAXED);
 	for (struct umn_slab *slab = c->slabs; slab; slab = slab->next)
 		stats->hits += umn_users_sum64(umn_tally_of(slab->number)) - slab->earlier_hits;
-	umn_for_each_entry(c, e)
-		if (umn_rest(e)->place > UMN_RESERVED && users(e)) {
-			stats->in_use++;
-			stats->in_use_bytes += e->shown.end - e->shown.start;
-		}
+	umn_for_each_entry(c, e) if (umn_rest(e)->place > UMN_RESERVED && users(e))
+	{
+		stats->in_use++;
+		stats->in_use_bytes += e->shown.end - e->shown.start;
+	}
 }

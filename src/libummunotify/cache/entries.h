@@ -116,8 +116,9 @@ struct ummunotify_cache {
 		struct {
 			struct umn_index *index;
 			uint64_t orders; /* bit n: there are entries of order n */
-			const uint64_t *generation; /* the shared notifier's; or of a notifier with other readers, one that is never known */
-			uint32_t clock; /* counts registrations */
+			const uint64_t *
+				generation; /* the shared notifier's; or of a notifier with other readers, one that is never known */
+			uint32_t clock;	    /* counts registrations */
 		};
 		char page[UMN_HIT_PAGE];
 	};
@@ -125,8 +126,8 @@ struct ummunotify_cache {
 	uint32_t epoch; /* the process that the entries are of */
 	pthread_mutex_t lock;
 	pthread_cond_t changed; /* a call has ended, or an entry has left */
-	uint32_t waiting; /* threads, for `changed` */
-	uint32_t busy;	  /* threads that may be using the notifier */
+	uint32_t waiting;	/* threads, for `changed` */
+	uint32_t busy;		/* threads that may be using the notifier */
 	bool closed;
 	struct ummunotify_registrar registrar;
 	uint64_t max_bytes, max_registrations;
@@ -141,11 +142,11 @@ struct ummunotify_cache {
 	struct umn_entry *free;
 	struct umn_entry *leaving, **leaving_end; /* first come, first deregistered */
 	struct umn_entry *kept;
-	size_t leaving_count; /* with those that are being deregistered */
+	size_t leaving_count;		     /* with those that are being deregistered */
 	struct ummunotify_cache_stats stats; /* but for hits and what is in use */
 	uint64_t other_hits;		     /* those that are not counted by thread; atomic */
 
-	struct umn_index *all; /* the index, as hits do not find it in a child */
+	struct umn_index *all;	 /* the index, as hits do not find it in a child */
 	size_t count;		 /* open entries */
 	struct umn_entry **heap; /* of these; on top is that with the oldest key */
 	size_t heap_room, entries;
@@ -211,9 +212,8 @@ static inline bool umn_entry_untouched(const struct umn_entry *entry)
 
 static inline bool umn_entry_valid(const struct umn_entry *entry)
 {
-	return umn_entry_untouched(entry) &&
-	       (__atomic_load_n(&entry->open, __ATOMIC_RELAXED) != UMN_OPENED_LATE ||
-		umn_region_valid((const struct umn_region *)umn_rest(entry)->region));
+	return umn_entry_untouched(entry) && (__atomic_load_n(&entry->open, __ATOMIC_RELAXED) != UMN_OPENED_LATE ||
+					      umn_region_valid((const struct umn_region *)umn_rest(entry)->region));
 }
 
 /*
@@ -254,11 +254,13 @@ bool umn_entry_release_slowly(struct ummunotify_cache *c, struct umn_entry *entr
 
 /* An open and valid entry that contains [start, end), with one user more; or NULL: then umn_entry_hit_slowly has to be called, with
  * `counted`. */
-UMN_ALWAYS_INLINE struct umn_entry *umn_entry_hit(struct ummunotify_cache *c, uint64_t start, uint64_t end, struct umn_entry **counted)
+UMN_ALWAYS_INLINE struct umn_entry *umn_entry_hit(struct ummunotify_cache *c, uint64_t start, uint64_t end,
+						  struct umn_entry **counted)
 {
 	/* Acquire, here and with the link: what these pointers lead to was initialised before they were published. In a
 	 * child there are no orders, and the index is not looked at. */
-	uint64_t orders = __atomic_load_n(&c->orders, __ATOMIC_ACQUIRE), known = __atomic_load_n(&umn_known_generation, __ATOMIC_ACQUIRE);
+	uint64_t orders = __atomic_load_n(&c->orders, __ATOMIC_ACQUIRE),
+		 known = __atomic_load_n(&umn_known_generation, __ATOMIC_ACQUIRE);
 	struct umn_entry *entry;
 	uint32_t order;
 	int32_t *count;
@@ -362,10 +364,9 @@ void umn_entries_retry(struct ummunotify_cache *c); /* what was kept leaves once
 void umn_entries_stats(struct ummunotify_cache *c, struct ummunotify_cache_stats *stats);
 
 /* Each entry, in any place. */
-#define umn_for_each_entry(c, e)                                                           \
-	for (struct umn_slab *slab_ = (c)->slabs; slab_; slab_ = slab_->next)              \
-		for (struct umn_entry *e = slab_->entries;                                 \
-		     e < slab_->entries + UMN_SLAB_ENTRIES; e++)
+#define umn_for_each_entry(c, e)                                                                                                   \
+	for (struct umn_slab *slab_ = (c)->slabs; slab_; slab_ = slab_->next)                                                      \
+		for (struct umn_entry *e = slab_->entries; e < slab_->entries + UMN_SLAB_ENTRIES; e++)
 
 /* The entry with this number, NULL: there never was one. It may be any cache's, or free. Needs no lock. */
 struct umn_entry *umn_entry_by_number(uint64_t number);

@@ -8,8 +8,8 @@
  * capabilities. The daemon runs this program for each connection (BPF_PROG_TEST_RUN). It is attached nowhere.
  */
 #include "bpf/types.h"
-#include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 

@@ -27,7 +27,8 @@ static uint32_t user_of(int program, int fd, uint32_t uid)
 	return attr.test.retval;
 }
 
-unsigned int umn_peers_accept(int listener, int program, struct umn_peer *peers, unsigned int most, unsigned int *accepted, int *error)
+unsigned int umn_peers_accept(int listener, int program, struct umn_peer *peers, unsigned int most, unsigned int *accepted,
+			      int *error)
 {
 	unsigned int count = 0;
 

@@ -6,9 +6,9 @@
 #include <stdint.h>
 
 struct umn_peer {
-	int fd;		    /* close-on-exec, not blocking */
-	uint32_t pid, uid;  /* as whom it connected, as this process sees it */
-	uint32_t user;	    /* to whom it counts: peers.bpf.c */
+	int fd;		   /* close-on-exec, not blocking */
+	uint32_t pid, uid; /* as whom it connected, as this process sees it */
+	uint32_t user;	   /* to whom it counts: peers.bpf.c */
 };
 
 /*
@@ -18,6 +18,7 @@ struct umn_peer {
  * `program`: that of peers.bpf.c; -1: there is none, and each uid is a user. `*accepted`: how many there were, with those closed
  * here. The number of `peers`; they come first, also if this fails: then `*error` is an errno (EAGAIN: there are no more).
  */
-unsigned int umn_peers_accept(int listener, int program, struct umn_peer *peers, unsigned int most, unsigned int *accepted, int *error);
+unsigned int umn_peers_accept(int listener, int program, struct umn_peer *peers, unsigned int most, unsigned int *accepted,
+			      int *error);
 
 #endif

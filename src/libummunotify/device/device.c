@@ -448,7 +448,8 @@ static void warn_if_interposed(void)
 			continue;
 		if (!__atomic_test_and_set(&complained, __ATOMIC_RELAXED))
 			dprintf(2,
-				"ummunotify: " DEVICE_PATH " will not work fully: %s of %s comes before that of %s (a call of it fails with "
+				"ummunotify: " DEVICE_PATH
+				" will not work fully: %s of %s comes before that of %s (a call of it fails with "
 				"ENODEV, EINVAL or ENOTTY); put the latter first in LD_PRELOAD\n",
 				names[i], first.dli_fname, ours.dli_fname);
 		return;
@@ -566,8 +567,8 @@ static void carry_out(struct device *d, const struct request *request, struct re
  * them have to restart it, but for those of signals that a thread causes itself, which one that waits does not. */
 static bool restarts_after_signal(void)
 {
-	static const uint64_t caused = 1ul << SIGSEGV | 1ul << SIGBUS | 1ul << SIGFPE | 1ul << SIGILL | 1ul << SIGTRAP |
-				       1ul << SIGSYS | 1ul << SIGABRT;
+	static const uint64_t caused =
+		1ul << SIGSEGV | 1ul << SIGBUS | 1ul << SIGFPE | 1ul << SIGILL | 1ul << SIGTRAP | 1ul << SIGSYS | 1ul << SIGABRT;
 	struct sigaction action;
 
 	for (int number = 1; number < NSIG && number < 64; number++)

@@ -98,59 +98,59 @@ static bool has_mode(int flags)
 }
 
 /* Only then is there one to read. */
-#define READ_MODE(mode, flags)                                                                                                 \
-	do {                                                                                                                   \
-		va_list arguments;                                                                                             \
-                                                                                                                               \
-		if (!has_mode(flags))                                                                                          \
-			break;                                                                                                 \
-		va_start(arguments, flags);                                                                                    \
-		mode = va_arg(arguments, mode_t);                                                                              \
-		va_end(arguments);                                                                                             \
+#define READ_MODE(mode, flags)                                                                                                     \
+	do {                                                                                                                       \
+		va_list arguments;                                                                                                 \
+                                                                                                                                   \
+		if (!has_mode(flags))                                                                                              \
+			break;                                                                                                     \
+		va_start(arguments, flags);                                                                                        \
+		mode = va_arg(arguments, mode_t);                                                                                  \
+		va_end(arguments);                                                                                                 \
 	} while (0)
 
 /* On 64-bit systems a file is as large as it likes to be, so open64 is open. */
-#define OPEN(name)                                                                                                             \
-	EXPORT int name(const char *path, int flags, ...)                                                                      \
-	{                                                                                                                      \
-		mode_t mode = 0;                                                                                               \
-                                                                                                                               \
-		READ_MODE(mode, flags);                                                                                        \
-		ready();                                                                                                       \
-		return opened(also.open(path, flags, mode), path, flags);                                                      \
+#define OPEN(name)                                                                                                                 \
+	EXPORT int name(const char *path, int flags, ...)                                                                          \
+	{                                                                                                                          \
+		mode_t mode = 0;                                                                                                   \
+                                                                                                                                   \
+		READ_MODE(mode, flags);                                                                                            \
+		ready();                                                                                                           \
+		return opened(also.open(path, flags, mode), path, flags);                                                          \
 	}
 OPEN(open)
 OPEN(open64)
 
-#define OPENAT(name)                                                                                                           \
-	EXPORT int name(int directory, const char *path, int flags, ...)                                                       \
-	{                                                                                                                      \
-		mode_t mode = 0;                                                                                               \
-                                                                                                                               \
-		READ_MODE(mode, flags);                                                                                        \
-		ready();                                                                                                       \
-		return opened(also.openat(directory, path, flags, mode), path, flags);                                         \
+#define OPENAT(name)                                                                                                               \
+	EXPORT int name(int directory, const char *path, int flags, ...)                                                           \
+	{                                                                                                                          \
+		mode_t mode = 0;                                                                                                   \
+                                                                                                                                   \
+		READ_MODE(mode, flags);                                                                                            \
+		ready();                                                                                                           \
+		return opened(also.openat(directory, path, flags, mode), path, flags);                                             \
 	}
 OPENAT(openat)
 OPENAT(openat64)
 
 /* What programs compiled with _FORTIFY_SOURCE call. */
-#define OPEN_2(name)                                                                                                           \
-	EXPORT int name(const char *path, int flags);                                                                          \
-	int name(const char *path, int flags)                                                                                  \
-	{                                                                                                                      \
-		ready();                                                                                                       \
-		return opened(also.open_2(path, flags), path, flags);                                                          \
+#define OPEN_2(name)                                                                                                               \
+	EXPORT int name(const char *path, int flags);                                                                              \
+	int name(const char *path, int flags)                                                                                      \
+	{                                                                                                                          \
+		ready();                                                                                                           \
+		return opened(also.open_2(path, flags), path, flags);                                                              \
 	}
 OPEN_2(__open_2)
 OPEN_2(__open64_2)
 
-#define OPENAT_2(name)                                                                                                         \
-	EXPORT int name(int directory, const char *path, int flags);                                                           \
-	int name(int directory, const char *path, int flags)                                                                   \
-	{                                                                                                                      \
-		ready();                                                                                                       \
-		return opened(also.openat_2(directory, path, flags), path, flags);                                             \
+#define OPENAT_2(name)                                                                                                             \
+	EXPORT int name(int directory, const char *path, int flags);                                                               \
+	int name(int directory, const char *path, int flags)                                                                       \
+	{                                                                                                                          \
+		ready();                                                                                                           \
+		return opened(also.openat_2(directory, path, flags), path, flags);                                                 \
 	}
 OPENAT_2(__openat_2)
 OPENAT_2(__openat64_2)
@@ -207,27 +207,27 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
 	return is_device(fd) ? device_ioctl(fd, request, argument) : next.ioctl(fd, request, argument);
 }
 
-#define FCNTL(name)                                                                                                            \
-	EXPORT int name(int fd, int command, ...)                                                                              \
-	{                                                                                                                      \
-		va_list arguments;                                                                                             \
-		long argument;                                                                                                 \
-                                                                                                                               \
-		va_start(arguments, command);                                                                                  \
-		argument = va_arg(arguments, long);                                                                            \
-		va_end(arguments);                                                                                             \
-		ready();                                                                                                       \
-		return is_device(fd) ? device_fcntl(fd, command, argument) : next.fcntl(fd, command, argument);                \
+#define FCNTL(name)                                                                                                                \
+	EXPORT int name(int fd, int command, ...)                                                                                  \
+	{                                                                                                                          \
+		va_list arguments;                                                                                                 \
+		long argument;                                                                                                     \
+                                                                                                                                   \
+		va_start(arguments, command);                                                                                      \
+		argument = va_arg(arguments, long);                                                                                \
+		va_end(arguments);                                                                                                 \
+		ready();                                                                                                           \
+		return is_device(fd) ? device_fcntl(fd, command, argument) : next.fcntl(fd, command, argument);                    \
 	}
 FCNTL(fcntl)
 FCNTL(fcntl64)
 
-#define MMAP(name)                                                                                                             \
-	EXPORT void *name(void *address, size_t length, int protection, int flags, int fd, off_t offset)                       \
-	{                                                                                                                      \
-		ready();                                                                                                       \
-		return is_device(fd) && !(flags & MAP_ANONYMOUS) ? device_mmap(address, length, protection, flags, fd, offset) \
-								 : next.mmap(address, length, protection, flags, fd, offset);  \
+#define MMAP(name)                                                                                                                 \
+	EXPORT void *name(void *address, size_t length, int protection, int flags, int fd, off_t offset)                           \
+	{                                                                                                                          \
+		ready();                                                                                                           \
+		return is_device(fd) && !(flags & MAP_ANONYMOUS) ? device_mmap(address, length, protection, flags, fd, offset)     \
+								 : next.mmap(address, length, protection, flags, fd, offset);      \
 	}
 MMAP(mmap)
 MMAP(mmap64)

@@ -119,8 +119,7 @@ static int undone(const struct request *request, int error)
 
 void device_ask_owner(struct device *d, const struct request *request, struct reply *reply)
 {
-	union control control = {
-		.header = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int))}};
+	union control control = {.header = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int))}};
 	struct iovec data = {.iov_base = (void *)request, .iov_len = sizeof *request};
 	struct msghdr message = {
 		.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_LEN(sizeof(int))};

@@ -18,7 +18,7 @@ struct signaller {
 	pthread_t thread;
 	struct umn_descriptor out, in; /* a pipe: the kernel sends the signal for `out`, when something is written to `in` */
 	struct umn_descriptor stop_out, stop_in; /* a pipe that is written to when the thread is to end */
-	int fd;				/* the device's, as it shows in the signal */
+	int fd;					 /* the device's, as it shows in the signal */
 };
 
 struct device {
@@ -29,7 +29,7 @@ struct device {
 	unsigned int users; /* calls under way, and the thread that serves children */
 	struct device *next;
 	struct umn_descriptor client, server; /* both ends of what children ask through; none before the first fork */
-	bool remote; /* this is a child: only `client` and `counter_fd` are of use */
+	bool remote;			      /* this is a child: only `client` and `counter_fd` are of use */
 
 	/* Under the device's own lock: */
 	pthread_mutex_t lock;

@@ -69,9 +69,9 @@ int ummunotify_open(struct ummunotify **umn, const char *wanted);
 
 /* The same, with all there is to choose. */
 struct ummunotify_options {
-	size_t size;	      /* of this struct, as the caller knows it */
-	const char *source;   /* as `wanted` above */
-	uint64_t max_regions; /* watched at a time; 0: memory is the limit */
+	size_t size;				/* of this struct, as the caller knows it */
+	const char *source;			/* as `wanted` above */
+	uint64_t max_regions;			/* watched at a time; 0: memory is the limit */
 	const struct ummunotify_feeder *feeder; /* of the source bpf, see ummunotify_feeder.h; NULL: that source is not tried */
 };
 int ummunotify_open_with(struct ummunotify **umn, const struct ummunotify_options *options);
@@ -128,7 +128,7 @@ struct ummunotify_event {
 	uint64_t cookie;
 	uint64_t start, end; /* what was changed, clipped to the region; all of it unless `exact` */
 	bool exact;	     /* only one change has hit the region since it was last reported, and this was its range */
-	uint32_t thread;     /* the thread that made the first change: the number that gettid returns there; 0: not known, or none here */
+	uint32_t thread;     /* the thread that made the first change, as gettid numbers it there; 0: not known, or none here */
 	int32_t syscall;     /* the system call that it was in, -1 if none or not known */
 };
 
@@ -169,23 +169,23 @@ int ummunotify_stats(struct ummunotify *umn, struct ummunotify_stats *stats);
 
 enum ummunotify_code {
 	UMMUNOTIFY_OK,
-	UMMUNOTIFY_ARGUMENT,	   /* an argument that is never right */
-	UMMUNOTIFY_RANGE,	   /* empty, or not in user space */
-	UMMUNOTIFY_UNSUPPORTED,	   /* memory whose changes the source cannot see */
-	UMMUNOTIFY_LIMIT,	   /* a limit is reached: of regions, notifiers, memory, the daemon's */
+	UMMUNOTIFY_ARGUMENT,	/* an argument that is never right */
+	UMMUNOTIFY_RANGE,	/* empty, or not in user space */
+	UMMUNOTIFY_UNSUPPORTED, /* memory whose changes the source cannot see */
+	UMMUNOTIFY_LIMIT,	/* a limit is reached: of regions, notifiers, memory, the daemon's */
 	UMMUNOTIFY_NO_MEMORY,
 	UMMUNOTIFY_UNKNOWN_SOURCE, /* there is no such source */
 	UMMUNOTIFY_UNAVAILABLE,	   /* the source does not work here */
 	UMMUNOTIFY_CLOSED,
-	UMMUNOTIFY_FORKED,	   /* it is the parent's */
-	UMMUNOTIFY_DESCRIPTOR,	   /* the program has closed a descriptor that is needed for this */
-	UMMUNOTIFY_REGISTRAR,	   /* a registrar failed (ummunotify_cache.h) */
+	UMMUNOTIFY_FORKED,     /* it is the parent's */
+	UMMUNOTIFY_DESCRIPTOR, /* the program has closed a descriptor that is needed for this */
+	UMMUNOTIFY_REGISTRAR,  /* a registrar failed (ummunotify_cache.h) */
 };
 
 struct ummunotify_failure {
 	enum ummunotify_code code;
-	int error;	     /* the errno */
-	const char *what;    /* "cannot watch 4096 bytes at 0x7f..." */
+	int error;	  /* the errno */
+	const char *what; /* "cannot watch 4096 bytes at 0x7f..." */
 	const char *why;
 	const char *remedy;  /* what can be done about it; "" if that is not known */
 	const char *mapping; /* the one to blame, as /proc/self/maps has it; "" */

@@ -85,8 +85,9 @@ struct ummunotify_registrar {
 };
 
 struct ummunotify_cache_options {
-	size_t size;		   /* of this struct, as the caller knows it */
-	struct ummunotify *umn;	   /* must outlive the cache, which reads its events. NULL: the one that all such caches of a process share */
+	size_t size; /* of this struct, as the caller knows it */
+	struct ummunotify
+		*umn; /* must outlive the cache, which reads its events. NULL: the one that all such caches of a process share */
 	/* How to open that one, for the first cache that needs it. Must outlive the cache, as it may open it in a child. NULL: as
 	 * ummunotify_open(..., NULL) does. */
 	const struct ummunotify_options *shared;

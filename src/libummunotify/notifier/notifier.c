@@ -249,8 +249,9 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 		if (umn->connection->source)
 			umn_table_set_source(umn->table, umn->connection->source);
 		/* The wake-up before the test: after it, no descriptor is left that seeing a change could depend on. */
-		if (!grow(umn) && !umn_wakeup_open(&umn->wakeup, umn->connection, epoll) && !umn->connection->bind(umn->connection) &&
-		    !umn_prove(umn->table, umn->connection) && umn_process_is(umn->epoch)) {
+		if (!grow(umn) && !umn_wakeup_open(&umn->wakeup, umn->connection, epoll) &&
+		    !umn->connection->bind(umn->connection) && !umn_prove(umn->table, umn->connection) &&
+		    umn_process_is(umn->epoch)) {
 			list_add(umn);
 			return umn;
 		}
@@ -429,13 +430,12 @@ static int watch(struct ummunotify *umn, uint64_t start, uint64_t length, uint64
 				(unsigned long long)umn_table_regions(umn->table));
 	while ((error = umn_table_watch(umn->table, start, start + length, cookie, NULL, region)) == -ENOSPC)
 		if ((error = grow(umn)))
-			return __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST) ? fail_closed() :
-										 umn_fail_what("the table cannot grow");
+			return __atomic_load_n(&umn->closed, __ATOMIC_SEQ_CST) ? fail_closed()
+									       : umn_fail_what("the table cannot grow");
 	return error ? fail_to_watch(umn, error, start, length) : 0;
 }
 
-int ummunotify_watch(struct ummunotify *umn, const void *address, size_t length, uint64_t cookie,
-		     struct ummunotify_region **region)
+int ummunotify_watch(struct ummunotify *umn, const void *address, size_t length, uint64_t cookie, struct ummunotify_region **region)
 {
 	int error = enter(umn);
 

@@ -147,8 +147,9 @@ static int try_once(struct umn_table *table, struct umn_connection *connection, 
 	clean_up(&page);
 	if (!good && seen && connection->source)
 		return -EAGAIN;
-	return good ? 0 : umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "please report this with the kernel's version",
-				   "it failed its self-test: %s and the event did not arrive as it should", way->what);
+	return good ? 0
+		    : umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "please report this with the kernel's version",
+			       "it failed its self-test: %s and the event did not arrive as it should", way->what);
 }
 
 static int try_way(struct umn_table *table, struct umn_connection *connection, const struct way *way)

@@ -9,11 +9,11 @@
 #include "sources/connection.h"
 
 struct umn_wakeup {
-	int epoll; /* the notifier's user's; -1: none */
-	bool is_own; /* to be closed here */
-	int source; /* an epoll of the source's wake-up alone, for a caller's epoll; -1: that is in `epoll` */
+	int epoll;		       /* the notifier's user's; -1: none */
+	bool is_own;		       /* to be closed here */
+	int source;		       /* an epoll of the source's wake-up alone, for a caller's epoll; -1: that is in `epoll` */
 	struct umn_descriptor out, in; /* the pipe; `out` is in `epoll`, `in` in `source`, where it is never ready */
-	bool is_set; /* there is a byte in the pipe */
+	bool is_set;		       /* there is a byte in the pipe */
 };
 #define UMN_NO_WAKEUP {.epoll = -1, .source = -1, .out = UMN_NO_DESCRIPTOR, .in = UMN_NO_DESCRIPTOR}
 

@@ -35,8 +35,8 @@ bool umn_descriptor_intact(const struct umn_descriptor *descriptor)
 {
 	int fd = load(&descriptor->fd), kept = errno;
 	struct stat file;
-	bool intact = fd >= 0 && !fstat(fd, &file) && file.st_dev == load(&descriptor->device) &&
-		      file.st_ino == load(&descriptor->inode);
+	bool intact =
+		fd >= 0 && !fstat(fd, &file) && file.st_dev == load(&descriptor->device) && file.st_ino == load(&descriptor->inode);
 
 	errno = kept;
 	return intact;

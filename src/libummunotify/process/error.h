@@ -6,8 +6,7 @@
 #include "include/ummunotify.h"
 
 /* Notes what failed, for ummunotify_failure of this thread. `remedy` may be "". Returns -error. */
-__attribute__((format(printf, 4, 5))) int umn_fail(enum ummunotify_code code, int error, const char *remedy, const char *why,
-						   ...);
+__attribute__((format(printf, 4, 5))) int umn_fail(enum ummunotify_code code, int error, const char *remedy, const char *why, ...);
 
 /* Puts `what` before what was noted last, so that it reads "what: why; remedy". Returns the same -error. */
 __attribute__((format(printf, 1, 2))) int umn_fail_what(const char *what, ...);

@@ -158,9 +158,10 @@ struct umn_keeper *umn_keeper_new(const int *fds, size_t count)
 	if (!error)
 		return keeper;
 	free(keeper);
-	umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "allow io_uring_setup or close_range in the seccomp profile, or raise `ulimit -u`",
-		 "the BPF link cannot be kept open safely: io_uring is refused (%s), and so is a thread with descriptors of its own (%s)",
-		 strerror(ring_error), strerror(error));
+	umn_fail(
+		UMMUNOTIFY_UNAVAILABLE, ENODEV, "allow io_uring_setup or close_range in the seccomp profile, or raise `ulimit -u`",
+		"the BPF link cannot be kept open safely: io_uring is refused (%s), and so is a thread with descriptors of its own (%s)",
+		strerror(ring_error), strerror(error));
 	return NULL;
 }
 

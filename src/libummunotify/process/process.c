@@ -21,7 +21,7 @@ struct page {
 };
 
 static struct page *page;
-static uint32_t last = 1; /* the epoch of this process, or of its parent until it has its own */
+static uint32_t last = 1;		   /* the epoch of this process, or of its parent until it has its own */
 static void (*modules[MODULES_MAX])(void); /* the first NULL ends them */
 static int start_error;
 static pid_t owner; /* the process with this epoch */

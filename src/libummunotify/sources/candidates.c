@@ -54,8 +54,10 @@ int umn_candidates(const char *wanted, const struct umn_candidate **candidates)
 			candidates[count++] = &all[i];
 	if (count)
 		return count;
-	return umn_fail(UMMUNOTIFY_UNKNOWN_SOURCE, EINVAL, "", "there is no source '%s'%s; there are bpf, daemon and uffd, bpf and daemon "
-			"also with a probe: bpf:mmu_notifier, bpf:kvm, bpf:zap, daemon:kvm, ...", wanted, origin);
+	return umn_fail(UMMUNOTIFY_UNKNOWN_SOURCE, EINVAL, "",
+			"there is no source '%s'%s; there are bpf, daemon and uffd, bpf and daemon "
+			"also with a probe: bpf:mmu_notifier, bpf:kvm, bpf:zap, daemon:kvm, ...",
+			wanted, origin);
 }
 
 int ummunotify_sources(const char *wanted, const char **names, size_t room)

@@ -17,7 +17,7 @@ struct umn_connection {
 	const char *name;	   /* "daemon:kvm" */
 	struct umn_source *source; /* NULL: it need not be told what is watched, and its news is never late */
 	const uint64_t *counter;   /* counts changes before they are in the table; NULL: the table's generation does */
-	int wake_fd; /* what add_wakeup has added, if that is a descriptor that stays open; -1 */
+	int wake_fd;		   /* what add_wakeup has added, if that is a descriptor that stays open; -1 */
 	/* Memory for the table's next segment. */
 	int (*add_segment)(struct umn_connection *connection, uint32_t pages, void **memory);
 	/* Begins to feed: the changes of this process from now on. Called once there is a segment. */

@@ -42,11 +42,11 @@ struct kernel_connection {
 
 	struct umn_probe_gap probe_gap;
 	struct umn_ring ring;
-	int ring_fd;			 /* until add_wakeup */
-	int kvm;			 /* the daemon's, until bind_table; -1: it gives none */
+	int ring_fd; /* until add_wakeup */
+	int kvm;     /* the daemon's, until bind_table; -1: it gives none */
 	uint16_t probe;
-	int counter_fd;			 /* of segment 0's map, until it is handed out; -1: not wanted */
-	void *segments[UMN_FDS_MAX];	 /* mapped already, the last one first */
+	int counter_fd;		     /* of segment 0's map, until it is handed out; -1: not wanted */
+	void *segments[UMN_FDS_MAX]; /* mapped already, the last one first */
 	uint32_t segment_count;
 	struct umn_keeper *kept;
 	bool released;
@@ -70,7 +70,8 @@ static int refused(const struct kernel_connection *c, const struct umn_reply *re
 	switch (reply->status) {
 	case UMN_STATUS_VERSION:
 		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "install the same version of ummunotify on both sides",
-				"the daemon speaks version %llu of the protocol, this library version %d", value, UMN_PROTOCOL_VERSION);
+				"the daemon speaks version %llu of the protocol, this library version %d", value,
+				UMN_PROTOCOL_VERSION);
 	case UMN_STATUS_CLIENTS:
 		return umn_fail(UMMUNOTIFY_LIMIT, ENODEV, "close some, or raise the daemon's --clients",
 				"the daemon serves %llu notifiers, of which this user has its share", value);
@@ -82,7 +83,8 @@ static int refused(const struct kernel_connection *c, const struct umn_reply *re
 				"this user's tables would take more than the %llu MiB that the daemon allows", value >> 20);
 	case UMN_STATUS_MEMORY:
 		return umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "watch fewer regions, or raise the daemon's --memory",
-				"the daemon allows the tables of all users %llu MiB, of which this user has its share", value >> 20);
+				"the daemon allows the tables of all users %llu MiB, of which this user has its share",
+				value >> 20);
 	case UMN_STATUS_PROCESS_CLIENTS:
 		return umn_fail(UMMUNOTIFY_LIMIT, ENODEV, "close notifiers that are no longer needed",
 				"this process has %llu notifiers, as many as it can have", value);
@@ -92,8 +94,7 @@ static int refused(const struct kernel_connection *c, const struct umn_reply *re
 	}
 	if (!c->feeder)
 		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, LOOK_AT_LOG, "the daemon failed (%s)", strerror((int)value));
-	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV,
-			value == EPERM ? "keep CAP_BPF and CAP_PERFMON, or use the daemon" : "",
+	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, value == EPERM ? "keep CAP_BPF and CAP_PERFMON, or use the daemon" : "",
 			"the feeder failed (%s)", strerror((int)value));
 }
 
@@ -104,7 +105,8 @@ static int lost(int error, bool growing)
 	if (error != ECONNRESET && error != EPIPE)
 		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "", "the connection to the daemon failed (%s)", strerror(error));
 	if (growing)
-		return umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "open a new one", "the daemon that this notifier was opened with has ended");
+		return umn_fail(UMMUNOTIFY_LIMIT, ENOMEM, "open a new one",
+				"the daemon that this notifier was opened with has ended");
 	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, LOOK_AT_LOG,
 			"the daemon ended the connection: it was stopped, or this user has too many of them");
 }
@@ -116,8 +118,7 @@ static int ask_daemon(struct kernel_connection *c, const struct umn_request *req
 		char space[CMSG_SPACE(UMN_FDS_MAX * sizeof(int))];
 	} control;
 	struct iovec data = {.iov_base = reply, .iov_len = sizeof *reply};
-	struct msghdr message = {
-		.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+	struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
 	struct cmsghdr *header;
 	uint32_t got = 0;
 	ssize_t length;
@@ -197,9 +198,11 @@ static int connect_to_daemon(struct umn_descriptor *result)
 	close(fd);
 	switch (error) {
 	case ENOENT:
-		return umn_fail(code, ENODEV, "have an administrator run `ummunotify daemon`", "no daemon runs here: there is no %s", path);
+		return umn_fail(code, ENODEV, "have an administrator run `ummunotify daemon`",
+				"no daemon runs here: there is no %s", path);
 	case ECONNREFUSED:
-		return umn_fail(code, ENODEV, "have an administrator start it again", "no daemon listens at %s: it has ended", path);
+		return umn_fail(code, ENODEV, "have an administrator start it again", "no daemon listens at %s: it has ended",
+				path);
 	case EACCES:
 		return umn_fail(code, ENODEV, "become a member of its group", "the daemon's socket %s is not for this user", path);
 	case EAGAIN:
@@ -225,8 +228,7 @@ static int map_segments(struct kernel_connection *c, const int *fds, uint32_t co
 	int error = 0;
 
 	for (uint32_t i = count; i-- > 0;) {
-		void *memory =
-			error ? MAP_FAILED : mmap(NULL, SEGMENT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fds[i], 0);
+		void *memory = error ? MAP_FAILED : mmap(NULL, SEGMENT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fds[i], 0);
 
 		if (memory != MAP_FAILED) {
 			madvise(memory, SEGMENT_BYTES, MADV_DONTFORK);

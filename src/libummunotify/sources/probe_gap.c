@@ -47,7 +47,11 @@ int umn_probe_gap_open(struct umn_probe_gap *gap, int fd)
 		return -errno;
 	madvise(shared, UMN_PAGE, MADV_DONTFORK);
 	*gap = (struct umn_probe_gap){
-		.source = {.watch = watch, .unwatch = unwatch, .delivered = delivered, .wait_delivered = wait_delivered, .stop = stop},
+		.source = {.watch = watch,
+			   .unwatch = unwatch,
+			   .delivered = delivered,
+			   .wait_delivered = wait_delivered,
+			   .stop = stop},
 		.shared = shared,
 	};
 	return 0;

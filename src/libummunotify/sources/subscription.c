@@ -72,9 +72,11 @@ int ummunotify_open_kvm(void)
 	if (kvm >= 0)
 		return kvm;
 	if (errno == ENOENT)
-		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV,
-				"load the module (modprobe kvm-intel or kvm-amd), enable virtualisation in the firmware, or pass the "
-				"device into the container", "there is no /dev/kvm");
+		return umn_fail(
+			UMMUNOTIFY_UNAVAILABLE, ENODEV,
+			"load the module (modprobe kvm-intel or kvm-amd), enable virtualisation in the firmware, or pass the "
+			"device into the container",
+			"there is no /dev/kvm");
 	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "become a member of its group (kvm)", "/dev/kvm cannot be opened (%s)",
 			strerror(errno));
 }

@@ -123,11 +123,10 @@
 #ifndef SYS_close_range
 #define SYS_close_range 436
 #endif
-#define UNSHARE 2u	     /* CLOSE_RANGE_UNSHARE */
-#define OF_THREAD O_EXCL     /* PIDFD_THREAD, Linux 6.9 */
+#define UNSHARE 2u	 /* CLOSE_RANGE_UNSHARE */
+#define OF_THREAD O_EXCL /* PIDFD_THREAD, Linux 6.9 */
 
-#define FEATURES                                                                                                               \
-	(UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_PAGEFAULT_FLAG_WP)
+#define FEATURES (UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_PAGEFAULT_FLAG_WP)
 /* Not used, but it came after `mmap_changing` became a count (Linux 5.15, "userfaultfd: change mmap_changing to atomic"). Before, the
  * first of two changes to complete cleared it, and nothing tells that apart from here. */
 #define FEATURE_AFTER_COUNT UFFD_FEATURE_EXACT_ADDRESS
@@ -147,10 +146,10 @@ struct umn_uffd {
 	struct umn_source source; /* first: one is cast to the other */
 	struct umn_memory memory;
 	struct umn_descriptor woken, wake; /* a pair of sockets: readable after a wake-up, and where the wake-up is sent */
-	uint64_t *counter;	       /* see announce; or NULL */
-	uint64_t fed;		       /* the generation after what was fed so far; the reader's */
-	bool announced;		       /* the reader's */
-	bool broken;		       /* a socket is gone */
+	uint64_t *counter;		   /* see announce; or NULL */
+	uint64_t fed;			   /* the generation after what was fed so far; the reader's */
+	bool announced;			   /* the reader's */
+	bool broken;			   /* a socket is gone */
 	uint64_t regions;
 	uint32_t instance; /* that watches them */
 	uint32_t forks;
@@ -166,8 +165,8 @@ struct boundary {
 static struct {
 	/* Read by any thread. */
 	struct umn_descriptor uffd; /* -1: nothing is watched */
-	uint32_t instance;	/* counted up when one ends */
-	uint32_t over;		/* the instance whose userfaultfd was found closed */
+	uint32_t instance;	    /* counted up when one ends */
+	uint32_t over;		    /* the instance whose userfaultfd was found closed */
 	uint32_t cycle;
 	uint32_t stopping;
 	struct umn_uffd *tables[UMN_UFFD_TABLES_MAX];
@@ -175,10 +174,10 @@ static struct {
 	uint64_t moved[MOVED];
 	uint32_t moved_in, moved_out;
 
-	pthread_mutex_t lock;	  /* of the rest */
+	pthread_mutex_t lock;	      /* of the rest */
 	struct umn_descriptor device; /* /dev/userfaultfd, if that is what works */
-	struct umn_descriptor maps;	  /* see mapping_at */
-	bool no_query;		  /* the kernel cannot be asked about single mappings */
+	struct umn_descriptor maps;   /* see mapping_at */
+	bool no_query;		      /* the kernel cannot be asked about single mappings */
 	bool proven;
 	bool lends; /* the reader can have a descriptor table of its own */
 	uint8_t page_shift;
@@ -188,8 +187,8 @@ static struct {
 
 	/* The reader's thread. The reader looks at these before `ready`, and after the next watch or unwatch has made it pass a cycle. */
 	pthread_t thread;
-	uint8_t *stack;	     /* the lowest page and the one above the bell cannot be accessed, so neither merges with anything */
-	uint8_t *bell;	     /* the page above the stack, registered by itself: unmapping it wakes the reader; NULL: done */
+	uint8_t *stack; /* the lowest page and the one above the bell cannot be accessed, so neither merges with anything */
+	uint8_t *bell;	/* the page above the stack, registered by itself: unmapping it wakes the reader; NULL: done */
 	sem_t ready;
 	bool has_own_table;
 	int reader_error;
@@ -200,11 +199,7 @@ static struct {
 	size_t count, capacity;
 	uint64_t regions;
 	uint64_t low, high; /* all that the instance has registered lies between */
-} uffd_state = {.uffd = {.fd = -1},
-		.instance = 1,
-		.lock = PTHREAD_MUTEX_INITIALIZER,
-		.device = {.fd = -1},
-		.maps = {.fd = -1}};
+} uffd_state = {.uffd = {.fd = -1}, .instance = 1, .lock = PTHREAD_MUTEX_INITIALIZER, .device = {.fd = -1}, .maps = {.fd = -1}};
 
 static size_t page_size(void)
 {
@@ -562,7 +557,7 @@ struct reader {
 	bool has_own_table;
 	struct umn_descriptor uffd, maps;
 	struct umn_descriptor wake[UMN_UFFD_TABLES_MAX]; /* copies of the tables', by their place in uffd_state.tables */
-	uint64_t low, high;			     /* all that events were about lies between */
+	uint64_t low, high;				 /* all that events were about lies between */
 };
 
 /* The descriptors of the wake-up are sockets, and not an eventfd, as these have an inode to themselves and send() raises no SIGPIPE. */
@@ -797,7 +792,8 @@ static void end_registrations(struct reader *r)
 /* The reader's part of `start`. 0 or an errno. */
 static int set_up_reader(struct reader *r)
 {
-	*r = (struct reader){.uffd = uffd_state.uffd, .maps = {.fd = -1}, .low = UINT64_MAX, .instance = load(&uffd_state.instance)};
+	*r = (struct reader){
+		.uffd = uffd_state.uffd, .maps = {.fd = -1}, .low = UINT64_MAX, .instance = load(&uffd_state.instance)};
 	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++)
 		r->wake[i].fd = -1;
 	/* It empties the table without closing anything. */
@@ -1007,8 +1003,7 @@ static void release(uint64_t start, uint64_t end)
 		}
 		if (error || mapping.start >= end)
 			return;
-		if (!is_any_watched(mapping.start, mapping.end) &&
-		    wait_coverage_of(mapping.start, mapping.end) != NOT_REGISTERED)
+		if (!is_any_watched(mapping.start, mapping.end) && wait_coverage_of(mapping.start, mapping.end) != NOT_REGISTERED)
 			unregister_ours(fd, mapping.start, end_of_room(&mapping));
 	}
 }
@@ -1279,7 +1274,8 @@ static void end_if_closed(void)
 {
 	struct umn_uffd *u;
 
-	if (load(&uffd_state.uffd.fd) < 0 || (load(&uffd_state.over) != uffd_state.instance && umn_descriptor_intact(&uffd_state.uffd)))
+	if (load(&uffd_state.uffd.fd) < 0 ||
+	    (load(&uffd_state.over) != uffd_state.instance && umn_descriptor_intact(&uffd_state.uffd)))
 		return;
 	store(&uffd_state.over, uffd_state.instance);
 	for (uint32_t i = 0; i < UMN_UFFD_TABLES_MAX; i++) {

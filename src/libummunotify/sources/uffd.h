@@ -14,14 +14,14 @@
 #include "table/table.h"
 
 /* What watching memory fails with (umn_source.watch), beside the errnos of the system calls behind it. */
-#define UMN_UFFD_UNMAPPED ENXIO	  /* some of it is not mapped */
-#define UMN_UFFD_KIND EOPNOTSUPP  /* some of it is of a kind whose changes cannot all be seen */
-#define UMN_UFFD_OTHER EBUSY	  /* some of it is registered with another userfaultfd */
-#define UMN_UFFD_OWN EDEADLK	  /* some of it is what the source itself works with */
-#define UMN_UFFD_MAPPINGS ENOMEM  /* the process may not have so many mappings, or the kernel no memory */
-#define UMN_UFFD_NO_PROC ENOSYS	  /* it is huge pages, and without /proc their kind cannot be told */
-#define UMN_UFFD_CLOSED EBADFD	  /* the program has closed or replaced a descriptor of the source: invalid for good */
-#define UMN_UFFD_START ENODEV	  /* watching cannot begin: umn_uffd_start_failure says why */
+#define UMN_UFFD_UNMAPPED ENXIO	 /* some of it is not mapped */
+#define UMN_UFFD_KIND EOPNOTSUPP /* some of it is of a kind whose changes cannot all be seen */
+#define UMN_UFFD_OTHER EBUSY	 /* some of it is registered with another userfaultfd */
+#define UMN_UFFD_OWN EDEADLK	 /* some of it is what the source itself works with */
+#define UMN_UFFD_MAPPINGS ENOMEM /* the process may not have so many mappings, or the kernel no memory */
+#define UMN_UFFD_NO_PROC ENOSYS	 /* it is huge pages, and without /proc their kind cannot be told */
+#define UMN_UFFD_CLOSED EBADFD	 /* the program has closed or replaced a descriptor of the source: invalid for good */
+#define UMN_UFFD_START ENODEV	 /* watching cannot begin: umn_uffd_start_failure says why */
 
 /* Why the source does not work here. */
 enum umn_uffd_step {

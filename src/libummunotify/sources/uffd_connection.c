@@ -51,9 +51,10 @@ static void explain_failure(const struct umn_uffd_failure *failure)
 		return;
 	case UMN_UFFD_FEATURES:
 		if (failure->error == EOPNOTSUPP)
-			umn_fail(code, ENODEV, "use Linux 5.18 or later",
-				 "this kernel's userfaultfd lacks UFFD_FEATURE_EXACT_ADDRESS (Linux 5.18): it may not tell reliably "
-				 "whether changes are under way, as before Linux 5.15");
+			umn_fail(
+				code, ENODEV, "use Linux 5.18 or later",
+				"this kernel's userfaultfd lacks UFFD_FEATURE_EXACT_ADDRESS (Linux 5.18): it may not tell reliably "
+				"whether changes are under way, as before Linux 5.15");
 		else
 			umn_fail(code, ENODEV,
 				 "use Linux 5.18 or later, on an architecture with write-protecting userfaultfd (x86-64, arm64)",
@@ -76,9 +77,10 @@ static void explain_failure(const struct umn_uffd_failure *failure)
 			 "there is no memory for userfaultfd's reader (%s)", error);
 		return;
 	case UMN_UFFD_THREAD:
-		umn_fail(code, ENODEV,
-			 "raise RLIMIT_NPROC (ulimit -u) and the cgroup's pids.max; a seccomp filter that refuses clone3 must do so with ENOSYS",
-			 "the thread that reads userfaultfd's events cannot be started (%s)", error);
+		umn_fail(
+			code, ENODEV,
+			"raise RLIMIT_NPROC (ulimit -u) and the cgroup's pids.max; a seccomp filter that refuses clone3 must do so with ENOSYS",
+			"the thread that reads userfaultfd's events cannot be started (%s)", error);
 		return;
 	case UMN_UFFD_READER:
 		umn_fail(code, ENODEV, "allow pidfd_open and pidfd_getfd in the seccomp filter, or refuse close_range too",
@@ -189,9 +191,10 @@ static int refused(struct umn_connection *connection, int error, uint64_t start,
 		return umn_fail(UMMUNOTIFY_UNSUPPORTED, error, "mount /proc",
 				"it is huge pages, and without /proc it cannot be told of which kind");
 	case UMN_UFFD_CLOSED:
-		return umn_fail(UMMUNOTIFY_DESCRIPTOR, error, "close this notifier, and open another after descriptors were closed",
-				"the program has closed or replaced a descriptor of the source uffd, which sees no more changes: all regions "
-				"are invalid");
+		return umn_fail(
+			UMMUNOTIFY_DESCRIPTOR, error, "close this notifier, and open another after descriptors were closed",
+			"the program has closed or replaced a descriptor of the source uffd, which sees no more changes: all regions "
+			"are invalid");
 	case UMN_UFFD_START: {
 		struct umn_uffd_failure failure;
 

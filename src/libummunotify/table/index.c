@@ -216,8 +216,8 @@ static void replace_one(struct umn_table *t, uint32_t parent, uint32_t at, uint3
 }
 
 /* Two new nodes with these entries replace child `at` of `parent`. The first gets `cut` of them. */
-static void replace_by_two(struct umn_table *t, uint32_t parent, uint32_t at, uint32_t level, const struct entry *entries, uint32_t n,
-			   uint32_t cut)
+static void replace_by_two(struct umn_table *t, uint32_t parent, uint32_t at, uint32_t level, const struct entry *entries,
+			   uint32_t n, uint32_t cut)
 {
 	uint32_t parts[2];
 

@@ -41,17 +41,17 @@ struct umn_walk {
 	uint64_t start, end; /* the change: whole pages */
 	uint32_t thread;
 	int32_t syscall;
-	uint32_t hit; /* at least one slot was */
+	uint32_t hit;	      /* at least one slot was */
 	uint32_t first, last; /* the chain of slots that this walk made pending, the last hit first */
 	uint32_t done;	      /* the last UMN_REPEAT finished, rather than reaching its bound */
 	uint32_t gave_up;
-	uint32_t enter;		    /* the node to enter next; 0: go on with the last one that waits */
-	uint32_t depth;		    /* how many nodes wait: further entries of theirs are to be followed */
-	uint32_t zero;		    /* 0, unknown to the BPF verifier: see umn_invalidate */
-	uint32_t node[UMN_LEVELS];  /* the nodes that wait */
-	uint32_t left[UMN_LEVELS];  /* of each: the entries that overlap and are still to be followed, one bit each, at least one */
-	uint32_t taken;		    /* steps, and tries to push that failed */
-	uint32_t tries;		    /* the latter */
+	uint32_t enter;		   /* the node to enter next; 0: go on with the last one that waits */
+	uint32_t depth;		   /* how many nodes wait: further entries of theirs are to be followed */
+	uint32_t zero;		   /* 0, unknown to the BPF verifier: see umn_invalidate */
+	uint32_t node[UMN_LEVELS]; /* the nodes that wait */
+	uint32_t left[UMN_LEVELS]; /* of each: the entries that overlap and are still to be followed, one bit each, at least one */
+	uint32_t taken;		   /* steps, and tries to push that failed */
+	uint32_t tries;		   /* the latter */
 };
 
 /* Invalidates one slot. Coalesces hits: only the feeder whose operation sets UMN_PENDING chains the slot, so it is on the list at

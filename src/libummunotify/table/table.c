@@ -418,4 +418,3 @@ void umn_table_delete(struct umn_table *t)
 	}
 	free(t);
 }
-

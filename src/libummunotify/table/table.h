@@ -47,13 +47,13 @@ struct umn_region {
 	const struct umn_slot *slot;
 	const struct umn_header *header;
 	struct umn_source *source; /* NULL: it needs nothing of what a source may need */
-	uint32_t epoch;	   /* the process's, see process.h */
-	uint32_t overflow; /* header->overflow when it was watched or renewed */
+	uint32_t epoch;		   /* the process's, see process.h */
+	uint32_t overflow;	   /* header->overflow when it was watched or renewed */
 	uint32_t ref;
 	uint32_t leaf;
 	uint8_t place; /* enum place in internal.h */
 	bool queued;
-	bool leftover; /* for queue_all */
+	bool leftover;	     /* for queue_all */
 	uint64_t start, end; /* bytes, as the caller gave them */
 	uint64_t cookie;     /* the caller's */
 	void *user;	     /* the caller's */
@@ -119,8 +119,7 @@ const struct umn_header *umn_table_header(const struct umn_table *table);
 /* Watches [start, end). 0; -ENOSPC: add a segment and try again; -EINVAL: not start < end <= 2^62; -EDQUOT: max_regions are
  * watched, or the index is as deep as it can be; -ENOMEM; -EBADF: closed; positive: the source's errno. On failure nothing has
  * changed. */
-int umn_table_watch(struct umn_table *table, uint64_t start, uint64_t end, uint64_t cookie, void *user,
-		    struct umn_region **region);
+int umn_table_watch(struct umn_table *table, uint64_t start, uint64_t end, uint64_t cookie, void *user, struct umn_region **region);
 
 /* After it returns nothing is reported for the region, and the pointer is no longer valid. */
 void umn_table_unwatch(struct umn_table *table, struct umn_region *region);
@@ -157,9 +156,9 @@ void umn_table_invalidate_all(struct umn_table *table);
 uint64_t umn_table_regions(const struct umn_table *table);
 
 struct umn_table_stats {
-	uint64_t regions;	 /* watched now */
-	uint64_t bytes;		 /* of shared memory in all segments */
-	uint64_t free_bytes;	 /* of these, not in use */
+	uint64_t regions;    /* watched now */
+	uint64_t bytes;	     /* of shared memory in all segments */
+	uint64_t free_bytes; /* of these, not in use */
 	uint32_t segments;
 	uint32_t levels; /* of the index */
 	uint32_t overflows;

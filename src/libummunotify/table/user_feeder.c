@@ -12,10 +12,10 @@
 #define UMN_UNROLL
 #define UMN_OPAQUE(v) ((void)(v))
 #ifndef UMN_REPEAT /* a test has its own */
-#define UMN_REPEAT(n, f, w)                                              \
-	do {                                                             \
-		for (uint32_t i_ = 0; i_ < (n) && !f(i_, w); i_++)       \
-			;                                                \
+#define UMN_REPEAT(n, f, w)                                                                                                        \
+	do {                                                                                                                       \
+		for (uint32_t i_ = 0; i_ < (n) && !f(i_, w); i_++)                                                                 \
+			;                                                                                                          \
 	} while (0)
 #endif
 struct umn_walk;

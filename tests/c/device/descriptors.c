@@ -104,7 +104,7 @@ static void test_closing_all_others(void)
 
 	watch(fd, memory, PAGE, 1);
 	check(kept == 300 && !close(another)); /* what they share is not the other's alone */
-	if (!is_uffd()) { /* whose descriptors come and go */
+	if (!is_uffd()) {		       /* whose descriptors come and go */
 		for (int other = 3; other < 1024; other++)
 			if (other != fd && other != kept)
 				close(other);

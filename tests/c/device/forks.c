@@ -49,7 +49,7 @@ static void test_fork(void)
 		check(try_unregister(fd, 9) == -1 && errno == EINVAL);
 		watch(fd, memory + 2 * PAGE, PAGE, 3); /* of the parent's memory */
 		unwatch(fd, 1);
-		if (!fork()) { /* and so it goes on */
+		if (!fork()) {		/* and so it goes on */
 			meet(up, down); /* the parent changes page 2 */
 			check(get(fd, events, 4) == 2);
 			is_inval(&events[0], 3);
