@@ -40,12 +40,14 @@ static struct ummunotify_region *watch(void *address, size_t length, uint64_t co
 	return region;
 }
 
-static void test_the_case(void)
+/* Was the change reported as the only one, with its range? */
+static bool the_case(void)
 {
 	char *a = get_pages(1, NULL), *b;
 	struct ummunotify_event events[4];
 	struct ummunotify_region *region = watch(a, PAGE, 77);
 	uint64_t before = ummunotify_generation(umn);
+	bool exact;
 
 	check(ummunotify_valid(region) && !ummunotify_changed(umn));
 	check(ummunotify_read(umn, events, 4) == 0);
@@ -54,7 +56,8 @@ static void test_the_case(void)
 	check(a == b);
 	check(!ummunotify_valid(region) && ummunotify_changed(umn) && ummunotify_generation(umn) != before);
 	check(ummunotify_read(umn, events, 4) == 1);
-	check(events[0].region == region && events[0].cookie == 77 && events[0].exact);
+	check(events[0].region == region && events[0].cookie == 77);
+	exact = events[0].exact;
 	check(events[0].start == (uint64_t)a && events[0].end == (uint64_t)a + PAGE);
 	check(!ummunotify_changed(umn) && !ummunotify_valid(region));
 	check(!ummunotify_renew(umn, region) && ummunotify_valid(region));
@@ -63,6 +66,16 @@ static void test_the_case(void)
 	check(!ummunotify_unwatch(umn, region));
 	check(ummunotify_read(umn, events, 4) == 0); /* nothing is reported for it any more */
 	munmap(b, PAGE);
+	return exact;
+}
+
+static void test_the_case(void)
+{
+	int tries = 0;
+
+	/* On a busy machine everything may be invalidated besides (uffd), or another process may change the same addresses (kvm). */
+	while (!the_case())
+		check(++tries < 100);
 }
 
 static void test_order_and_room(void)
