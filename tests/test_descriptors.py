@@ -109,7 +109,7 @@ def was_reported(watched, found):
 def check_region(watched, address):
     unmap_memory(address, PAGE)
     assert not watched.valid, "missed"
-    assert umn.changed
+    assert umn.changed or when == "a thread waits"  # which may have taken it
     found = attempt(umn.read)
     assert found is None or was_reported(watched, found), "not reported"
     assert not watched.valid

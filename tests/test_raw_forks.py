@@ -202,9 +202,10 @@ def test_a_child_of_a_raw_child_of_one_that_opened(umn: Notifier, regions: list[
             run_child(os.fork, grandchild)
             # libc goes through its list of threads, and has the parent's there.
             os.setgid(os.getgid())
-            assert region.valid
+            # A grandchild may have split a huge page at these addresses, and the probe kvm cannot tell whose it was.
             mapped[0] = 2
             region.renew()
+            assert region.valid
             mapped.madvise(mmap.MADV_DONTNEED)
             assert not region.valid
 
