@@ -20,7 +20,7 @@ def test_lockdown() -> None:
     LOCKDOWN.write_text("confidentiality")
     refused = "the kernel is locked down (confidentiality): no program may read its memory"
     assert doctor("true") == {"bpf:mmu_notifier": refused, "bpf:kvm": "", "bpf:zap": refused}
-    assert best("true") == "bpf:kvm"
+    assert best("true") == "bpf:kvm, an empty virtual machine"
     # Where nothing says so.
     refused = "the kernel does not let BPF read its memory"
     found = doctor("umount /sys/kernel/security")
