@@ -48,7 +48,7 @@ class Shortage(NamedTuple):
     """What a batch could not do, as the kernel had no memory or no descriptors."""
 
     error: int
-    """An errno; 0: there is none."""
+    """An errno."""
     growing: list[tuple[Client, int]]
     made: int
     """So many tables were made all the same."""
@@ -100,10 +100,10 @@ class Stock:
         self.preparing = True
 
     def prepare(self) -> Shortage | None:
-        """A part of the batch: a few tables, or what one client has asked for. None: there is more to prepare."""
+        """Prepare a part of the batch, a few tables or what one client has asked for, or begin it when all is there."""
         batch = self.batch
         assert batch is not None
-        failure = 0
+        shortage = None
         try:
             for _ in range(_PREPARED_AT_ONCE):
                 if not self._tables.free or len(batch.made) >= self._to_make:
@@ -126,11 +126,9 @@ class Stock:
             failure = error.errno or errno.ENOMEM
             self._poor_until = time.monotonic() + 1
             event(logging.ERROR, "memory", error=errno.errorcode.get(failure))
+            shortage = Shortage(failure, self.growing, len(batch.made))
+            self.growing = []
         self.preparing = False
-        shortage = Shortage(failure, [], len(batch.made))
-        if failure:
-            shortage.growing.extend(self.growing)
-            self.growing.clear()
         self._updater.begin(batch.segments(self._blank[0]), batch.rings(self._blank[1]))
         return shortage
 

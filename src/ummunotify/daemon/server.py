@@ -321,7 +321,7 @@ class Server:
     def _prepare(self) -> None:
         """A part of what is put in and taken out next."""
         shortage = self._stock.prepare()
-        if shortage is None or not shortage.error:
+        if shortage is None:
             return
         failed = Reply(Status.FAILED, value=shortage.error)
         for client, count in shortage.growing:
