@@ -17,15 +17,37 @@ static bool add(int epoll, int fd, uint32_t events)
 	return !epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
 }
 
-/* Is it an epoll that has this end of our pipe? */
-static bool has(int epoll, const struct umn_descriptor *end, uint32_t events)
+/* Is it an epoll to which this file was added under this number? */
+static bool has_number(int epoll, int fd, uint32_t events)
 {
 	struct epoll_event event = {.events = events};
 	int kept = errno;
-	bool result = epoll >= 0 && umn_descriptor_intact(end) && !epoll_ctl(epoll, EPOLL_CTL_MOD, end->fd, &event);
+	bool result = !epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &event);
 
 	errno = kept;
 	return result;
+}
+
+/* Is it an epoll that has this end of our pipe? */
+static bool has(int epoll, const struct umn_descriptor *end, uint32_t events)
+{
+	return epoll >= 0 && umn_descriptor_intact(end) && has_number(epoll, end->fd, events);
+}
+
+/* An epoll forgets a file that is closed. */
+static bool has_source(const struct umn_wakeup *w)
+{
+	if (w->source >= 0 && !(has(w->source, &w->in, 0) && has_number(w->epoll, w->source, EPOLLIN)))
+		return false;
+	return w->source_fd < 0 || has_number(w->source >= 0 ? w->source : w->epoll, w->source_fd, EPOLLIN);
+}
+
+static int add_source(struct umn_wakeup *w, struct umn_connection *connection)
+{
+	int error = connection->add_wakeup(connection, w->source >= 0 ? w->source : w->epoll);
+
+	w->source_fd = connection->wake_fd;
+	return error;
 }
 
 int umn_wakeup_open(struct umn_wakeup *w, struct umn_connection *connection, int epoll)
@@ -42,11 +64,11 @@ int umn_wakeup_open(struct umn_wakeup *w, struct umn_connection *connection, int
 	if (w->epoll < 0 || !add(w->epoll, w->out.fd, EPOLLIN))
 		goto failed;
 	if (w->is_own)
-		return connection->add_wakeup(connection, w->epoll);
+		return add_source(w, connection);
 	w->source = epoll_create1(EPOLL_CLOEXEC);
 	if (w->source < 0 || !add(w->source, w->in.fd, 0) || !add(w->epoll, w->source, EPOLLIN))
 		goto failed;
-	return connection->add_wakeup(connection, w->source);
+	return add_source(w, connection);
 failed:
 	error = umn_fail_errno(UMMUNOTIFY_LIMIT, errno, "a descriptor cannot be made");
 	umn_wakeup_close(w);
@@ -55,7 +77,7 @@ failed:
 
 bool umn_wakeup_intact(const struct umn_wakeup *w)
 {
-	if (has(w->epoll, &w->out, EPOLLIN) && umn_descriptor_intact(&w->in))
+	if (has(w->epoll, &w->out, EPOLLIN) && umn_descriptor_intact(&w->in) && has_source(w))
 		return true;
 	umn_fail(UMMUNOTIFY_DESCRIPTOR, EBADF, "look at it without waiting (changes are still seen), or open a new notifier",
 		 "the program has closed or replaced the descriptor that it would wait for");
@@ -82,7 +104,7 @@ void umn_wakeup_close(struct umn_wakeup *w)
 		close(w->epoll);
 	if (closes && has(w->source, &w->in, 0))
 		close(w->source);
-	w->epoll = w->source = -1;
+	w->epoll = w->source = w->source_fd = -1;
 	umn_descriptor_close(&w->out);
 	umn_descriptor_close(&w->in);
 }
