@@ -21,8 +21,6 @@ from .log import event
 _RETRY_SECONDS = 1.0
 _MADE_AT_ONCE = 32
 """Tables, in a batch."""
-_PREPARED_AT_ONCE = 4
-"""Tables, in a turn of the loop: some 1 ms, in which it does nothing else."""
 
 
 class Batch(NamedTuple):
@@ -100,19 +98,19 @@ class Stock:
         self.preparing = True
 
     def prepare(self) -> Shortage | None:
-        """Prepare a part of the batch, a few tables or what one client has asked for, or begin it when all is there."""
+        """Prepare a part of the batch, a table or what one client has asked for, or begin it when all is there.
+
+        A part in a turn of the loop, which does nothing else meanwhile.
+        """
         batch = self.batch
         assert batch is not None
         shortage = None
         try:
-            for _ in range(_PREPARED_AT_ONCE):
-                if not self._tables.free or len(batch.made) >= self._to_make:
-                    break
+            if self._tables.free and len(batch.made) < self._to_make:
                 segment, ring = _create_table()
                 table = self._tables.take()
                 self._tables.allow(table, 1)
                 batch.made.append((table, segment, ring))
-            else:
                 return None
             if self.growing and len(batch.grown) < self._to_grow:
                 client, count = self.growing[0]

@@ -22,8 +22,8 @@ from .loop import Loop
 CHECK_SECONDS = 5.0
 _HANDSHAKE_SECONDS = 10.0
 _WARN_SECONDS = 10.0
-_REQUESTS = 16
-"""In a turn of the loop, of all users together: some 1 ms. Each user has a share, and delays itself by a flood."""
+_REQUESTS = 4
+"""In a turn of the loop, of all users together: some 0.3 ms. Each user has a share, and delays itself by a flood."""
 _USERS_WARNED = 1000
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
