@@ -28,7 +28,7 @@ static int add_wakeup(struct umn_connection *connection, int epoll)
 	return 0;
 }
 
-static struct umn_connection connection = {.add_wakeup = add_wakeup};
+static struct umn_connection connection = {.add_wakeup = add_wakeup, .wake_fd = -1};
 
 static unsigned int open_descriptors(void)
 {
@@ -126,20 +126,22 @@ static void test_callers_epoll(void)
 
 /* ---- The program closes or replaces some of the descriptors ---- */
 
-#define NUMBERS 4
+#define NUMBERS 5
 
 static void numbers_of(const struct umn_wakeup *w, int *fds)
 {
-	memcpy(fds, (int[NUMBERS]){w->epoll, w->source, w->out.fd, w->in.fd}, NUMBERS * sizeof *fds);
+	memcpy(fds, (int[NUMBERS]){w->epoll, w->source, w->out.fd, w->in.fd, w->source_fd}, NUMBERS * sizeof *fds);
 }
 
 /* `replace`: by files of the program's, which must stay open and unchanged. */
 static void take_away(unsigned int which, bool replace, bool is_callers)
 {
-	int epoll = is_callers ? epoll_create1(EPOLL_CLOEXEC) : -1, fds[NUMBERS], ends[2];
-	struct umn_wakeup w = open_wakeup(epoll);
+	int epoll = is_callers ? epoll_create1(EPOLL_CLOEXEC) : -1, fds[NUMBERS], ends[2], kept = event;
+	struct umn_wakeup w;
 	char byte;
 
+	connection.wake_fd = event = eventfd(0, EFD_CLOEXEC); /* a source whose descriptor stays open */
+	w = open_wakeup(epoll);
 	numbers_of(&w, fds);
 	umn_wakeup_set(&w, which & 1);
 	check(!pipe2(ends, O_NONBLOCK));
@@ -150,10 +152,7 @@ static void take_away(unsigned int which, bool replace, bool is_callers)
 			else
 				close(fds[i]);
 		}
-	/* `source` is not needed to wait; the others are. */
-	check(umn_wakeup_intact(&w) == !(which & ~2u));
-	if (which & ~2u)
-		check(ummunotify_failure()->code == UMMUNOTIFY_DESCRIPTOR);
+	check(!umn_wakeup_intact(&w) && ummunotify_failure()->code == UMMUNOTIFY_DESCRIPTOR);
 	for (int i = 0; i < 2; i++) {
 		umn_wakeup_set(&w, true);
 		umn_wakeup_set(&w, false);
@@ -173,6 +172,10 @@ static void take_away(unsigned int which, bool replace, bool is_callers)
 	for (int i = 0; i < 2; i++)
 		if (!(which & 1u << i) && fds[i] >= 0 && is_open(fds[i]) && (which & (i ? 8 : 4)))
 			close(fds[i]);
+	if (!(which & 1u << 4))
+		close(event);
+	connection.wake_fd = -1;
+	event = kept;
 }
 
 static void test_taken_away(void)
@@ -216,7 +219,7 @@ static int refuse(struct umn_connection *unused, int epoll)
 
 static void test_source_refuses(void)
 {
-	struct umn_connection refusing = {.add_wakeup = refuse};
+	struct umn_connection refusing = {.add_wakeup = refuse, .wake_fd = -1};
 	int epoll = epoll_create1(EPOLL_CLOEXEC);
 	struct umn_wakeup w;
 
