@@ -83,9 +83,12 @@ def regions(umn: Notifier, memory: Memory) -> Iterator[list[Region]]:
     assert not made[1].valid
     umn.fileno()
     yield made
-    assert made[0].valid
+    # kvm cannot tell whose memory it was that a third process changed; with clear_refs that is all there is.
+    others_too = umn.source == "bpf:kvm"
+    assert made[0].valid or others_too
     assert umn.changed
-    assert [event.region for event in umn.read()] == [made[1]]
+    events = {event.region for event in umn.read()}
+    assert events == {made[1]} or (others_too and events == set(made))
     store(memory.at(0))
     later = watch(umn, memory, 2)
     store(memory.at(2))
