@@ -23,17 +23,27 @@ from support import map_memory, show_secret, unmap_memory
 
 import ummunotify
 from ummunotify import _abi
-from ummunotify._abi import FED_TABLE_SIZE, Gives, Op, Probe, Reply, Request, Status, u32
-from ummunotify._bpf import create_ring, create_segment, read_map
+from ummunotify._abi import FED_TABLE_SIZE, Gives, Op, Probe, Reply, Request, Status, u32, u64
+from ummunotify._bpf import Descriptor, create_ring, create_segment, read_map
 from ummunotify._core import open_kvm
 from ummunotify.bpf.program import Program, attached
 from ummunotify.daemon.server import BOUNDS
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def change_something() -> None:
     """At PLACE: the process's own change, and known to be."""
     assert map_memory(PAGE, PLACE) == PLACE
     unmap_memory(PLACE, PAGE)
+
+
+def copy_at_place() -> None:
+    """A page fault there, of which all tables are told: a page is copied on write."""
+    assert map_memory(PAGE, PLACE) == PLACE
+    byte = ctypes.c_ubyte.from_address(PLACE)
+    assert byte.value == 0  # the page of zeros
+    byte.value = 1
 
 
 # ---- which address space ----
@@ -50,7 +60,7 @@ def program(privileged: None) -> Iterator[Program]:
 class Bound:
     """A table that is bound to the address space of a child, which goes on to do something when told so."""
 
-    def __init__(self, program: Program, then: Callable[[], None], uid: int = 0) -> None:
+    def __init__(self, program: Program, then: Callable[[], None], uid: int = 0, *, bind: bool = True) -> None:
         tables = program.tables
         self.number = tables.take()
         tables.allow(self.number, 1)
@@ -60,7 +70,7 @@ class Bound:
         self.table = CraftedTable(segment)
         os.close(segment)
         os.close(ring)
-        secret = tables.expect(self.number)
+        self.secret = secret = tables.expect(self.number)
 
         kvm = open_kvm()
 
@@ -75,7 +85,8 @@ class Bound:
         self.child = Child(child, 0)
         os.close(kvm)
         assert self.child.hear() == "shown"
-        assert tables.bind(self.number, secret)
+        if bind:
+            assert tables.bind(self.number, secret)
         fed = read_map(program.maps["tables"].number(), u32(self.number), FED_TABLE_SIZE)
         self.space, self.mm = struct.unpack_from("=QQ", fed)  # as struct umn_fed_table begins
 
@@ -123,6 +134,65 @@ def as_user(uid: int) -> Callable[[], None]:
         change_something()
 
     return then
+
+
+def put(map: Descriptor, key: bytes, value: bytes) -> None:
+    """Into a BPF map."""
+    buffers = ctypes.create_string_buffer(key), ctypes.create_string_buffer(value)
+    attribute = struct.pack("=IxxxxQQQ", map.number(), *(ctypes.addressof(buffer) for buffer in buffers), 0)
+    assert _libc.syscall(321, 2, attribute, len(attribute)) == 0  # BPF_MAP_UPDATE_ELEM
+
+
+def test_a_table_that_is_not_bound_yet_takes_no_part(program: Program) -> None:
+    """Its client has shown the secret, and says no more: it has no share in a change, so it gets nothing."""
+    bound, other = Bound(program, copy_at_place), Bound(program, change_something)
+    shown = Bound(program, change_something, bind=False)
+    for each in (bound, other, shown):
+        each.table.arm()
+    bound.go_on()
+    assert bound.table.hit
+    assert other.table.hit
+    assert not shown.table.hit
+    assert shown.table.armed
+    assert program.tables.bind(shown.number, shown.secret)
+    shown.go_on()
+    assert shown.table.hit
+    other.go_on()
+    for each in (bound, other, shown):
+        program.tables.drop(each.number, 1)
+
+
+def test_a_secret_is_taken_for_its_own_table_only(program: Program) -> None:
+    """The kernel reuses a hash map's elements at once, so the one that was looked up may lead to another table."""
+    tables = program.tables
+    mine, others = tables.take(), tables.take()
+    secrets = [tables.expect(table) for table in (mine, others)]
+    put(program.maps["handshakes"], u64(secrets[0]), u32(others))
+    kvm = open_kvm()
+
+    def child(_: Connection) -> None:
+        subscribe(kvm)
+        show_secret(secrets[0])
+
+    Child(child, 0).result()
+    os.close(kvm)
+    assert not tables.bind(others, secrets[1])
+    for table, secret in zip((mine, others), secrets, strict=True):
+        tables.cancel(secret)
+        tables.drop(table, 1)
+
+
+def test_an_owner_that_leads_to_another_address_space(program: Program) -> None:
+    """The same of the map of owners: what was looked up may lead to the tables of another. Nothing is missed."""
+    first, second = Bound(program, change_something), Bound(program, change_something)
+    first.table.arm()
+    put(program.maps["owners"], u64(first.space), u32(second.number + 1))
+    first.go_on()
+    assert first.table.hit
+    put(program.maps["owners"], u64(first.space), u32(first.number + 1))
+    second.go_on()
+    for each in (first, second):
+        program.tables.drop(each.number, 1)
 
 
 def test_another_user_in_the_same_address_space(program: Program) -> None:
@@ -258,10 +328,7 @@ def copies(pipe: Connection) -> None:
         for _ in itertools.repeat(None):
             if pipe.recv() == "end":
                 return
-            assert map_memory(PAGE, PLACE) == PLACE
-            byte = ctypes.c_ubyte.from_address(PLACE)
-            assert byte.value == 0  # the page of zeros
-            byte.value = 1
+            copy_at_place()
             pipe.send("changed")
             unmap_memory(PLACE, PAGE)
 

@@ -95,6 +95,7 @@ cdef extern from "abi/maps.h" nogil:
         uint64_t space
         uint32_t next, cells
         uint32_t pid_namespace, pid_namespace_device
+        uint64_t secret, shown
     struct umn_control:
         uint32_t tables, handshakes
         uint64_t space
@@ -348,9 +349,13 @@ cdef class Tables:
         return self.open_handshake(table)
 
     cdef object open_handshake(self, uint32_t table):
+        cdef umn_fed_table value
         cdef uint64_t secret
         if getrandom(&secret, sizeof(secret), 0) != sizeof(secret):
             raise OSError(errno, os.strerror(errno))
+        self.get_table(table, &value)
+        value.secret, value.shown = secret, 0
+        self.put_table(table, &value)
         check(umn_bpf_update(self.handshakes.fd(), &secret, &table), "open a handshake")
         self.open_handshakes += 1
         try:
@@ -381,9 +386,10 @@ cdef class Tables:
         cdef umn_fed_table value
         cdef uint32_t number = table + 1
         self.get_table(table, &value)
-        if not value.space:
+        if not value.shown:
             return False
         self.close_handshake(secret)
+        value.space = value.shown  # not before: what is not bound has no share of a change
         if list(self.fed.values()).count(value.space) >= <int>UMN_TABLES_PER_MM_MAX:
             raise OSError(E2BIG, "the process has too many tables")
         value.next = self.first_of(value.space)

@@ -21,7 +21,7 @@
 
 /* In the map `tables`, by the table's number. */
 struct umn_fed_table {
-	uint64_t space; /* the address space's number (space_of in watch.bpf.c); 0: the owner has not shown itself, or is gone */
+	uint64_t space; /* the address space's number (space_of in watch.bpf.c); 0: the table is not fed */
 	uint64_t mm;	/* where that one's mm_struct was when the owner showed itself */
 	uint32_t uid;	/* the owner's then */
 	uint32_t next;	/* the next table of the same address space, plus 1 */
@@ -29,6 +29,8 @@ struct umn_fed_table {
 	/* Its owner's pid namespace, by the inode number and device of /proc/PID/ns/pid; 0: not known. Written at the handshake. */
 	uint32_t pid_namespace, pid_namespace_device;
 	uint32_t unused;
+	uint64_t secret; /* that the owner is to show; the program clears it when it is shown, ... */
+	uint64_t shown;	 /* ... and writes here which address space that was, last */
 };
 
 /* The one value in the map `control`. */
@@ -71,7 +73,7 @@ enum { UMN_OF_MM, UMN_OF_HOLDER, UMN_OF_SPAN };
 /* SPAN: the addresses are members of `whose`, from members[1] to members[2]. */
 enum { UMN_TO_END, UMN_TO_LENGTH, UMN_TO_PAGE, UMN_TO_PMD, UMN_TO_PUD, UMN_TO_FOLIO, UMN_TO_SPAN };
 
-UMN_STATIC_ASSERT(sizeof(struct umn_fed_table) == 40, "a table");
+UMN_STATIC_ASSERT(sizeof(struct umn_fed_table) == 56, "a table");
 UMN_STATIC_ASSERT(sizeof(struct umn_control) == 48, "control");
 UMN_STATIC_ASSERT(sizeof(struct umn_call) == 8, "a cookie has 64 bits");
 

@@ -21,7 +21,7 @@
 #include <stdint.h>
 
 /* Another one where anything in abi/ gets another meaning. */
-#define UMN_PROTOCOL_VERSION 4
+#define UMN_PROTOCOL_VERSION 5
 /* Stands in the BPF program's object, which is read from the disk: that may be of a later installation than the process that loads it. */
 #define UMN_OBJECT_VERSION UMN_OBJECT_VERSION_OF(UMN_PROTOCOL_VERSION)
 #define UMN_OBJECT_VERSION_OF(version) UMN_OBJECT_VERSION_TEXT(version)

@@ -771,19 +771,6 @@ static long feed_next_no_reads(uint32_t unused, struct change *change)
 	return go_on(change, id);
 }
 
-static __always_inline void feed_space(uint64_t space, struct change *change, int no_reads)
-{
-	uint32_t *first = bpf_map_lookup_elem(&owners, &space);
-
-	if (!first)
-		return;
-	change->table = *first;
-	if (no_reads)
-		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next_no_reads, change, 0);
-	else
-		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next, change, 0);
-}
-
 /* All tables, beginning with one at random: if `left` is used up, it is not always the same that give up. */
 static __always_inline uint32_t foreign(uint32_t number, struct change *change)
 {
@@ -826,6 +813,31 @@ static __always_inline void feed_all(struct umn_control *ctl, struct change *cha
 		bpf_loop(change->tables, wake_next_due_no_reads, &search, 0);
 	else
 		bpf_loop(change->tables, wake_next_due, &search, 0);
+}
+
+/*
+ * The tables of an address space. The kernel reuses a hash map's elements at once, so the element that was looked up may be another
+ * address space's when it is read. The table itself says whose it is: if it is not this one's, all tables are fed.
+ */
+static __always_inline void feed_space(struct umn_control *ctl, uint64_t space, struct change *change, int no_reads)
+{
+	uint32_t *first = bpf_map_lookup_elem(&owners, &space), id;
+	struct umn_fed_table *table;
+
+	if (!first)
+		return;
+	change->table = UMN_LOAD(first);
+	id = change->table - 1;
+	table = bpf_map_lookup_elem(&tables, &id);
+	if (!table || table->space != space) {
+		change->own = 0;
+		pays(change, ctl, 0);
+		feed_all(ctl, change, no_reads);
+	} else if (no_reads) {
+		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next_no_reads, change, 0);
+	} else {
+		bpf_loop(UMN_TABLES_PER_MM_MAX, feed_next, change, 0);
+	}
 }
 
 /* ---- Whose change is it? The kvm probe does not say, so it has to follow from what the current task is doing. ---- */
@@ -900,8 +912,10 @@ static __always_inline uint64_t argument(struct pt_regs *regs, int number, int o
 
 	if (!bpf_core_field_exists(regs->orig_ax)) {
 		value = ((struct pt_regs___arm64 *)regs)->regs[number];
-		UMN_OPAQUE(value); /* not one load from a computed place for all: the verifier refuses that */
-	} else if (number == 0)
+		UMN_OPAQUE(value);
+		return value;
+	}
+	if (number == 0)
 		value = regs->di;
 	else if (number == 1)
 		value = regs->si;
@@ -1224,20 +1238,24 @@ static __always_inline enum scope scope_of(struct task_struct *task, struct pt_r
 	return own ? OWN : ANYBODY;
 }
 
-/* A new owner shows that it is in this address space: it zaps a page of its own with the secret it was given in an argument
- * register that the system call does not use. */
+/*
+ * A new owner shows that it is in this address space: it zaps a page of its own with the secret it was given in an argument
+ * register that the system call does not use. The first that shows it takes it; so nothing is written to the table after the owner
+ * has been told that it was seen. To take it is also the proof that the table is the secret's: the kernel reuses a hash map's
+ * elements at once, so what was looked up may be another handshake's by now.
+ */
 static __always_inline void shake_hands(struct task_struct *task, uint64_t secret)
 {
 	uint32_t *id = bpf_map_lookup_elem(&handshakes, &secret);
 	struct umn_fed_table *table = id ? bpf_map_lookup_elem(&tables, id) : 0;
 
-	if (!table || table->space)
+	if (!table || __sync_val_compare_and_swap(&table->secret, secret, 0) != secret)
 		return;
 	table->mm = (uint64_t)task->mm;
 	table->uid = bpf_get_current_uid_gid();
 	note_pid_namespace(table);
 	/* Last, and ordered after the others (a full barrier): what finds this finds them. */
-	(void)__sync_lock_test_and_set(&table->space, space_of(task->mm));
+	(void)__sync_lock_test_and_set(&table->shown, space_of(task->mm));
 }
 
 static __always_inline int kvm_change(uint64_t *args, int no_reads)
@@ -1280,7 +1298,7 @@ static __always_inline int kvm_change(uint64_t *args, int no_reads)
 	else if (ctl->sole_table && ctl->space == space)
 		feed(ctl->sole_table - 1, &change);
 	else if (change.own)
-		feed_space(space, &change, no_reads);
+		feed_space(ctl, space, &change, no_reads);
 	else
 		feed_all(ctl, &change, no_reads);
 	return 0;
@@ -1395,7 +1413,7 @@ static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uin
 	if (ctl->sole_table && ctl->space == space)
 		feed(ctl->sole_table - 1, &change);
 	else
-		feed_space(space, &change, 0);
+		feed_space(ctl, space, &change, 0);
 	return 0;
 }
 
