@@ -1001,6 +1001,8 @@ static __always_inline int within(struct change *change, uint64_t address, uint6
 /* ---- What leaves all pages where they are. ---- */
 
 #define VM_WRITE 0x2
+#define VM_MAYEXEC 0x40
+#define VM_MAYSHARE 0x80
 #define VM_LOCKED 0x2000
 
 /* Does the current task hold its address space's mmap lock for writing? Only the writer is its owner without a flag. */
@@ -1155,14 +1157,39 @@ __attribute__((noinline)) int is_split(uint64_t start, uint64_t end, int32_t cal
 }
 
 /*
+ * Could the kernel put a uprobe into the page at this address? mprotect makes it do so, with the lock held for writing, where a part
+ * of a file becomes part of a mapping that can have one (valid_vma): the page is replaced, and a huge page is split before. A global
+ * function, as above.
+ */
+__attribute__((noinline)) int may_be_probed(uint64_t address)
+{
+	struct vm_area_struct *mapping = mapping_at(bpf_get_current_task_btf(), address);
+
+	return !mapping || !bpf_core_field_exists(mapping->vm_flags) ||
+	       (BPF_CORE_READ(mapping, vm_file) &&
+		(BPF_CORE_READ(mapping, vm_flags) & (VM_WRITE | VM_MAYEXEC | VM_MAYSHARE)) == VM_MAYEXEC);
+}
+
+/* The change is in what mprotect was told to change. Could it be more than how the pages may be used? */
+static __always_inline int replaces_pages(struct task_struct *task, struct pt_regs *regs, struct change *change, int no_reads)
+{
+	uint64_t size = change->end - change->start;
+
+	return populates(task, regs) || ((size == page_size(change->page_shift) || size == pmd_size(change->page_shift)) &&
+					 (no_reads || may_be_probed(change->start)));
+}
+
+/*
  * Does the change leave all pages where they are? A fork write-protects the parent's, and mprotect changes how they may be used. Both do
  * that with the mmap lock held for writing. What else may happen in these calls, or on the way out of them, does not have it: faults
- * of the kernel's own accesses to user memory, which break copy-on-write (a fork stores the child's number, a signal its frame).
+ * of the kernel's own accesses to user memory, which break copy-on-write (a fork stores the child's number, a signal its frame). But
+ * for uprobes, see above.
  *
  * The current task is inside the 64-bit system call `change->syscall`. `no_reads`: memory must not be read but what the verifier
- * understands.
+ * understands. `clears`: it is known that this is no change of how pages may be used.
  */
-static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs *regs, struct change *change, int no_reads)
+static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs *regs, struct change *change, int no_reads,
+					int clears)
 {
 	if (!writes_mappings(task) || (task->flags & PF_MEMALLOC))
 		return 0;
@@ -1173,8 +1200,8 @@ static __always_inline int leaves_pages(struct task_struct *task, struct pt_regs
 		return 1;
 	case NR_mprotect:
 	case NR_pkey_mprotect:
-		if (within(change, argument(regs, 0, 0), argument(regs, 1, 0)))
-			return !populates(task, regs);
+		if (!clears && within(change, argument(regs, 0, 0), argument(regs, 1, 0)))
+			return !replaces_pages(task, regs, change, no_reads);
 	}
 	return !no_reads && change->end - change->start == pmd_size(change->page_shift) &&
 	       !(change->start & (pmd_size(change->page_shift) - 1)) &&
@@ -1283,7 +1310,7 @@ static __always_inline int kvm_change(uint64_t *args, int no_reads)
 	space = space_of(task->mm);
 	change.page_shift = ctl->page_shift;
 	if (!(task->flags & PF_MEMALLOC) && inside_call(task, regs, &change)) {
-		if (leaves_pages(task, regs, &change, no_reads))
+		if (leaves_pages(task, regs, &change, no_reads, 0))
 			return 0;
 		scope = scope_of(task, regs, &change);
 		if (scope == OWN && ctl->handshakes && change.call == NR_madvise)
@@ -1407,7 +1434,7 @@ static __always_inline int feed_traced(struct umn_control *ctl, uint64_t mm, uin
 	if (change.own && inside_call(task, regs, &change)) {
 		if (ctl->handshakes && change.call == NR_madvise)
 			shake_hands(task, argument(regs, 4, 0));
-		if (may_stay && leaves_pages(task, regs, &change, 0))
+		if (may_stay && leaves_pages(task, regs, &change, 0, 1))
 			return 0;
 	}
 	if (ctl->sole_table && ctl->space == space)

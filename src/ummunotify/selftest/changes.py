@@ -328,6 +328,15 @@ def program_file(m: Memory) -> None:
         load(m.at(unit))
 
 
+def program_in_part(m: Memory) -> None:
+    """The same, with the units from 3 on still writable, as a loader or a compiler has them meanwhile."""
+    written_file(m)
+    m.map(mmap.MAP_PRIVATE, m.fd)
+    for unit in range(m.count):
+        load(m.at(unit))
+    call("mprotect", m.address, 3 * m.unit, mmap.PROT_READ | mmap.PROT_EXEC)
+
+
 def file_of_a_group(m: Memory) -> None:
     """A file on a disk whose pages count as those of another control group, m.group."""
     written_file(m)
@@ -1156,8 +1165,8 @@ def move_out(m: Memory, first: int, last: int) -> None:
         control(m.fd, UFFDIO_MOVE, m.elsewhere, m.at(first), (last - first) * m.unit, 0, 0)
 
 
-def probe_user(m: Memory) -> None:
-    """A uprobe is set at unit 3, and removed."""
+def set_uprobe(m: Memory) -> int:
+    """At unit 3, until the descriptor is closed."""
     try:
         kind = int(Path("/sys/bus/event_source/devices/uprobe/type").read_text())
     except FileNotFoundError as error:
@@ -1168,7 +1177,20 @@ def probe_user(m: Memory) -> None:
     struct.pack_into("=QQ", attributes, 56, ctypes.addressof(path), 3 * m.unit)
     address = ctypes.addressof(ctypes.c_char.from_buffer(attributes))
     with missing_if(errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
-        os.close(syscall(NR_PERF_EVENT_OPEN, address, 0, -1, -1, 0))
+        return syscall(NR_PERF_EVENT_OPEN, address, 0, -1, -1, 0)
+
+
+def probe_user(m: Memory) -> None:
+    """A uprobe is set, and removed."""
+    os.close(set_uprobe(m))
+
+
+def set_uprobe_by_mprotect(m: Memory) -> None:
+    """The kernel sets it only when the unit becomes part of the mapping before, which is not writable."""
+    m.open(set_uprobe(m))
+    call("mprotect", m.at(3), m.unit, mmap.PROT_READ | mmap.PROT_EXEC)
+    if load(m.at(3)) == 0x90:
+        raise MissingError("the kernel has not set the uprobe")
 
 
 def protect_by_userfaultfd(m: Memory) -> None:
@@ -1653,6 +1675,7 @@ CHANGES = (
         exact=False,
     ),
     Case("a uprobe", program_file, probe_user, ((3, 4),), exact=False),
+    Case("a uprobe that mprotect sets", program_in_part, set_uprobe_by_mprotect, ((3, 4),), exact=False),
     # by a change of the file
     Case("ftruncate", memfd, lambda m: os.ftruncate(m.fd, 5 * m.unit), ((5, COUNT),), exact=False),
     Case("ftruncate within a page", memfd, lambda m: os.ftruncate(m.fd, 5 * m.unit + 9), ((6, COUNT),), exact=False),
