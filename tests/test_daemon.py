@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import errno
@@ -16,11 +17,12 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ from daemons import (
 from support import map_memory, require_module, show_secret, unmap_memory
 
 import ummunotify
-from ummunotify import _abi
+from ummunotify import _abi, _peers
 from ummunotify._abi import Gives, Op, Probe, Reply, Request, Status
 from ummunotify.bpf import feeder, libbpf
 from ummunotify.cli.daemon import closed_folder
@@ -538,6 +540,106 @@ def test_clients_that_do_not_finish(daemon: Daemon) -> None:
     for connection in silent + half:
         connection.close()
     daemon.settled()
+
+
+@contextlib.contextmanager
+def lingering() -> Iterator[int]:
+    """A descriptor that takes an hour to close, where it is the last one; as long as this lasts."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = socket.create_connection(server.getsockname())
+        with server.accept()[0]:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 3600))
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    connection.send(bytes(1 << 16))
+            yield connection.detach()
+
+
+def close_at_once(slow: int) -> None:
+    with socket.socket(fileno=slow) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+
+
+def pass_on(connection: socket.socket, message: bytes, fd: int) -> bool:
+    """False: the kernel lets nobody send a descriptor there."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    try:
+        connection.sendmsg([message], rights)
+    except PermissionError:
+        return False
+    return True
+
+
+def test_descriptors_that_take_long_to_close(daemon: Daemon) -> None:
+    """The daemon does not close them, where the kernel cannot keep them away: nobody waits."""
+    with lingering() as slow:
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            with connect() as connection:
+                passed = pass_on(connection, Request(Op.STATUS, argument=_abi.STATUS_SUMMARY).pack(), slow)
+                if passed:
+                    os.close(slow)
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        as_nobody(lambda _: change(ummunotify.open(source="daemon")))
+        daemon.settled()
+        if not passed:
+            close_at_once(slow)
+
+
+def test_descriptors_that_came_before_the_daemon(directory: Path) -> None:
+    """The same where the kernel has let them pass, in each place where a message can be discarded."""
+    with contextlib.ExitStack() as undo:
+        listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        listener.bind(str(directory / "socket"))
+        os.chmod(directory / "socket", 0o666)
+        listener.listen()
+        status = Request(Op.STATUS, argument=_abi.STATUS_SUMMARY).pack()
+        for before, end in ((b"", False), (status, False), (b"nonsense" * 9, False), (status, True)):
+            slow = undo.enter_context(lingering())
+            connection = undo.enter_context(connect())
+            if before:
+                connection.send(before)
+            assert pass_on(connection, status, slow)
+            os.close(slow)
+            if end:
+                connection.close()
+        code = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
+            "from ummunotify.cli import main; main(['daemon', '--ready', '1'])"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            env=os.environ | {"LISTEN_FDS": "1"},
+            stderr=subprocess.DEVNULL,
+        )
+        undo.callback(process.kill)
+        as_nobody(lambda _: change(ummunotify.open(source="daemon")))
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_a_child_closes_what_takes_long(directory: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, lingering() as slow:
+        theirs.send(b"first")
+        assert pass_on(theirs, b"second", slow)
+        os.close(slow)
+        fd = ours.detach()
+        assert _peers.receive(fd, 100) == b"first"
+        assert _peers.receive(fd, 100) is None
+        assert _peers.receive(fd, 100) is None
+        _peers.close(fd)
+        assert theirs.recv(1) == b""
+        os.fstat(fd)
+        deadline = time.monotonic() + PATIENCE
+        while _peers.close_held():
+            assert time.monotonic() < deadline
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            os.fstat(fd)
+        assert not _peers.close_held()
 
 
 @pytest.mark.parametrize("hold", [0, 700], ids=["of requests", "of held connections"])

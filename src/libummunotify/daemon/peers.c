@@ -3,12 +3,22 @@
 #include "daemon/peers.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/bpf.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
+
+#define HELD_MOST 64
+#define CHILDREN_MOST 4
+
+static int held[HELD_MOST + 1]; /* connections that are shut down, and to be closed by a child; one more there */
+static unsigned int held_count;
+static pid_t children[CHILDREN_MOST]; /* 0: none */
 
 /* The user, or `uid` if the program cannot tell (a kernel that is locked down). */
 static uint32_t user_of(int program, int fd, uint32_t uid)
@@ -46,7 +56,7 @@ unsigned int umn_peers_accept(int listener, int program, struct umn_peer *peers,
 			break;
 		}
 		if (poll(&gone, 1, 0) || getsockopt(gone.fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length)) {
-			close(gone.fd);
+			umn_peers_close(gone.fd);
 			continue;
 		}
 		peers[count++] = (struct umn_peer){.fd = gone.fd,
@@ -55,4 +65,92 @@ unsigned int umn_peers_accept(int listener, int program, struct umn_peer *peers,
 						   .user = user_of(program, gone.fd, credentials.uid)};
 	}
 	return count;
+}
+
+int umn_peers_receive(int fd, void *buffer, uint32_t size)
+{
+	struct iovec to = {buffer, size};
+	struct msghdr message = {.msg_iov = &to, .msg_iovlen = 1};
+	ssize_t length = recvmsg(fd, &message, MSG_PEEK | MSG_DONTWAIT);
+
+	/* There is no room for descriptors, so it says that some were left out. */
+	if (length >= 0 && (message.msg_flags & MSG_CTRUNC))
+		return -EBADMSG;
+	if (length > 0)
+		length = recv(fd, buffer, size, MSG_DONTWAIT);
+	return length < 0 ? -errno : (int)length;
+}
+
+static int ascending(const void *a, const void *b)
+{
+	return *(const int *)a - *(const int *)b;
+}
+
+/* In the child. All else is closed first, as it may have to wait for what is held. Not so for TCP, which does not linger in exit. */
+static void close_and_exit(int end)
+{
+	unsigned int next = 0, i;
+	char none;
+
+	held[held_count++] = end;
+	qsort(held, held_count, sizeof *held, ascending);
+	for (i = 0; i < held_count; i++) {
+		if ((unsigned int)held[i] > next)
+			syscall(SYS_close_range, next, held[i] - 1, 0);
+		next = (unsigned int)held[i] + 1;
+	}
+	syscall(SYS_close_range, next, ~0u, 0);
+	/* Until the parent has closed its copies, or it would be the parent that waits. */
+	while (read(end, &none, 1) < 0 && errno == EINTR)
+		;
+	syscall(SYS_exit_group, 0);
+}
+
+bool umn_peers_close_held(void)
+{
+	pid_t *child = NULL;
+	unsigned int i;
+	int ends[2];
+
+	for (i = 0; i < CHILDREN_MOST; i++) {
+		if (children[i] && waitpid(children[i], NULL, WNOHANG | __WALL))
+			children[i] = 0;
+		if (!children[i])
+			child = &children[i];
+	}
+	if (!held_count)
+		return false;
+	if (!child || pipe2(ends, O_CLOEXEC))
+		return true;
+	/* No signal when it ends; no handlers of fork: it runs nothing but what is here. */
+	*child = (pid_t)syscall(SYS_clone, 0, NULL, NULL, NULL, NULL);
+	if (*child == 0)
+		close_and_exit(ends[0]);
+	if (*child > 0)
+		while (held_count)
+			close(held[--held_count]);
+	else
+		*child = 0;
+	close(ends[0]);
+	close(ends[1]);
+	return held_count;
+}
+
+void umn_peers_close(int fd)
+{
+	char some[4096];
+	int length;
+
+	/* From here on nothing more can be sent. */
+	shutdown(fd, SHUT_RDWR);
+	do
+		length = umn_peers_receive(fd, some, sizeof some);
+	while (length > 0);
+	if (length != -EBADMSG) {
+		close(fd);
+		return;
+	}
+	if (held_count == HELD_MOST && umn_peers_close_held())
+		return; /* no child can be made, or all wait: it stays open */
+	held[held_count++] = fd;
 }

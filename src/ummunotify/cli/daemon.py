@@ -24,7 +24,7 @@ from .._abi import SOCKET_PATH, Probe
 from ..bpf import libbpf
 from ..daemon import privileges
 from ..daemon.limits import SPARE, Limits
-from ..daemon.listening import listening
+from ..daemon.listening import listening, refuse_descriptors
 from ..daemon.loading import Loaded, load, load_who
 from ..daemon.log import event
 from ..daemon.server import SEGMENTS_AT_ONCE, Server
@@ -88,6 +88,7 @@ def _inherited() -> socket.socket | None:
     listener = socket.socket(fileno=_LISTEN_FD)
     if listener.type != socket.SOCK_SEQPACKET:
         raise _fail("the socket unit has to say ListenSequentialPacket=")
+    refuse_descriptors(listener)
     return listener
 
 

@@ -18,6 +18,8 @@ from ..errors import UnavailableError
 
 BACKLOG = 128
 """Connections that wait to be accepted; others wait in connect(). In a flood this is what each client waits for."""
+_SO_PASSRIGHTS = 83
+"""Since Linux 6.16. Connections have it from the listening socket."""
 _SYMLINKS_MOST = 40
 """As many as the kernel follows."""
 
@@ -43,6 +45,7 @@ def listening(
     _make(directory)
     check_directory(directory, owners)
     with _locked(path) as known, socket.socket(socket.AF_UNIX, kind) as listener:
+        refuse_descriptors(listener)
         _clear(path, kind, known)
         # No connection before the mode is what it should be.
         mask = os.umask(0o777)
@@ -54,6 +57,12 @@ def listening(
         os.chmod(path, 0o777 & ~mask if mode is None else mode)
         listener.listen(backlog)
         yield listener
+
+
+def refuse_descriptors(listener: socket.socket) -> None:
+    """Let no client send descriptors (EPERM), as far as the kernel can do that: see peers.h."""
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
 
 def check_directory(directory: Path, owners: Collection[int] = ()) -> None:

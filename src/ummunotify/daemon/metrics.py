@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from .. import _peers
 from .listening import listening
 from .server import Server
 
@@ -95,7 +96,7 @@ class Endpoint:
         if connection not in self._open:
             return
         try:
-            data = connection.recv(4096)
+            data = _peers.receive(connection.fileno(), 4096) or b""
             self._open[connection] += data
             if data and b"\r\n\r\n" not in self._open[connection] and len(self._open[connection]) < _REQUEST_MOST:
                 return
@@ -115,4 +116,7 @@ class Endpoint:
     def _close(self, connection: socket.socket) -> None:
         del self._open[connection]
         self._loop.unwatch(connection)
-        connection.close()
+        if connection.family == socket.AF_UNIX:
+            _peers.close(connection.detach())
+        else:
+            connection.close()

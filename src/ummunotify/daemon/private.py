@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import UnavailableError
 from . import privileges
 from .limits import Limits
-from .listening import check_directory
+from .listening import check_directory, refuse_descriptors
 from .loading import load
 from .server import Server
 
@@ -61,6 +61,7 @@ def _serve(program: int, say: int, probe: str | None) -> None:
             os.chdir("/")
             path = os.path.join(directory, "socket")
             listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            refuse_descriptors(listener)
             listener.bind(path)
             listener.listen(socket.SOMAXCONN)
             _keep_only({program, say, listener.fileno()})
