@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ from ummunotify.cli.daemon import closed_folder
 from ummunotify.cli.doctor import doctor
 from ummunotify.daemon import batches
 from ummunotify.daemon.limits import SEGMENT, TABLE, Limits, Usage
+from ummunotify.daemon.loop import Loop
 from ummunotify.daemon.server import BOUNDS
 
 # ---- what it is for ----
@@ -1037,10 +1039,32 @@ def test_metrics(directory: Path) -> None:
         assert "\nummunotify_clients 1.0\n" in text
         assert "\nummunotify_clients_served_total 1.0\n" in text
         child.kill()
-        daemon.settled()
-        assert "\nummunotify_clients 0.0\n" in scrape(path)
+        deadline = time.monotonic() + PATIENCE
+        while "\nummunotify_clients 0.0\n" not in scrape(path):
+            assert time.monotonic() < deadline
     finally:
         assert daemon.end() == 0
+
+
+def test_figures_are_not_made_for_each_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = require_module("ummunotify.daemon.metrics")
+    made: list[object] = []
+
+    def make(registry: object) -> bytes:
+        made.append(registry)
+        time.sleep(0.1)
+        return b"%d" % len(made)
+
+    monkeypatch.setattr(metrics, "generate_latest", make)
+    loop = Loop()
+    with contextlib.closing(loop), socket.create_server(("127.0.0.1", 0)) as listener:
+        endpoint = metrics.Endpoint(SimpleNamespace(loop=loop), listener)
+        texts = [endpoint.text() for _ in range(1000)]
+        assert len(made) < 1000
+        assert texts[0] == b"1"
+        deadline = time.monotonic() + PATIENCE
+        while endpoint.text() == texts[-1]:
+            assert time.monotonic() < deadline
 
 
 def test_metrics_on_loopback_only() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Collection, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -18,6 +19,8 @@ _CONNECTIONS = 8
 """At a time; one more ends the oldest."""
 _REQUEST_MOST = 8192
 _BACKLOG = 16
+_REST = 4
+"""The figures are not made anew for so many times as long as it took, which grows with the clients."""
 
 
 class _Figures(Collector):
@@ -78,6 +81,8 @@ class Endpoint:
         self._registry = CollectorRegistry()
         self._registry.register(_Figures(server))
         self._open: dict[socket.socket, bytes] = {}
+        self._text = b""
+        self._next = 0.0  # when to make it anew
         listener.setblocking(False)
         server.loop.watch(listener, self._accept)
 
@@ -101,7 +106,7 @@ class Endpoint:
             if data and b"\r\n\r\n" not in self._open[connection] and len(self._open[connection]) < _REQUEST_MOST:
                 return
             if data:
-                body = generate_latest(self._registry)
+                body = self.text()
                 head = (
                     f"HTTP/1.0 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {len(body)}\r\n\r\n"
                 )
@@ -112,6 +117,15 @@ class Endpoint:
         except OSError:
             pass
         self._close(connection)
+
+    def text(self) -> bytes:
+        """The figures. Those who ask without pause take no more than a part of the daemon's time."""
+        begun = time.monotonic()
+        if begun >= self._next:
+            self._text = generate_latest(self._registry)
+            now = time.monotonic()
+            self._next = now + _REST * (now - begun)
+        return self._text
 
     def _close(self, connection: socket.socket) -> None:
         del self._open[connection]
