@@ -910,6 +910,49 @@ def test_the_kernel_has_no_memory_for_a_while(monkeypatch: pytest.MonkeyPatch) -
     updater.close()
 
 
+def test_what_cannot_be_allowed_is_not_left_behind() -> None:
+    """The kernel refuses to note down a new table, or that one has grown."""
+
+    class Refusing:
+        free = 4
+
+        def __init__(self) -> None:
+            self.taken = 0
+
+        def take(self) -> int:
+            self.taken += 1
+            return 7
+
+        def give_back(self, table: int) -> None:
+            self.taken -= 1
+
+        def allow(self, table: int, count: int) -> None:
+            raise OSError(errno.ENOMEM, "no memory")
+
+        def put_segments(self, items: list[tuple[int, int, int]]) -> None: ...
+
+        def put_rings(self, items: list[tuple[int, int]]) -> None: ...
+
+    tables: Any = Refusing()
+    stock = batches.Stock(tables, 1)
+    client: Any = SimpleNamespace(table=3, segments=1)
+    try:
+        before = held()
+        for target, growing in ((1, []), (0, [(client, 2)])):
+            stock.target, stock.growing = target, list(growing)
+            stock.begin(0)
+            while (shortage := stock.prepare()) is None:
+                assert stock.preparing
+            assert (shortage.error, shortage.growing, shortage.made) == (errno.ENOMEM, growing, 0)
+            assert select.select([stock.fd], [], [], PATIENCE)[0]
+            stock.end()
+        assert held() == before
+        assert tables.taken == 0
+        assert client.segments == 1
+    finally:
+        stock.close()
+
+
 def test_usage_counts_back_to_nothing() -> None:
     usage = Usage(Limits(clients=10, clients_per_user=3, memory=8 * TABLE, memory_per_user=3 * TABLE))
     assert [usage.enter(1)[0] for _ in range(4)] == [Status.OK] * 3 + [Status.USER_CLIENTS]

@@ -6,6 +6,7 @@ in advance, and one batch at a time does everything that is due.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -107,16 +108,11 @@ class Stock:
         shortage = None
         try:
             if self._tables.free and len(batch.made) < self._to_make:
-                segment, ring = _create_table()
-                table = self._tables.take()
-                self._tables.allow(table, 1)
-                batch.made.append((table, segment, ring))
+                batch.made.append(self._make())
                 return None
             if self.growing and len(batch.grown) < self._to_grow:
                 client, count = self.growing[0]
-                fds = _create_segments(count)
-                self._tables.allow(client.table, count)
-                batch.grown.append((client, client.segments, fds))
+                batch.grown.append((client, client.segments, self._extend(client.table, count)))
                 client.segments += count
                 del self.growing[0]
                 return None
@@ -129,6 +125,30 @@ class Stock:
         self.preparing = False
         self._updater.begin(batch.segments(self._blank[0]), batch.rings(self._blank[1]))
         return shortage
+
+    def _make(self) -> tuple[int, int, int]:
+        """A table, its first segment and its ring. OSError, with nothing left behind."""
+        with contextlib.ExitStack() as undo:
+            segment = create_segment()
+            undo.callback(os.close, segment)
+            ring = create_ring()
+            undo.callback(os.close, ring)
+            table = self._tables.take()
+            undo.callback(self._tables.give_back, table)
+            self._tables.allow(table, 1)
+            undo.pop_all()
+        return table, segment, ring
+
+    def _extend(self, table: int, count: int) -> list[int]:
+        """So many segments for the table. OSError, with none left behind."""
+        fds: list[int] = []
+        with contextlib.ExitStack() as undo:
+            for _ in range(count):
+                fds.append(create_segment())
+                undo.callback(os.close, fds[-1])
+            self._tables.allow(table, count)
+            undo.pop_all()
+        return fds
 
     def end(self) -> Batch:
         """The batch is done. Raises what went wrong."""
@@ -209,26 +229,3 @@ class MapUpdater:
             event(logging.ERROR, "memory", error=errno.errorcode[error.errno])
             return False
         return True
-
-
-def _create_segments(count: int) -> list[int]:
-    """OSError, with none left behind."""
-    fds: list[int] = []
-    try:
-        while len(fds) < count:
-            fds.append(create_segment())
-    except OSError:
-        for fd in fds:
-            os.close(fd)
-        raise
-    return fds
-
-
-def _create_table() -> tuple[int, int]:
-    """Its first segment and its ring. OSError."""
-    segment = create_segment()
-    try:
-        return segment, create_ring()
-    except OSError:
-        os.close(segment)
-        raise
