@@ -45,9 +45,13 @@ def test_tracepoints_that_are_preempted(tmp_path: Path, monkeypatch: pytest.Monk
     types = tmp_path / "vmlinux"
     monkeypatch.setattr(libbpf, "_BTF_PATH", str(types))
     types.write_bytes(b"\0pid_t\0class_srcu_fast_notrace_t\0int\0")  # in an older kernel, too
-    assert libbpf.tracepoints_preemptible()
-    with pytest.raises(UnavailableError, match="Linux 7") as info:
-        Program(Probe.KVM, 1)
+    libbpf.tracepoints_preemptible.cache_clear()
+    try:
+        assert libbpf.tracepoints_preemptible()
+        with pytest.raises(UnavailableError, match="Linux 7") as info:
+            Program(Probe.KVM, 1)
+    finally:
+        libbpf.tracepoints_preemptible.cache_clear()
     assert "mmu_notifier" in info.value.remedy
 
 

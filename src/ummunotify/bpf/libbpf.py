@@ -17,6 +17,7 @@ import atexit
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -534,6 +535,7 @@ def btf_available() -> bool:
     return os.access(_BTF_PATH, os.R_OK)
 
 
+@functools.cache  # megabytes are searched, which takes milliseconds
 def tracepoints_preemptible() -> bool:
     """May a program at a raw tracepoint be preempted? Since Linux 7 SRCU protects these, which leaves preemption on.
 
