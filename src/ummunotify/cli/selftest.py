@@ -95,7 +95,7 @@ def selftest(source: str | None, as_json: bool) -> None:
     refused   such memory cannot be watched with this source, and it says so
     blind     the source cannot see this, as its documentation says
     not here  this kernel or this user cannot do it
-    FAILED    the change itself went wrong, so nothing is known
+    FAILED    the change itself failed, so the source was not tested
 
     Exits with 1 if anything was missed, or if no source works.
     """
