@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from daemons import Daemon
+from support import require_module, require_source
 
 COMMAND = str(Path(sys.executable).with_name("ummunotify"))
 EXAMPLES = sorted(
@@ -53,6 +54,49 @@ def test_full_disk(arguments: list[str]) -> None:
     assert result.returncode != 0
     assert result.stderr.startswith("Error: ")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["config", "--cflags"]])
+def test_closed_output(arguments: list[str]) -> None:
+    require_source("uffd")
+    result = subprocess.run(
+        [COMMAND, *arguments], preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["run", "--source", "WRONG", "true"], ["selftest", "--source", "WRONG"]])
+def test_sources_that_are_not_there(arguments: list[str]) -> None:
+    for wrong, shown in ((b"bfp", "'bfp'"), (b"\xff", "'\\udcff'")):
+        result = run(COMMAND, *(os.fsdecode(word.encode().replace(b"WRONG", wrong)) for word in arguments))
+        assert result.returncode == 2
+        assert f"Invalid value for --source: there is no source {shown}; there are bpf" in result.stderr
+
+
+def test_a_wrong_source_in_the_environment() -> None:
+    result = run(COMMAND, "run", "true", UMMUNOTIFY_SOURCE="bfp")
+    assert result.returncode == 2
+    assert "Invalid value for UMMUNOTIFY_SOURCE: there is no source 'bfp'" in result.stderr
+    result = run(COMMAND, "doctor", UMMUNOTIFY_SOURCE="bfp")
+    assert result.returncode == 1
+    assert "ummunotify does not work here: there is no source 'bfp' (from UMMUNOTIFY_SOURCE)" in result.stdout
+
+
+def test_doctor_knows_what_the_environment_insists_on() -> None:
+    require_source("uffd")
+    found = run(COMMAND, "doctor", UMMUNOTIFY_SOURCE="uffd")
+    assert (found.returncode, found.stdout.splitlines()[-1]) == (0, "ummunotify works here: it will use uffd.")
+    found = run(COMMAND, "doctor", UMMUNOTIFY_SOURCE="daemon", UMMUNOTIFY_SOCKET="/nowhere/socket")
+    assert found.returncode == 1
+    assert "does not work here with UMMUNOTIFY_SOURCE=daemon; without it, " in found.stdout
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1:65536", "127.0.0.1:", "0.0.0.0:9401", "unix:"])
+def test_addresses_for_metrics(address: str, tmp_path: Path) -> None:
+    require_module("prometheus_client")
+    result = run(COMMAND, "daemon", "--socket", tmp_path / "socket", "--metrics", address)
+    assert result.returncode == 2
+    assert f"metrics are served at unix:PATH or 127.0.0.1:PORT, not at '{address}'" in result.stderr
 
 
 def test_ctrl_c_while_the_package_is_imported(tmp_path: Path) -> None:

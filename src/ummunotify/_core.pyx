@@ -299,10 +299,19 @@ cdef class _Feeder:
 # ---- Sources ----
 
 
+cdef bytes _encoded(source):
+    """None is the default. Of an argument that is no text, an error can show this much."""
+    if source is None:
+        return b""
+    if not isinstance(source, str):
+        raise TypeError(f"a source is named by a string, not by an object of type {type(source).__name__}")
+    return source.encode(errors="backslashreplace")
+
+
 def source_names(wanted=None):
     """The sources that `wanted` names (None: the environment, or all), best first. UnknownSourceError."""
     cdef const char *names[16]
-    cdef bytes encoded = b"" if wanted is None else wanted.encode()
+    cdef bytes encoded = _encoded(wanted)
     cdef int count = ummunotify_sources(encoded, names, 16)
     if count < 0:
         raise failure()
@@ -317,7 +326,7 @@ def open_notifier(type kind, source, max_regions, feeder):
     cdef Notifier notifier
     cdef ummunotify_options options
     cdef _Feeder native = _Feeder(feeder)
-    cdef bytes encoded = b"" if source is None else source.encode()
+    cdef bytes encoded = _encoded(source)
     cdef const ummunotify_tried *tried
     cdef int error
 

@@ -280,7 +280,7 @@ def _errors_said() -> Iterator[None]:
 
 
 def _listen(options: _Options, undo: contextlib.ExitStack) -> tuple[socket.socket, socket.socket | None]:
-    """The daemon's socket, and that for figures. Raises UnavailableError, OSError, ValueError."""
+    """The daemon's socket, and that for figures. Raises UnavailableError, OSError."""
     owners = options.becomes[:1] if options.becomes else ()
     metrics = None
     if options.metrics is not None:
@@ -288,7 +288,10 @@ def _listen(options: _Options, undo: contextlib.ExitStack) -> tuple[socket.socke
             from ..daemon.metrics import listen
         except ImportError:
             raise _fail("--metrics needs the package prometheus-client: pip install 'ummunotify[metrics]'") from None
-        metrics = undo.enter_context(listen(options.metrics, owners))
+        try:
+            metrics = undo.enter_context(listen(options.metrics, owners))
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--metrics") from None
     listener = _inherited()
     if listener is None:
         return (
@@ -367,7 +370,9 @@ def install(directory: str, group: str, mode: int) -> None:
             target.write_text(text)
             click.echo(f"wrote {target}")
     except OSError as error:
-        raise _fail(f"cannot write the units: {error}; run this as root, or choose a --directory") from None
+        raise _fail(
+            f"cannot write the units: {error.filename}: {error.strerror}; run this as root, or choose a --directory"
+        ) from None
     for needed in (program, os.path.realpath(sys.executable), __file__):
         if (folder := closed_folder(needed)) is not None:
             click.echo(

@@ -10,9 +10,10 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from .._core import subscribed_by
+from .._core import SOURCE_ENVIRONMENT, source_names, subscribed_by
 from ..bpf import libbpf
 from ..bpf.program import count_on_host
+from ..errors import UnknownSourceError
 from ..notifier import Finding, survey
 from .output import show
 
@@ -65,42 +66,59 @@ def _machine(programs: int | None) -> dict[str, str]:
     }
 
 
+def _verdict(findings: list[Finding]) -> tuple[str | None, str]:
+    """Which source `open()` would take, and how to say that."""
+    working = [finding.source for finding in findings if finding.available]
+    try:
+        wanted = source_names()
+    except UnknownSourceError as error:
+        return None, f"ummunotify does not work here: {error}"
+    best = next((each for name in wanted for each in working if each == name or each.startswith(f"{name}:")), None)
+    if best is not None:
+        return best, f"ummunotify works here: it will use {best}."
+    if working:
+        insisted = os.environ.get(SOURCE_ENVIRONMENT)
+        return (
+            None,
+            f"ummunotify does not work here with {SOURCE_ENVIRONMENT}={insisted}; without it, {working[0]} works.",
+        )
+    return None, "ummunotify does not work here."
+
+
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(as_json: bool) -> None:
     """Report what works on this machine, what does not, and what to do about it.
 
     Opens each source of invalidations, unmaps a page and checks that the source has seen it. Exits with 0 if
-    at least one source works, and with 1 if none does.
+    at least one source works, and with 1 if none does, or not the one that UMMUNOTIFY_SOURCE insists on.
     """
     programs = count_on_host()
     machine, findings = _machine(programs), survey()
     machine["subscribed by"] = subscribed_by() or "nothing"
-    works = any(finding.available for finding in findings)
+    if insisted := os.environ.get(SOURCE_ENVIRONMENT):
+        machine[SOURCE_ENVIRONMENT] = insisted
+    best, verdict = _verdict(findings)
     advice = _advice(findings, programs)
     if as_json:
         sources = [finding._asdict() for finding in findings]
         click.echo(json.dumps({"machine": machine, "sources": sources, "advice": advice}, indent=2))
-        raise SystemExit(not works)
+        raise SystemExit(best is None)
 
     facts = Table.grid(padding=(0, 2))
     facts.add_column(no_wrap=True)
     for name, value in machine.items():
         facts.add_row(Text(name, style="bold"), value)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("source", "self-test"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("what to know", overflow="fold")
+    table.add_column("source", no_wrap=True)
+    table.add_column("self-test", overflow="fold")
     for finding in findings:
         if finding.available:
-            table.add_row(finding.source, Text("passed", style="green"), "a page was unmapped, and it was seen")
+            outcome = Text.assemble(("passed", "green"), ": a page was unmapped, and it was seen")
         else:
-            what = finding.reason + (f"\n-> {finding.remedy}" if finding.remedy else "")
-            table.add_row(finding.source, Text("not available", style="red"), what)
-    best = next((finding.source for finding in findings if finding.available), None)
-    if best is None:
-        verdict = Text("ummunotify does not work here.", style="bold red")
-    else:
-        verdict = Text(f"ummunotify works here: it will use {best}.", style="bold green")
-    show(facts, "", table, "", *([advice, ""] if advice else []), verdict)
+            remedy = f"\n-> {finding.remedy}" if finding.remedy else ""
+            outcome = Text.assemble(("not available", "red"), f": {finding.reason}{remedy}")
+        table.add_row(finding.source, outcome)
+    style = "bold red" if best is None else "bold green"
+    show(facts, "", table, "", *([advice, ""] if advice else []), Text(verdict, style=style))
     raise SystemExit(best is None)

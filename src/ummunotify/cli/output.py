@@ -13,7 +13,8 @@ _UNLIMITED = 1 << 16
 
 def show(*parts: RenderableType) -> None:
     """Print each on lines of its own. OSError: standard output cannot be written to."""
-    whole = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed by the caller
+    whole = not terminal and "COLUMNS" not in os.environ
     console = Console(highlight=False, markup=False, emoji=False, width=_UNLIMITED if whole else None)
     with console.capture() as captured:
         for part in parts:

@@ -82,7 +82,9 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
         elif kind == "daemon":
             os.close(connect_to_daemon())
         environment[SOURCE_ENVIRONMENT] = source
-    elif not wanted:
+    elif wanted:
+        source_names()  # the program's open() could only say that there is no device
+    else:
         try:
             os.close(connect_to_daemon())
         except SourceUnavailableError:
@@ -130,9 +132,9 @@ def run(source: str | None, quiet: bool, libfabric: bool, program: str, argument
     try:
         _choose(source, environment)
     except UnknownSourceError as error:
-        raise click.BadParameter(str(error), param_hint="--source") from None
+        raise click.BadParameter(str(error), param_hint="--source" if source else SOURCE_ENVIRONMENT) from None
     except (UnavailableError, SourceUnavailableError) as error:
-        raise click.ClickException(f"{source} does not work here: {error}") from None
+        raise click.ClickException(f"{source or environment[SOURCE_ENVIRONMENT]} does not work here: {error}") from None
     try:
         os.execve(path, [program, *arguments], environment)
     except OSError as error:

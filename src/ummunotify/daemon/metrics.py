@@ -60,12 +60,12 @@ def listen(address: str, owners: Collection[int] = ()) -> Iterator[socket.socket
     ValueError, UnavailableError, OSError.
     """
     kind, _, rest = address.partition(":")
-    if kind == "unix":
+    if kind == "unix" and rest:
         with listening(rest, socket.SOCK_STREAM, owners=owners, backlog=_BACKLOG) as listener:
             yield listener
         return
     host, _, port = address.rpartition(":")
-    if host not in ("127.0.0.1", "[::1]", "localhost") or not port.isdecimal():
+    if host not in ("127.0.0.1", "[::1]", "localhost") or not (port.isdecimal() and int(port) < 1 << 16):
         raise ValueError(f"metrics are served at unix:PATH or 127.0.0.1:PORT, not at {address!r}")
     family = socket.AF_INET6 if "[" in host else socket.AF_INET
     with socket.create_server((host.strip("[]"), int(port)), family=family, backlog=_BACKLOG) as listener:
