@@ -36,11 +36,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 METHOD = """\
-As above, but under QEMU without hardware virtualisation, where a nanosecond means nothing: only ratios are given. A
-process that watches is compared with a fork of it, in turns, and a process that does not watch with itself when
-nobody watches, which is seconds apart and so less certain. Kprobes cost those who do not watch, too: with them, whoever
-watches pays the product of both. What a kprobe costs is exaggerated there: an emulator translates code anew that
-the kernel modifies, and its atomic instructions and its interrupts are dear.
+As above, but under QEMU without hardware virtualisation, where times have no meaning: only ratios are given. A process
+that watches is compared with a fork of it, in turns. A process that does not watch is compared with itself while no
+process watches; that is seconds apart, and so less certain. Kprobes also slow down processes that do not watch: with
+them, a process that watches pays the product of both. A kprobe costs more there than on a machine: an emulator
+translates modified code again, and its atomic instructions and interrupts are slow.
 """
 
 
@@ -92,14 +92,14 @@ def rows(kernel: str, measured: dict[str, dict[str, Cost]]) -> list[Row]:
             what = f"{kernel}, {probe}: mmap + touch + munmap, {MANY:,} watched, {text}"
             found.append(_row(what, 1.25, costs[name], "its fork, which does not watch"))
         what = f"{kernel}, {probe}: the same while another process watches"
-        found.append(_row(what, 1.02, costs[""], "nobody watches"))
+        found.append(_row(what, 1.02, costs[""], "no process watches"))
     return found
 
 
 def _row(what: str, goal: float, cost: Cost, baseline: str) -> Row:
     measured = f"{cost.ratio:.2f}x ± {cost.doubt:.2f}"
     if abs(cost.ratio - goal) < cost.doubt:
-        return Row(what, f"{goal:.2f}x", f"{measured}, which does not decide it", baseline, None)
+        return Row(what, f"{goal:.2f}x", f"inconclusive: {measured}", baseline, None)
     return Row(what, f"{goal:.2f}x", measured, baseline, cost.ratio <= goal)
 
 

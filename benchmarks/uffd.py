@@ -179,7 +179,7 @@ def section(quick: bool, folder: Path) -> str:
 {table(_rows(tells, out, asked, found))}
 The thread that unmaps watched memory waits until our thread has read the event: that is the kernel's way, and it is
 what takes the time; to wake a thread on an idle CPU of a virtual machine takes most. The times of munmap are wall-clock
-times for that reason. Where nobody looks, none of it is paid.
+times for that reason. Unmapping other memory does not wait.
 
 The system call in `changed` and `valid` is the barrier that closes the window in which the kernel has given
 an address away and not told yet (`sources/uffd.c` has the argument). Through `bpf` and `daemon` there is none.

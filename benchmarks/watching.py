@@ -114,7 +114,7 @@ def _other(pairs: Pairs) -> Row:
         f"the same while another process watches {MANY:,}",
         "1.01x",
         f"{ratio.median:.3f}x ± {ratio.doubt:.3f}",
-        f"nobody watching: {pairs.without.median:,.0f} ns",
+        f"no process watching: {pairs.without.median:,.0f} ns",
         ratio.median <= 1.01,
     )
 

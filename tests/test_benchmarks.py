@@ -95,7 +95,7 @@ def test_a_section_is_renewed_alone() -> None:
 def test_what_is_not_known_well_enough_is_not_judged() -> None:
     costs = {"": probes.Cost(1.1, 0.01), **{name: probes.Cost(1.2, 0.06) for name in probes.KINDS}}
     *own, other = probes.rows("debian/full", {"bpf:zap": costs})
-    assert [row.measured for row in own] == ["1.20x ± 0.06, which does not decide it"] * len(probes.KINDS)
+    assert [row.measured for row in own] == ["inconclusive: 1.20x ± 0.06"] * len(probes.KINDS)
     assert {row.reached for row in own} == {None}
     assert (other.measured, other.reached) == ("1.10x ± 0.01", False)
 

@@ -218,6 +218,13 @@ def test_readme_figures() -> None:
     for where in ("outside all regions", "each hits a region, at random"):
         ratio = measured("watching", f"mmap + touch + munmap, 100,000 watched, {where}")[2]
         assert 1.15 <= float(ratio.partition("x")[0]) < 1.45
+    assert "about 66 bytes of shared memory" in readme
+    assert 60 < float(measured("watching", "shared memory for each of 100,000 regions")[2].split()[0]) < 72
+    assert "a munmap of watched memory takes 15 to 90 us" in readme
+    for where, low, high in (("the same CPU", 13, 17), ("another CPU", 80, 100)):
+        cells = measured("uffd", f"munmap of a watched page, the reader on {where}")
+        added = float(cells[2].partition("(+")[2].split()[0])
+        assert low < float(cells[3].rpartition(":")[2].split()[0]) + added < high
     assert "a hit takes less than 0.5 us" in readme
     assert float(measured("cache", "`with cache.acquire(array): pass`")[2].split()[0]) < 500
 
