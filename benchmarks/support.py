@@ -55,9 +55,9 @@ nothing of its monitors; its providers with a cache (verbs, efa) need an RDMA de
 monitors come from Debian's `libfabric.a`, with `ofi_mr_cache_notify()` replaced (`benchmarks/peers/`). `fi_import()`
 was of no use: it puts a monitor in and gets none out.
 
-Registered memory is pinned, the memory here is not. That matters in two places. Who misses a copy on write does no
-harm to pinned pages. And libfabric's uffd monitor stops at the first use of pages that were never touched, which
-pinning would have touched.
+Registered memory is pinned, the memory here is not. That matters in two places. To miss a copy on write does no harm
+to pinned pages. And libfabric's uffd monitor stops at the first use of pages that were never touched, which pinning
+would have touched.
 """
 
 
