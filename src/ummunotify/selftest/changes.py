@@ -126,6 +126,34 @@ def store(address: int, value: int = 1) -> None:
     ctypes.c_ubyte.from_address(address).value = value
 
 
+_CANNOT = 77
+"""The exit status of a child that met a MissingError."""
+
+
+def forked(act: Callable[[], object]) -> int:
+    """Start a child that does this. It ends there whatever happens: nothing gets back into what is the caller's."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        act()
+        status = 0
+    except MissingError:
+        status = _CANNOT
+    except BaseException as error:
+        os.write(2, f"{error!r}\n".encode())
+    finally:
+        os._exit(status)
+
+
+def check_end(pid: int) -> None:
+    """Wait for it."""
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status == _CANNOT:
+        raise MissingError("the child was not able to do it")
+    assert status == 0, status
+
+
 def machine_code(code: str) -> Callable[..., int]:
     """A function in machine code, given in hexadecimal. It stays mapped."""
     function: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 5)(code_address(code))
@@ -604,11 +632,8 @@ def hugetlb(flags: int, spare: int = 0) -> Act:
 
 def below_4_gib(m: Memory) -> None:
     """Mapped by a 32-bit system call."""
-    pid = os.fork()
-    if pid == 0:
-        run_code(INT_80, 20)
-        os._exit(0)
-    if os.waitpid(pid, 0)[1]:
+    getpid = machine_code(INT_80)
+    if os.waitpid(forked(lambda: getpid(20)), 0)[1]:
         raise MissingError("this kernel has no 32-bit system calls")
     with missing_if(errno.ENOSYS):
         base = run_code(INT_80, NR32_MMAP2, 0, 3 * m.length, READ_WRITE, ANONYMOUS) & 0xFFFFFFFF
@@ -939,22 +964,13 @@ def debugged(
     """A system call that a debugger makes another one, or gives another result."""
 
     def run(m: Memory) -> None:
+        if not _X86:
+            raise MissingError("the registers are x86-64's")
         thread = threading.get_native_id()
         ready, theirs = os.pipe()
         run_code(RETURN)  # maps the code before a source is asked
         machine_code(MARKED_CALL)
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                debug(thread, theirs, lambda r: enter(m, r), (lambda r: leave(m, r)) if leave else None)
-                status = 0
-            except MissingError:
-                status = 77
-            except BaseException as error:
-                os.write(2, f"{error!r}\n".encode())
-            finally:
-                os._exit(status)
+        pid = forked(lambda: debug(thread, theirs, lambda r: enter(m, r), (lambda r: leave(m, r)) if leave else None))
         os.close(theirs)
         with contextlib.suppress(OSError):  # there is no Yama
             call("prctl", PR_SET_PTRACER, pid, 0, 0, 0)
@@ -964,10 +980,7 @@ def debugged(
                     machine_code(MARKED_CALL)(NR_GETPPID)
         finally:
             os.close(ready)
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status == 77:
-            raise MissingError("debuggers are not permitted")
-        assert status == 0, status
+            check_end(pid)
 
     return run
 
@@ -983,25 +996,7 @@ def refuse_fork(m: Memory, registers: _Registers) -> None:
 def in_child(act: Act) -> Act:
     """By a child process, which has a copy of everything."""
 
-    def run(m: Memory) -> None:
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                act(m)
-                status = 0
-            except MissingError:
-                status = 77
-            except BaseException as error:
-                os.write(2, f"{error!r}\n".encode())
-            finally:
-                os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status == 77:
-            raise MissingError("the child was not able to do it")
-        assert status == 0, status
-
-    return run
+    return lambda m: check_end(forked(lambda: act(m)))
 
 
 def fallocate(m: Memory, mode: int, first: int, last: int) -> None:
