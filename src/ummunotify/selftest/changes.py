@@ -1042,6 +1042,10 @@ def direct_write(m: Memory) -> None:
             assert os.pwritev(fd, [data], 3 * m.unit) == m.unit
     finally:
         os.close(fd)
+    cached = ctypes.c_ubyte()
+    call("mincore", m.at(3), 1, ctypes.addressof(cached))
+    if cached.value & 1:
+        raise MissingError("this file system writes into its page cache, where the page stays")  # tmpfs
 
 
 def clone_exit(flags: int, tid_address: int) -> None:
