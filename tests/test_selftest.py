@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from support import require_root
 
 from ummunotify import Notifier
 from ummunotify.cli import main
-from ummunotify.selftest import _UFFD_BLIND, Outcome, Watched, run_case
+from ummunotify.selftest import _UFFD_BLIND, Outcome, Watched, changes, run_case
 from ummunotify.selftest.changes import ANONYMOUS, CASES, CHANGES, NO_CHANGES, Case, Memory, call, private, void
 
 
@@ -49,6 +50,29 @@ def test_the_table(keeper: Notifier) -> None:
     assert f"{keeper.source}: no miss" in output
     for each in CASES:
         assert each.name in output
+
+
+def test_a_child_that_cannot_make_the_change(umn: Notifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends: it does not go on with the rest, as the parent."""
+
+    def cannot() -> None:
+        raise changes.MissingError("it is not there")
+
+    with pytest.raises(changes.MissingError):
+        changes.check_end(changes.forked(cannot))
+    with pytest.raises(AssertionError):
+        changes.check_end(changes.forked(lambda: os._exit(3)))
+    monkeypatch.setattr(changes, "INT_80", "")  # as on another processor
+    for name in ("munmap, a 32-bit system call", "madvise DONTNEED, a 32-bit system call"):
+        assert run_case(case(name), umn).outcome is Outcome.IMPOSSIBLE
+
+
+def test_a_direct_write_that_is_none() -> None:
+    """tmpfs takes it since Linux 6.6, and writes into its pages, which stay."""
+    with Memory() as memory:
+        changes.memfd(memory)
+        with pytest.raises(changes.MissingError):
+            changes.direct_write(memory)
 
 
 def test_a_source_that_is_unknown() -> None:

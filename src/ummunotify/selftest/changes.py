@@ -58,7 +58,8 @@ NR_PROCESS_MADVISE, NR_IO_URING_SETUP, NR_IO_URING_ENTER = 440, 425, 426
 NR_MPROTECT, NR_TGKILL, NR_SECCOMP = (10, 234, 317) if _X86 else (226, 131, 277)
 NR_BRK, NR_GETPPID, NR_MBIND, NR_PERF_EVENT_OPEN = (12, 110, 237, 298) if _X86 else (214, 173, 235, 241)
 NR_USERFAULTFD, NR_MEMFD_SECRET = (323 if _X86 else 282), 447
-NR_FORK, NR32_MADVISE, NR32_MUNMAP, NR32_MMAP2 = 57, 219, 91, 192  # of x86 only
+NR_FORK = 57 if _X86 else 220  # arm64 has only clone
+NR32_MADVISE, NR32_MUNMAP, NR32_MMAP2 = 219, 91, 192  # of x86 only
 
 
 class MissingError(Exception):
@@ -164,12 +165,14 @@ _codes: dict[str, int] = {}
 
 
 def code_address(code: str) -> int:
-    if not _X86:
-        raise MissingError("the code is for x86-64")
+    if not code:
+        raise MissingError("this kernel has no 32-bit system calls")
     if code not in _codes:
         data = bytes.fromhex(code)
-        address = call("mmap", 0, PAGE, READ_WRITE | mmap.PROT_EXEC, ANONYMOUS, -1, 0)
+        address = call("mmap", 0, PAGE, READ_WRITE, ANONYMOUS, -1, 0)
         ctypes.memmove(address, data, len(data))
+        # Executable only now: at its first use as code the kernel makes arm64's instruction cache read it anew.
+        call("mprotect", address, PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
         _codes[code] = address
     return _codes[code]
 
@@ -182,26 +185,53 @@ def run_code(code: str, *arguments: int) -> int:
     return result
 
 
+# x86's 32-bit system call: a number, a, b, c, d; its fifth argument is -1:
 # mov eax, edi; push rbx; mov ebx, esi; mov r10d, edx; mov edx, ecx; mov ecx, r10d; mov esi, r8d; mov edi, -1; int 0x80;
-# pop rbx; ret: a 32-bit system call (number, a, b, c, d), its fifth argument -1
-INT_80 = "89f853 89f3 4189d2 89ca 4489d1 4489c6 bfffffffff cd80 5b c3"
-# mov eax, 58; syscall; test eax, eax; jnz out; mov eax, 11; syscall; xor edi, edi; mov eax, 60; syscall; out: ret:
-# vfork, and munmap(a, b) in the child, which then exits
-VFORK_MUNMAP = "b83a000000 0f05 85c0 7510 b80b000000 0f05 31ff b83c000000 0f05 c3"
-# mov eax, 11; syscall; ret: munmap(a, b)
-MUNMAP = "b80b000000 0f05 c3"
-# mov r10, rcx; xor r8d, r8d; mov eax, 56; syscall; test eax, eax; jnz out; xor edi, edi; mov eax, 60; syscall;
-# out: ret: clone(flags, stack, parent_tid, child_tid, 0), and the child exits; with a stack of 0 it does not need one
-CLONE_EXIT = "4989ca 4531c0 b838000000 0f05 85c0 7509 31ff b83c000000 0f05 c3"
-# mov eax, 57; syscall; test eax, eax; jnz out; again: mov eax, 34; syscall; jmp again; out: ret:
-# fork, and the child does nothing until it is killed. Unlike os.fork this leaves all of the parent's memory alone.
-FORK_PAUSE = "b839000000 0f05 85c0 7509 b822000000 0f05 ebf7 c3"
-# mov eax, edi; mov rdi, rsi; mov rsi, rdx; mov rdx, rcx; xor r10d, r10d; xor r8d, r8d; mov r9d, MARK; syscall; ret:
-# a system call (number, a, b, c) with a sixth argument that it does not use
-MARKED_CALL = "89f8 4889f7 4889d6 4889ca 4531d2 4531c0 41b978563412 0f05 c3"
+# pop rbx; ret
+INT_80 = "89f853 89f3 4189d2 89ca 4489d1 4489c6 bfffffffff cd80 5b c3" if _X86 else ""
+# vfork, and munmap(a, b) in the child, which then exits:
+# mov eax, 58; syscall; test eax, eax; jnz out; mov eax, 11; syscall; xor edi, edi; mov eax, 60; syscall; out: ret
+# mov x9, x0; mov x10, x1; mov x0, 0x4111 (clone's flags); mov x1 to x4, 0; mov x8, 220; svc 0; cbnz x0, out;
+# mov x0, x9; mov x1, x10; mov x8, 215; svc 0; mov x0, 0; mov x8, 93; svc 0; out: ret
+VFORK_MUNMAP = (
+    "b83a000000 0f05 85c0 7510 b80b000000 0f05 31ff b83c000000 0f05 c3"
+    if _X86
+    else "e90300aa ea0301aa 202288d2 010080d2 020080d2 030080d2 040080d2 881b80d2 010000d4 000100b5 e00309aa "
+    "e1030aaa e81a80d2 010000d4 000080d2 a80b80d2 010000d4 c0035fd6"
+)
+# munmap(a, b):
+# mov eax, 11; syscall; ret
+# mov x8, 215; svc 0; ret
+MUNMAP = "b80b000000 0f05 c3" if _X86 else "e81a80d2 010000d4 c0035fd6"
+# clone(flags, stack, parent_tid, child_tid), and the child exits; with a stack of 0 it does not need one:
+# mov r10, rcx; xor r8d, r8d; mov eax, 56; syscall; test eax, eax; jnz out; xor edi, edi; mov eax, 60; syscall; out: ret
+# mov x4, x3; mov x3, 0; mov x8, 220; svc 0; cbnz x0, out; mov x0, 0; mov x8, 93; svc 0; out: ret
+CLONE_EXIT = (
+    "4989ca 4531c0 b838000000 0f05 85c0 7509 31ff b83c000000 0f05 c3"
+    if _X86
+    else "e40303aa 030080d2 881b80d2 010000d4 800000b5 000080d2 a80b80d2 010000d4 c0035fd6"
+)
+# fork, and the child does nothing until it is killed. Unlike os.fork this leaves all of the parent's memory alone:
+# mov eax, 57; syscall; test eax, eax; jnz out; again: mov eax, 34; syscall; jmp again; out: ret
+# mov x0, 17; mov x1 to x4, 0; mov x8, 220; svc 0; cbnz x0, out; again: mov x0 to x4, 0; mov x8, 73; svc 0; b again;
+# out: ret
+FORK_PAUSE = (
+    "b839000000 0f05 85c0 7509 b822000000 0f05 ebf7 c3"
+    if _X86
+    else "200280d2 010080d2 020080d2 030080d2 040080d2 881b80d2 010000d4 200100b5 000080d2 010080d2 020080d2 "
+    "030080d2 040080d2 280980d2 010000d4 f9ffff17 c0035fd6"
+)
+# A system call (number, a, b, c) with a sixth argument that it does not use:
+# mov eax, edi; mov rdi, rsi; mov rsi, rdx; mov rdx, rcx; xor r10d, r10d; xor r8d, r8d; mov r9d, MARK; syscall; ret
+# mov x8, x0; mov x0, x1; mov x1, x2; mov x2, x3; mov x3, 0; mov x4, 0; movz and movk x5, MARK; svc 0; ret
+MARKED_CALL = (
+    "89f8 4889f7 4889d6 4889ca 4531d2 4531c0 41b978563412 0f05 c3"
+    if _X86
+    else "e80300aa e00301aa e10302aa e20303aa 030080d2 040080d2 05cf8ad2 8546a2f2 010000d4 c0035fd6"
+)
 MARK = 0x12345678
 # ret: what a signal handler does that only leaves its frame
-RETURN = "c3"
+RETURN = "c3" if _X86 else "c0035fd6"
 
 
 # ---- Memory to be changed ----
