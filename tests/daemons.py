@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 from other_users import require_another_user
-from support import map_memory, require, unmap_memory
+from support import SYS, map_memory, require, unmap_memory
 
 import ummunotify
 from ummunotify import _abi, _core
@@ -130,7 +130,7 @@ def object_fd(kind: str, number: int) -> int:
     """A descriptor of one of the kernel's BPF objects. FileNotFoundError."""
     libc = ctypes.CDLL(None, use_errno=True)
     attribute = (ctypes.c_uint32 * 32)(number)
-    fd: int = libc.syscall(321, _FD_BY_ID[kind], attribute, ctypes.sizeof(attribute))
+    fd: int = libc.syscall(SYS["bpf"], _FD_BY_ID[kind], attribute, ctypes.sizeof(attribute))
     if fd < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return fd

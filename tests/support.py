@@ -19,7 +19,11 @@ from ummunotify import Invalidation, Notifier, Region, _core
 from ummunotify.bpf import libbpf
 from ummunotify.selftest.changes import PAGE, Memory, madvise
 
-_SYS_MADVISE = {"x86_64": 28, "aarch64": 233}[os.uname().machine]
+SYS = {
+    "x86_64": {"bpf": 321, "clone": 56, "madvise": 28, "userfaultfd": 323},
+    "aarch64": {"bpf": 280, "clone": 220, "madvise": 233, "userfaultfd": 282},
+}[os.uname().machine]
+"""Numbers of system calls."""
 
 LONG = 60.0
 """Seconds in which everything has happened that is going to."""
@@ -184,7 +188,7 @@ class _MapAttribute(ctypes.Structure):
 def bpf_map() -> int:
     """A BPF map of the kind that tables are in, which nothing feeds. Its descriptor."""
     attribute = _MapAttribute(2, 4, PAGE, 64, 1 << 10)  # BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE
-    fd: int = _libc.syscall(321, 0, ctypes.byref(attribute), ctypes.sizeof(attribute))
+    fd: int = _libc.syscall(SYS["bpf"], 0, ctypes.byref(attribute), ctypes.sizeof(attribute))
     if fd < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return fd
@@ -197,4 +201,4 @@ def show_secret(secret: int) -> None:
         memory[0] = 1
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         arguments = ctypes.c_void_p(address), PAGE, mmap.MADV_DONTNEED, 0, ctypes.c_uint64(secret)
-        assert libc.syscall(_SYS_MADVISE, *arguments) == 0
+        assert libc.syscall(SYS["madvise"], *arguments) == 0

@@ -8,7 +8,6 @@ import errno
 import gc
 import mmap
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 import pytest
 from cache_check import wrong
 from registrar import Recorder
-from support import in_child, map_memory, require_module, require_source, unmap_memory
+from support import SYS, in_child, map_memory, require_module, require_source, unmap_memory
 
 import ummunotify
 from ummunotify import (
@@ -888,7 +887,7 @@ def test_the_childs_cache_is_empty_and_works(cache: RegistrationCache[int], regi
 
 def clone(function: Callable[[], object]) -> None:
     """As in_child, but no handler of a fork runs, neither C's nor Python's."""
-    pid = ctypes.CDLL(None).syscall(56, signal.SIGCHLD, 0, 0, 0, 0)
+    pid = ctypes.CDLL(None).syscall(SYS["clone"], signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
         status = 1
         try:
@@ -901,7 +900,6 @@ def clone(function: Callable[[], object]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of the system call")
 def test_a_child_that_no_handler_knows_of(cache: RegistrationCache[int], registrar: Recorder, memory: int) -> None:
     idle = use(cache, memory)
     held = cache.acquire((memory + PAGE, PAGE))

@@ -45,7 +45,7 @@ from daemons import (
     object_fd,
     stress,
 )
-from support import map_memory, require_module, show_secret, unmap_memory
+from support import SYS, map_memory, require_module, show_secret, unmap_memory
 
 import ummunotify
 from ummunotify import _abi, _peers
@@ -821,7 +821,7 @@ def test_what_a_client_holds_gives_it_no_power(daemon: Daemon) -> None:
         errors = []
         for command in (29, 34):  # BPF_LINK_UPDATE, BPF_LINK_DETACH
             attribute = (ctypes.c_uint32 * 32)(links[0], links[0])
-            assert libc.syscall(321, command, attribute, ctypes.sizeof(attribute)) == -1
+            assert libc.syscall(SYS["bpf"], command, attribute, ctypes.sizeof(attribute)) == -1
             errors.append(ctypes.get_errno())
         connection.close()
         return kinds, errors

@@ -46,7 +46,7 @@ def close_all():
         "epoll": lambda: select.epoll().detach() if hasattr(select.epoll, "detach") else libc.epoll_create1(0),
         "eventfd": lambda: os.eventfd(1),
         "BPF map": bpf_map,
-        "userfaultfd": lambda: libc.syscall(323, 1),
+        "userfaultfd": lambda: libc.syscall(SYS["userfaultfd"], 1),
     }[how]
     files = []
     # Of each number that the process has in use now: another file, and one file for all of them.

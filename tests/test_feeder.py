@@ -23,7 +23,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from support import LONG, require, show_secret
+from support import LONG, SYS, require, show_secret
 
 import ummunotify
 from ummunotify import ForkedError, Notifier, SourceUnavailableError, TooManyNotifiersError
@@ -334,7 +334,7 @@ FORKS: dict[str, Callable[[], int]] = {
     "os.fork": os.fork,
     # ctypes would give the GIL back in the child, to what the parent's other threads left; PyDLL keeps it.
     "fork": lambda: int(ctypes.PyDLL(None).fork()),
-    "clone": lambda: int(ctypes.PyDLL(None).syscall(56, signal.SIGCHLD, 0, 0, 0, 0)),
+    "clone": lambda: int(ctypes.PyDLL(None).syscall(SYS["clone"], signal.SIGCHLD, 0, 0, 0, 0)),
 }
 
 

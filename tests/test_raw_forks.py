@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import pytest
-from support import LONG, SLOW, hit, probes, require, watch
+from support import LONG, SLOW, SYS, hit, probes, require, watch
 
 import ummunotify
 from ummunotify import ForkedError, Notifier, Region
@@ -30,7 +30,7 @@ _libc = ctypes.PyDLL(None)
 
 
 def clone(flags: int = 0) -> int:
-    return int(_libc.syscall(56, int(signal.SIGCHLD) | flags, 0, 0, 0, 0))
+    return int(_libc.syscall(SYS["clone"], int(signal.SIGCHLD) | flags, 0, 0, 0, 0))
 
 
 FORKS: dict[str, Callable[[], int]] = {
@@ -39,8 +39,9 @@ FORKS: dict[str, Callable[[], int]] = {
     "_Fork": lambda: int(_libc._Fork()),
     "clone": clone,
     "clone, CLONE_FILES": lambda: clone(0x400),
-    "syscall fork": lambda: int(_libc.syscall(57)),
 }
+if os.uname().machine == "x86_64":  # others have only clone
+    FORKS["syscall fork"] = lambda: int(_libc.syscall(57))
 
 
 def run_child(fork: Callable[[], int], function: Callable[[], object]) -> None:

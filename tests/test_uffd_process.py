@@ -15,14 +15,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-from support import in_child, map_memory, require, unmap_memory
+from support import SYS, in_child, map_memory, require, unmap_memory
 
 import ummunotify
 from ummunotify import DescriptorClosedError, SourceUnavailableError
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
-SYS_CLONE = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
 
 pytestmark = pytest.mark.usefixtures("uffd")
 
@@ -125,7 +124,7 @@ def outlive() -> None:
     address = map_memory(64 * PAGE)
     with ummunotify.open("uffd") as umn:
         region = umn.watch((address + PAGE, PAGE))
-        child = LIBC.syscall(SYS_CLONE, signal.SIGCHLD, 0, 0, 0, 0)
+        child = LIBC.syscall(SYS["clone"], signal.SIGCHLD, 0, 0, 0, 0)
         if not child:
             while True:
                 signal.pause()
