@@ -5,6 +5,7 @@ MAKEFLAGS += --no-builtin-rules
 VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/
+ARM64_PACKAGES := qemu-system-arm mmdebstrap gcc-aarch64-linux-gnu libc6-dev-arm64-cross
 # No path of the machine gets into the object, so it is the same wherever it is built.
 # Of the folder's program: $(call BPF_COMPILE,FOLDER,PROGRAM,OBJECT)
 BPF_COMPILE = cd src/libummunotify/$(1) && \
@@ -15,7 +16,7 @@ BPF_COMPILE = cd src/libummunotify/$(1) && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test selftest lint docs bpf check-bpf bench vmtest vmtest-packages support wheels packages-test clean packages
+.PHONY: demo test selftest lint docs bpf check-bpf bench vmtest vmtest-arm64 vmtest-packages support wheels packages-test clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -40,9 +41,14 @@ vmtest-packages: $(VENV)/installed
 vmtest: vmtest-packages
 	$(RUN)python tests/vm/run.py
 
+# The same for arm64, by emulation; it takes hours.
+vmtest-arm64: vmtest-packages
+	tools/debian-packages $(ARM64_PACKAGES)
+	$(RUN)python tests/vm/run.py --arch arm64 --jobs 1 --timeout 14400
+
 # Writes docs/support.md: what is seen on which kernel, and by others.
 support: vmtest-packages
-	tools/debian-packages libucx-dev libfabric-dev
+	tools/debian-packages libucx-dev libfabric-dev $(ARM64_PACKAGES)
 	$(RUN)python -m benchmarks.support
 
 lint: $(VENV)/installed

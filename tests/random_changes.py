@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,21 @@ def run(*command: str | Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def build() -> Path:
-    """The module, compiled from these very files, but only once: in a guest it takes minutes, and is there already."""
+def build(
+    package: Path = PACKAGE,
+    compiler: Sequence[str | Path] = ("gcc",),
+    suffix: str = sysconfig.get_config_var("EXT_SUFFIX"),
+) -> Path:
+    """The module, compiled from these very files, but only once: in a guest it takes minutes, and is there already.
+
+    A guest of another architecture has `package` where this machine has its own.
+    """
     if importlib.util.find_spec("Cython") is None:
         require("cython", "it is not installed")
     sources = [HERE / "core/changes.pyx", HERE / "core/changes.c"]
     headers = [*LIBRARY.glob("include/*.h"), *HERE.glob("core/*.h"), *PACKAGE.glob("*.pxd")]
     contents = b"".join(path.read_bytes() for path in [Path(__file__), *sources, *sorted(headers)])
-    name = f"changes-{hashlib.sha256(contents).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    name = f"changes-{hashlib.sha256(contents).hexdigest()[:16]}{suffix}"
     library = HERE.parent / "build/tests" / name
     if library.exists():
         return library
@@ -55,8 +63,8 @@ def build() -> Path:
         ]
         includes = [f"-I{LIBRARY}", f"-I{LIBRARY / 'include'}", f"-I{HERE / 'core'}"]
         # The library that the package has loaded.
-        links = [f"-L{PACKAGE / 'lib'}", "-lummunotify", f"-Wl,-rpath,{PACKAGE / 'lib'}"]
-        run("gcc", *flags, *includes, source, *sources[1:], *links, "-o", made)
+        links = [f"-L{package / 'lib'}", "-lummunotify", f"-Wl,-rpath,{PACKAGE / 'lib'}"]
+        run(*compiler, *flags, *includes, source, *sources[1:], *links, "-o", made)
         made.rename(library)
     return library
 

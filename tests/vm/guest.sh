@@ -1,4 +1,4 @@
-# What virtme-ng starts as root in the guest: bash guest.sh DIRECTORY COMMAND...
+# What virtme-ng starts as root in the guest, with run.py's environment and arguments: DIRECTORY COMMAND...
 directory=$1
 shift
 exec 2>&1 </dev/null
@@ -7,10 +7,15 @@ trap 'exit 125' EXIT
 
 # virtme-ng mounts the host's files without a cache, which makes Python's imports several times slower, and read-only but
 # for some directories. So once more: cached (the guest assumes that nobody changes files meanwhile), below an overlay.
-mkdir /run/vm && cd /run/vm && mkdir host changes root
-mount -t 9p -o trans=virtio,version=9p2000.L,access=any,msize=512000,cache=loose,ro host host
-mount -t tmpfs -o mode=755 tmpfs changes && mkdir changes/upper changes/work
-mount -t overlay -o lowerdir=host,upperdir=changes/upper,workdir=changes/work overlay root
+mkdir /run/vm && cd /run/vm && mkdir changes root
+mount -t tmpfs -o mode=755 tmpfs changes
+share=share0
+for place in $UMMUNOTIFY_VM_SHARES; do # the first is /
+    mkdir -p $share changes/$share/upper changes/$share/work "root$place"
+    mount -t 9p -o trans=virtio,version=9p2000.L,access=any,msize=512000,cache=loose,ro $share $share
+    mount -t overlay -o lowerdir=$share,upperdir=changes/$share/upper,workdir=changes/$share/work overlay "root$place"
+    share=share$((${share#share} + 1))
+done
 for kept in proc sys dev; do mount --rbind "/$kept" "root/$kept"; done
 mkdir -p root/lib/modules && mount --rbind /lib/modules root/lib/modules
 mount -t tmpfs -o mode=755 tmpfs root/run
@@ -29,7 +34,7 @@ for path in "$PWD" "$(readlink -f "$(command -v python)")" "$VIRTUAL_ENV"; do
 done
 mount -t bpf bpf /sys/fs/bpf
 echo +memory >/sys/fs/cgroup/cgroup.subtree_control
-modprobe kvm-amd # what QEMU emulates
+[ "$(uname -m)" != x86_64 ] || modprobe kvm-amd # what QEMU emulates; on arm64 it is there
 # An RDMA device that needs no hardware, and Debian's pyverbs, but nothing else of what is beside it.
 modprobe -a rdma_rxe ib_uverbs
 ip link set lo up

@@ -2,10 +2,12 @@
 
     python tests/vm/run.py                               # all of kernels.toml, suite.sh in each
     python tests/vm/run.py --only debian-6.1/full -- python -m pytest tests/test_changes.py
+    python tests/vm/run.py --arch arm64                  # those of arm64
 
 The guests have the host's files, at the same paths. What they write is gone afterwards. Kernels are downloaded from
 Debian's archive when they are missing, also those of other releases of Debian, and unpacked into a cache
-(UMMUNOTIFY_VM_CACHE, by default in ~/.cache).
+(UMMUNOTIFY_VM_CACHE, by default in ~/.cache). So is a small Debian for arm64, which a guest of that architecture has
+instead of the host's files, but for the checkout and the virtual environment: see arm64.py.
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
+import arm64  # noqa: E402
 from random_changes import build  # noqa: E402
 
-CACHE = Path(os.environ.get("UMMUNOTIFY_VM_CACHE") or Path.home() / ".cache/ummunotify-vm") / "kernels"
+CACHE = Path(os.environ.get("UMMUNOTIFY_VM_CACHE") or Path.home() / ".cache/ummunotify-vm")
+TREE = CACHE / "arm64"
+KERNELS = {"amd64": CACHE / "kernels", "arm64": TREE / "kernels"}
+"""virtme-ng loads modules from the guest's files."""
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 FAILED = 125  # the guest, not the command
 # What udev would load for the emulated machine and that nothing here needs, or not yet: it costs 10 s.
@@ -46,6 +52,8 @@ EARLY = re.compile(r"^\[    0\.0|KASLR using|^Probing EDD|^\x1b.*(SeaBIOS|iPXE|B
 
 class Guest(NamedTuple):
     kernel: str
+    arch: str
+    """As Debian names it."""
     package: str
     suite: str
     """Of Debian, that has the package; if empty, one of this machine's."""
@@ -65,6 +73,7 @@ def guests(by_hand: bool) -> list[Guest]:
     return [
         Guest(
             each["name"],
+            each.get("arch", "amd64"),
             each["package"],
             each.get("suite", ""),
             each.get("append", ""),
@@ -81,8 +90,9 @@ def guests(by_hand: bool) -> list[Guest]:
     ]
 
 
-def image(kernel: str) -> Path | None:
-    found = (file for place in ("boot/vmlinuz-*", "lib/modules/*/vmlinuz") for file in (CACHE / kernel).glob(place))
+def image(guest: Guest) -> Path | None:
+    root = KERNELS[guest.arch] / guest.kernel
+    found = (file for place in ("boot/vmlinuz-*", "lib/modules/*/vmlinuz") for file in root.glob(place))
     return next((file.resolve() for file in found), None)
 
 
@@ -90,12 +100,16 @@ def output(*command: str | Path, cwd: Path | None = None) -> str:
     return subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def archive(suite: str, scratch: Path) -> list[str]:
-    """Options of apt's tools: to look into this suite of the machine's mirror of Debian, and nowhere else."""
+def mirror() -> str:
     which = ("$(REPO_URI)", "Created-By: Packages", "Label: Debian", "Component: main")
     if not (mirrors := output("apt-get", "indextargets", "--format", *which).split()):
         sys.exit("apt's sources name no mirror of Debian")
-    Path(scratch, "sources.list").write_text(f"deb {mirrors[0]} {suite} main\n")
+    return mirrors[0]
+
+
+def archive(suite: str, scratch: Path) -> list[str]:
+    """Options of apt's tools: to look into this suite of the machine's mirror of Debian, and nowhere else."""
+    Path(scratch, "sources.list").write_text(f"deb {mirror()} {suite} main\n")
     Path(scratch, "lists/partial").mkdir(parents=True)
     places = {"Etc::SourceList": "sources.list", "Etc::SourceParts": "none", "State::Lists": "lists", "Cache": "cache"}
     places["State::Status"] = "none"  # as if nothing were installed
@@ -105,10 +119,12 @@ def archive(suite: str, scratch: Path) -> list[str]:
 
 def fetch(guest: Guest) -> None:
     """Unpack a kernel's packages into the cache, without installing them."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix=".fetch-") as folder:
+    kernels = KERNELS[guest.arch]
+    kernels.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kernels, prefix=".fetch-") as folder:
         scratch = Path(folder)
         options = ["-o", "APT::Sandbox::User=root"]  # apt's unprivileged user cannot write there
+        options += ["-o", f"APT::Architecture={guest.arch}", "-o", f"APT::Architectures={guest.arch}"]
         if guest.suite:
             options += archive(guest.suite, scratch)
             output("apt-get", "-q", *options, "update")
@@ -123,7 +139,11 @@ def fetch(guest: Guest) -> None:
             (root / "lib").symlink_to("usr/lib")
         for modules in root.glob("lib/modules/*"):
             output("depmod", "-b", root, modules.name)
-        root.rename(CACHE / guest.kernel)
+        root.rename(kernels / guest.kernel)
+    if guest.arch == "arm64":
+        (TREE / "lib/modules").mkdir(exist_ok=True)
+        for modules in (kernels / guest.kernel).glob("lib/modules/*"):
+            (TREE / "lib/modules" / modules.name).symlink_to(f"/{modules.relative_to(TREE)}")
 
 
 def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: str) -> int:
@@ -137,21 +157,39 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: 
     kept["UMMUNOTIFY_VM_TESTS"] = " ".join(f"tests/{each}" for each in guest.tests)
     kept["UMMUNOTIFY_VM_PREEMPT"] = " ".join(guest.preempt)
     kept["UMMUNOTIFY_VM_SOURCES"] = " ".join(guest.sources)
+    # What the guest has of the host's files, and where.
+    shares = {Path("/"): Path("/")}
+    if guest.arch == "arm64":
+        shares = {TREE: Path("/"), arm64.ROOT: arm64.ROOT, arm64.VENV: Path(sys.prefix)}
+        kept["UMMUNOTIFY_VM_CORE"] = str(arm64.CORE)
+    kept["UMMUNOTIFY_VM_SHARES"] = " ".join(map(str, shares.values()))
     settings = [f"{name}={value}" for name, value in kept.items()]
     started = time.monotonic()
-    with tempfile.NamedTemporaryFile("w", prefix="ummunotify-vm-", suffix=".sh") as script:
+    root = next(iter(shares))
+    with tempfile.NamedTemporaryFile("w", prefix="ummunotify-vm-", suffix=".sh", dir=root / "tmp") as script:
         # The kernel's command line, where virtme-ng puts the command, is short.
-        script.write(shlex.join(["exec", "env", *settings, "bash", str(HERE / "guest.sh"), os.getcwd(), *command]))
+        script.write(f"export {shlex.join(settings)}\nset -- {shlex.join([os.getcwd(), *command])}\n")
+        script.write((HERE / "guest.sh").read_text())
         script.flush()
-        arguments = ["vng", "--verbose", "--run", str(image(guest.kernel))]
+        arguments = ["vng", "--verbose", "--run", str(image(guest))]
         arguments += ["--disable-kvm", "--disable-microvm", "--force-9p"]
-        arguments += ["--user", "root", "--memory", "2G", "--cpus", "2", "--exec", f"sh {script.name}"]
-        host = "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"
-        arguments += [
-            f"--qemu-opts=-accel tcg,thread={threads} -fsdev {host} -device virtio-9p-pci,fsdev=host,mount_tag=host"
-        ]
-        # On a busy host the emulated clocks drift apart; that must not look like a defect of the guest.
-        append = f"preempt={guest.preempt[-1]} tsc=reliable nowatchdog modprobe.blacklist={BLACKLIST} {guest.append}"
+        arguments += ["--user", "root", "--memory", "2G", "--cpus", "2"]
+        arguments += ["--exec", f"bash /tmp/{Path(script.name).name}"]
+        hardware = f"-accel tcg,thread={threads}"
+        if guest.arch == "arm64":
+            arguments += ["--arch", "arm64", "--root", str(TREE), "--busybox", str(TREE / "bin/busybox")]
+            # With KVM in the guest. To emulate the authentication of pointers takes most of the time.
+            hardware += " -machine virt,virtualization=on -cpu max,pauth=off"
+        for number, share in enumerate(shares):
+            hardware += f" -fsdev local,id=share{number},path={share},security_model=none,readonly=on,multidevs=remap"
+            hardware += f" -device virtio-9p-pci,fsdev=share{number},mount_tag=share{number}"
+        arguments.append(f"--qemu-opts={hardware}")
+        append = f"nowatchdog modprobe.blacklist={BLACKLIST} {guest.append}"
+        if guest.preempt:
+            append += f" preempt={guest.preempt[-1]}"
+        if guest.arch == "amd64":
+            # On a busy host the emulated clocks drift apart; that must not look like a defect of the guest.
+            append += " tsc=reliable"
         # Of the kernel's messages only the last: why it panicked.
         arguments += ["--append", f"{append} loglevel=1"]
         # QEMU's output must be a pipe: it truncates a file.
@@ -186,6 +224,7 @@ def main() -> int:
     parser.add_argument(
         "--only", metavar="KERNEL[/PREEMPT]", help=f"of {', '.join(each.name for each in guests(True))}"
     )
+    parser.add_argument("--arch", choices=KERNELS, default="amd64", help="of all (%(default)s)")
     parser.add_argument("--timeout", type=float, default=1500, metavar="S", help="for each guest (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="guests at a time (%(default)s)")
     parser.add_argument("--threads", choices=("single", "multi"), default="single", help="do its CPUs take turns?")
@@ -195,15 +234,22 @@ def main() -> int:
     chosen = [
         each
         for each in guests(by_hand=bool(options.only))
-        if (each.name == options.only if options.only else each.name == each.kernel)
+        if (each.name == options.only if options.only else each.name == each.kernel and each.arch == options.arch)
     ]
     if not chosen:
         parser.error(f"there is no kernel {options.only!r}")
-    if missing := [each for each in chosen if image(each.kernel) is None]:
+    foreign = any(each.arch == "arm64" for each in chosen)
+    missing = [each for each in chosen if image(each) is None]
+    if missing:
         output("apt-get", "-q", "update")
-        for guest in missing:
-            fetch(guest)
-    build()
+    if foreign and not (TREE / "etc").exists():
+        arm64.make_tree(TREE, mirror())
+    for guest in missing:
+        fetch(guest)
+    if foreign:
+        arm64.build(TREE)
+    else:
+        build()
     command = options.command or ["sh", str(HERE / "suite.sh")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
     with ThreadPoolExecutor(options.jobs) as pool:

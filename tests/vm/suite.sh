@@ -18,23 +18,27 @@ fail() { cat /run/selftest && exit 1; }
 selftest() {
     expected=$1
     shift
-    step "$*: $expected, preempt=$(grep -o '(.*)' $model)"
+    step "$*: $expected, preempt=$(grep -so '(.*)' $model)"
     "$@" >/run/selftest || fail
     for source in $expected; do grep "^$source: no miss" /run/selftest || fail; done
 }
 
-for each in $UMMUNOTIFY_VM_PREEMPT; do
-    echo "$each" >$model
-    grep -q "($each)" $model
+for each in ${UMMUNOTIFY_VM_PREEMPT:-fixed}; do
+    [ "$each" = fixed ] || { echo "$each" >$model && grep -q "($each)" $model; }
     selftest "$UMMUNOTIFY_VM_SOURCES" ummunotify selftest --source bpf
 done
-ummunotify daemon --socket /run/ummunotify/socket --user nobody --probe zap &
+probe=${UMMUNOTIFY_VM_SOURCES##*:} # the last
+ummunotify daemon --socket /run/ummunotify/socket --user nobody --probe "$probe" &
 while [ ! -S /run/ummunotify/socket ]; do kill -0 $!; sleep 0.2; done
-selftest "daemon:zap uffd" $nobody ummunotify selftest
+selftest "daemon:$probe uffd" $nobody ummunotify selftest
 kill $!
 wait $!
 step "nobody: stress"
 UMMUNOTIFY_CHANGES=${UMMUNOTIFY_CHANGES:-2000} run_tests $nobody python -m pytest tests/test_stress.py ${UMMUNOTIFY_SLOW:+tests/test_model.py} -k uffd
+if [ -n "$UMMUNOTIFY_VM_CORE" ]; then
+    step "tests/core"
+    meson test -C "$UMMUNOTIFY_VM_CORE" --no-rebuild --suite core --num-processes 1 --timeout-multiplier 20 --print-errorlogs
+fi
 step "tests"
 run_tests python -m pytest $tests
 step "done"
