@@ -36,7 +36,8 @@ INTRODUCTION = """\
 
 `make support` wrote this page. On each kernel `ummunotify selftest` ran as root with every source and probe, and the
 same list of changes ran against what others use; [docs/selftest.md](selftest.md) says how to run it on your machine.
-`make vmtest` repeats it in the guests, also as a user without privileges, on every change of the code.
+`make vmtest` repeats it in the guests, also as a user without privileges, on every change of the code, and `make
+vmtest-arm64` in those of arm64.
 """
 
 LEGEND = """\
@@ -78,7 +79,9 @@ def parse(title: str, output: str) -> Kernel:
         for source, rows in report["sources"].items()
     }
     release = report["kernel"].split()[1]
-    return Kernel(f"{title}: {release}", ".".join(release.split(".")[:2]), results, report["unavailable"])
+    kind = [word for word in release.split("-") if word in ("rt", "arm64", "16k")]
+    short = " ".join([".".join(release.split(".")[:2]), *kind])
+    return Kernel(f"{title}: {release}", short, results, report["unavailable"])
 
 
 def table(columns: Mapping[str, list[Result]], changes: bool) -> str:

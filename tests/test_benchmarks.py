@@ -135,6 +135,10 @@ def test_support() -> None:
     assert "| Debian: 6.1.0-1 | bpf:kvm | uffd: forbidden |" in text
     assert "| changes the mapping | 6.1: bpf:kvm |\n|---|---|\n| munmap | yes |" in text
     assert "| munmap | **no** |" in text
+    # Kernels of one version are told apart.
+    run["kernel"] = "Linux 6.1.0-1-arm64-16k aarch64"
+    other = support.parse("Debian, arm64", json.dumps(run, indent=2))
+    assert "| changes the mapping | 6.1: bpf:kvm | 6.1 arm64 16k: bpf:kvm |" in support.page([kernel, other], others)
 
 
 def test_support_tells_what_others_break() -> None:
