@@ -253,7 +253,7 @@ def section(quick: bool, folder: Path) -> str:
             "the daemon's memory", "100 MB", f"{ranks.resident / 1e6:.0f} MB", "-", ranks.resident < RESIDENT_MOST
         ),
         report.Row(
-            "the daemon's CPU time while no notifier is opened", "0", f"{ranks.idle_cpu:.3%}", "-", ranks.idle_cpu < 1e-3
+            "the daemon's CPU time while nothing is opened", "0", f"{ranks.idle_cpu:.3%}", "-", ranks.idle_cpu < 1e-3
         ),
         report.Row(
             "told of a remote truncate", f"{count} of {count}", f"{ranks.told} of {count}", "-", ranks.told == count

@@ -12,8 +12,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from .. import _peers
 from .._abi import REQUEST_SIZE, Reply, Request
+from .._peers import accept, close, close_held, receive
 from ..bpf import libbpf
 from .limits import Usage
 from .log import event
@@ -99,7 +99,7 @@ class Clients:
 
     def check(self, now: float) -> None:
         """End those that did not finish their handshake; accept again after there was no room."""
-        self._holds = _peers.close_held()
+        self._holds = close_held()
         for client in list(self._open.values()):
             if client.deadline is not None and client.deadline <= now and not client.busy:
                 self.warn("timeout", client.pid, client.uid, client.user)
@@ -131,7 +131,7 @@ class Clients:
 
     def _accept(self) -> None:
         try:
-            peers = _peers.accept(self._listener.fileno(), self._who)
+            peers = accept(self._listener.fileno(), self._who)
         except BlockingIOError:
             return
         except OSError as error:
@@ -167,7 +167,7 @@ class Clients:
             return
         self._heard[client.user] += 1
         try:
-            data = _peers.receive(client.connection.fileno(), REQUEST_SIZE + 1)
+            data = receive(client.connection.fileno(), REQUEST_SIZE + 1)
             if data is None:
                 raise Refusal("descriptors")
             if not data:
@@ -222,7 +222,7 @@ class Clients:
         self._gone(client)
 
     def _close(self, fd: int) -> None:
-        _peers.close(fd)
+        close(fd)
         self._holds = True  # perhaps
 
     def close(self) -> None:
@@ -231,4 +231,4 @@ class Clients:
             self._close(client.connection.detach())
             if client.segment_fd >= 0:
                 os.close(client.segment_fd)
-        _peers.close_held()
+        close_held()

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from .. import _peers
+from .._peers import close, receive
 from .listening import listening
 from .server import Server
 
@@ -101,7 +101,7 @@ class Endpoint:
         if connection not in self._open:
             return
         try:
-            data = _peers.receive(connection.fileno(), 4096) or b""
+            data = receive(connection.fileno(), 4096) or b""
             self._open[connection] += data
             if data and b"\r\n\r\n" not in self._open[connection] and len(self._open[connection]) < _REQUEST_MOST:
                 return
@@ -131,6 +131,6 @@ class Endpoint:
         del self._open[connection]
         self._loop.unwatch(connection)
         if connection.family == socket.AF_UNIX:
-            _peers.close(connection.detach())
+            close(connection.detach())
         else:
             connection.close()
