@@ -1119,7 +1119,7 @@ def test_metrics_on_loopback_only() -> None:
         with pytest.raises(ValueError, match=r"127\.0\.0\.1:PORT"), metrics.listen(address):
             pass
     said = subprocess.run([*COMMAND, "daemon", "--metrics", "0.0.0.0:1"], capture_output=True, text=True)
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert "127.0.0.1:PORT" in said.stderr
     assert "Traceback" not in said.stderr
 
