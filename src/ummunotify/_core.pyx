@@ -232,8 +232,11 @@ cdef int note(error, int number) noexcept:
             reason = str(error) if isinstance(error, (OSError, UmmunotifyError)) else f"{type(error).__name__}: {error}"
         ummunotify_failed(str(reason).encode(), str(getattr(error, "remedy", "")).encode())
     except BaseException as second:
-        raised[get_ident()] = second
         ummunotify_failed(b"an exception could not be reported", b"")
+        try:
+            raised[get_ident()] = second
+        except BaseException:
+            pass  # the interpreter is ending, and this module has lost its globals: nobody asks any more
     return -number
 
 
