@@ -115,7 +115,10 @@ static void test_closing_all_others(void)
 	}
 	for (int i = 1; i < 100; i++) {
 		change(memory);
-		check(*counter == (uint64_t)i && readable(fd));
+		/* uffd is not exact: see announce in uffd.c. */
+		if (is_uffd())
+			wait_readable(fd);
+		check(is_uffd() ? *counter >= (uint64_t)i : *counter == (uint64_t)i && readable(fd));
 		check(get(fd, events, 4) == 2);
 	}
 	change(memory);
