@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
+GENERATED = ["docs/benchmarks.md", "docs/support.md"]
+
 OUTPUT = "what a program prints, or what is not code"
 FORM = "a form: the program that it names is the reader's"
 SYSTEM = "it changes the host; tests/test_daemon_systemd.py tests the units, tools/fresh-machine what is installed"
@@ -127,6 +129,15 @@ def test_every_block_is_tested_or_has_a_reason(page: str) -> None:
     for test in known.values():
         if named := re.fullmatch(r"(test_\w+\.py): (test_\w+)", test):
             assert f"def {named[2]}(" in (ROOT / "tests" / named[1]).read_text()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED])
+def test_lines_wrap_at_100(page: str) -> None:
+    lines = (ROOT / page).read_text().splitlines()
+    prose = [
+        token.map for token in MarkdownIt().enable("table").parse("\n".join(lines)) if token.type == "paragraph_open"
+    ]
+    assert [line for first, end in filter(None, prose) for line in lines[first:end] if len(line) > 100] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
