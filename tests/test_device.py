@@ -223,9 +223,12 @@ def test_no_source(programs: dict[str, str]) -> None:
 
 
 def test_no_such_source(programs: dict[str, str]) -> None:
-    result = call(*RUN, programs["open"], environment={"UMMUNOTIFY_SOURCE": "magic"})
-    assert result.returncode == 1
-    assert "there is no source 'magic'" in result.stderr
+    """`run` says so before it runs the program; a program that is preloaded otherwise, when it opens the device."""
+    environment = {"UMMUNOTIFY_SOURCE": "magic"}
+    for command, preload, status in ((RUN, "", 2), ([], PRELOAD, 1)):
+        result = call(*command, programs["open"], environment=environment | {"LD_PRELOAD": preload})
+        assert result.returncode == status
+        assert "there is no source 'magic'" in result.stderr
 
 
 def test_uffd_only_if_asked_for(programs: dict[str, str], public: Path) -> None:
