@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import grp
 import logging
 import os
@@ -273,9 +274,11 @@ def _errors_said() -> Iterator[None]:
         yield
     except UnavailableError as error:
         raise _fail(str(error)) from None
-    except PermissionError as error:
-        raise _fail(f"{error}; run this as root, or with CAP_BPF and CAP_PERFMON") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        permitted = error.errno not in (errno.EPERM, errno.EACCES)
+        raise _fail(what + ("" if permitted else "; run this as root, or with CAP_BPF and CAP_PERFMON")) from None
+    except ValueError as error:
         raise _fail(str(error)) from None
 
 

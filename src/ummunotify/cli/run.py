@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -138,4 +139,5 @@ def run(source: str | None, quiet: bool, libfabric: bool, program: str, argument
     try:
         os.execve(path, [program, *arguments], environment)
     except OSError as error:
-        raise _NotExecutable(f"{path} cannot be executed: {error.strerror}") from None
+        why = "its interpreter is missing" if error.errno == errno.ENOENT else error.strerror
+        raise _NotExecutable(f"{path} cannot be executed: {why}") from None
