@@ -65,7 +65,7 @@ docs: $(VENV)/installed
 	$(RUN)python -m sphinx -q -W --keep-going -d build/site.doctrees docs build/site
 
 packages:
-	tools/debian-packages gcc g++ pkgconf clang libclang-rt-dev make libc6-dev python3-dev python3-venv libbpf1 libbpf-dev libfabric-bin libfabric-dev systemd
+	tools/debian-packages gcc g++ pkgconf clang libclang-rt-dev make libc6-dev python3-dev python3-venv libbpf1 libbpf-dev libfabric-bin libfabric-dev libucx-dev systemd
 
 $(VENV)/tools: pyproject.toml | packages
 	$(PYTHON) -m venv $(VENV)

@@ -88,6 +88,7 @@ TESTS = {
     "docs/model.md": {"region = umn.watch": "test_docs.py: test_model_order"},
     "docs/mpi.md": {
         "ummunotify run --libfabric": FORM,
+        "ummunotify run --ucx": FORM,
         "mpiexec -n 64": FORM,
         "pip install mpi4py": "test_mpi.py: test_ranks",
     },
@@ -99,6 +100,7 @@ TESTS = {
     },
     "docs/replaces.md": {"srun": "there is no Slurm here"},
     "docs/selftest.md": {"ummunotify selftest": "test_docs.py: test_selftest_commands"},
+    "docs/ucx.md": {"ummunotify run --ucx": FORM, "ummunotify: ranks (4001)": OUTPUT},
 }
 """Of each block, by how it begins: the test that runs it, or why none does."""
 

@@ -27,7 +27,7 @@ def libfabric() -> Iterator[None]:
     if not Path("/usr/include/rdma/fi_ext.h").exists() or not shutil.which("fi_info"):
         require("libfabric", "libfabric-dev and libfabric-bin are not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UMMUNOTIFY_LIBFABRIC_REPORT", "1")
+        patch.setenv("UMMUNOTIFY_REPORT", "1")
         # Else a library that libfabric loads writes files about programs that fail.
         patch.setenv("IPATH_NO_BACKTRACE", "1")
         yield

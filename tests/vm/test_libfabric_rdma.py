@@ -61,7 +61,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(*command: str, **environment: str) -> tuple[dict[str, str], str]:
     """What came of each change, and everything else that was said."""
-    settings = os.environ | {"UMMUNOTIFY_LIBFABRIC_REPORT": "1", "IPATH_NO_BACKTRACE": "1"} | environment
+    settings = os.environ | {"UMMUNOTIFY_REPORT": "1", "IPATH_NO_BACKTRACE": "1"} | environment
     result = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return dict(line.split(": ", 1) for line in result.stdout.splitlines()), result.stderr
@@ -108,7 +108,7 @@ def test_imported(program: str) -> None:
 def test_pingpong() -> None:
     """A program of libfabric's own."""
     command = [*preload("bpf"), "fi_pingpong", "-p", "verbs", "-e", "msg", "-d", "rxe1", "-I", "10", "-S", "65536"]
-    settings = os.environ | {"UMMUNOTIFY_LIBFABRIC_REPORT": "1"}
+    settings = os.environ | {"UMMUNOTIFY_REPORT": "1"}
     server = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for _ in range(PATIENCE):
@@ -138,7 +138,7 @@ def test_mpi(watched: bool) -> None:
         "FI_PROVIDER": "verbs;ofi_rxm",
         "FI_VERBS_IFACE": INTERFACE,
         "FI_UNIVERSE_SIZE": "2",  # else it wants longer queues than the device has
-        "UMMUNOTIFY_LIBFABRIC_REPORT": "1",
+        "UMMUNOTIFY_REPORT": "1",
     }
     command = [*(preload("bpf") if watched else []), str(MPIEXEC), "-n", "2", sys.executable, str(EXAMPLE)]
     result = subprocess.run(

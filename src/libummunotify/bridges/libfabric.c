@@ -680,7 +680,7 @@ static int close_fid(struct fid *fid)
 
 static void at_exit(void)
 {
-	const char *report = secure_getenv("UMMUNOTIFY_LIBFABRIC_REPORT");
+	const char *report = secure_getenv("UMMUNOTIFY_REPORT");
 
 	umn_process_current();
 	pthread_mutex_lock(&list_lock);

@@ -5,9 +5,6 @@
  *
  * fi_getinfo has a version for each layout of struct fi_info that there has been. A program must get the one that it was linked with, so
  * each version is provided here, and calls its counterpart.
- *
- * A process that ends without such a call had no use of the monitor. It says so if it has loaded what could have made the call, or if it
- * is the program that was named and has started no other: mpiexec and shells are not meant.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,10 +14,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
-#include <unistd.h>
 
 #include "bridges/libfabric.h"
+#include "bridges/preload.h"
 #include "include/ummunotify.h"
 
 #define LIBFABRICS 32 /* and plugins, in one process */
@@ -39,13 +35,6 @@ static struct {
 	bool said, asked; /* asked: fi_getinfo was called */
 } the = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-static bool quiet(void)
-{
-	const char *quiet = getenv("UMMUNOTIFY_QUIET");
-
-	return quiet && *quiet;
-}
-
 /* The lock is held. Once for each. */
 static void import_into(void *function)
 {
@@ -58,7 +47,7 @@ static void import_into(void *function)
 		if (the.seen[i] == info.dli_fbase)
 			return;
 	the.seen[the.count++] = info.dli_fbase;
-	if (!libfabric_import(function, &fid) || the.said || quiet())
+	if (!libfabric_import(function, &fid) || the.said || bridge_quiet())
 		return;
 	fprintf(stderr, "ummunotify: libfabric goes on with its own monitor: %s\n", ummunotify_error());
 	the.said = true;
@@ -125,73 +114,26 @@ __attribute__((noinline)) static int getinfo(const char *symbol_version, const v
 
 /* ---- A program that did not call it ---- */
 
-#define STATIC_MARK "mr_cache_monitor" /* a variable's name, which every libfabric holds */
-
-struct loaded {
-	bool libfabric, ucx, is_static;
-};
-
-/* Only in the program and in what belongs to MPI: to look into all that a process may have loaded would take long. */
-static bool may_hold_libfabric(const char *name)
-{
-	return !*name || strstr(name, "mpi") || strstr(name, "shmem");
-}
-
-static bool holds_libfabric(const struct dl_phdr_info *object)
-{
-	for (size_t i = 0; i < object->dlpi_phnum; i++) {
-		const ElfW(Phdr) *segment = &object->dlpi_phdr[i];
-
-		if (segment->p_type == PT_LOAD && (segment->p_flags & (PF_R | PF_W)) == PF_R &&
-		    memmem((const void *)(object->dlpi_addr + segment->p_vaddr), segment->p_filesz, STATIC_MARK,
-			   strlen(STATIC_MARK)))
-			return true;
-	}
-	return false;
-}
-
-static int look_for(struct dl_phdr_info *object, size_t size, void *result)
-{
-	const char *slash = strrchr(object->dlpi_name, '/'), *name = slash ? slash + 1 : object->dlpi_name;
-	struct loaded *loaded = result;
-
-	(void)size;
-	if (!strncmp(name, "libfabric.so", strlen("libfabric.so")))
-		loaded->libfabric = true;
-	else if (!strncmp(name, "libucp.so", strlen("libucp.so")))
-		loaded->ucx = true;
-	else if (may_hold_libfabric(name) && holds_libfabric(object))
-		loaded->is_static = true;
-	return 0;
-}
-
-static bool is_the_program(void)
-{
-	const char *number = getenv("UMMUNOTIFY_LIBFABRIC_PROGRAM");
-	struct rusage children;
-
-	/* The last says whether it has waited for a child. */
-	return number && strtol(number, NULL, 10) == getpid() && !getrusage(RUSAGE_CHILDREN, &children) && !children.ru_maxrss;
-}
-
 __attribute__((destructor)) static void say_unused(void)
 {
-	struct loaded loaded = {0};
-	const char *why = "it has not loaded libfabric";
+	struct bridge_loaded loaded;
+	const char *why;
 
-	if (__atomic_load_n(&the.asked, __ATOMIC_RELAXED) || quiet())
+	if (__atomic_load_n(&the.asked, __ATOMIC_RELAXED) || !bridge_says_unused("libummunotify-ucx.so"))
 		return;
-	dl_iterate_phdr(look_for, &loaded);
+	bridge_look(&loaded, "mr_cache_monitor"); /* a variable's name */
 	if (loaded.is_static)
 		why = "it has libfabric linked statically; link it dynamically";
 	else if (loaded.ucx)
-		why = "it has loaded UCX, which MPI libraries may take instead; with MPICH set MPIR_CVAR_CH4_NETMOD=ofi";
+		why = "it has loaded UCX, which MPI libraries may take instead; use `ummunotify run --ucx`, or with MPICH set "
+		      "MPIR_CVAR_CH4_NETMOD=ofi";
 	else if (loaded.libfabric)
 		why = "it has loaded libfabric, but not called fi_getinfo, or found that by dlsym";
-	else if (!is_the_program())
+	else if (bridge_is_the_program())
+		why = "it has not loaded libfabric";
+	else
 		return;
-	fprintf(stderr, "ummunotify: %s (%d) has no monitor for libfabric: %s\n", program_invocation_short_name, (int)getpid(),
-		why);
+	bridge_say("has no monitor for libfabric: %s", why);
 }
 
 /* ---- The versions ---- */

@@ -102,9 +102,12 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
 )
 @click.option("--quiet", is_flag=True, help="Do not print why there is no device or no monitor.")
 @click.option("--libfabric", is_flag=True, help="Give libfabric a memory monitor, instead of the program a device.")
+@click.option(
+    "--ucx", is_flag=True, help="Tell UCX's registration caches of changes, instead of giving the program a device."
+)
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run(source: str | None, quiet: bool, libfabric: bool, program: str, arguments: tuple[str, ...]) -> None:
+def run(source: str | None, quiet: bool, libfabric: bool, ucx: bool, program: str, arguments: tuple[str, ...]) -> None:
     """Run PROGRAM with /dev/ummunotify: ummunotify run [OPTIONS] -- PROGRAM [ARGUMENTS].
 
     A dynamically linked program that was written for the kernel's device of 2009 finds it, unchanged, and so do the
@@ -114,20 +117,27 @@ def run(source: str | None, quiet: bool, libfabric: bool, program: str, argument
     With --source bpf a daemon of the program's own holds the BPF program, and ends with it. --source uffd needs
     nothing, but sees only what the process does to its private anonymous memory; see docs/c.md.
 
-    With --libfabric there is no device; libfabric's cache of registrations is told of changes instead. A program
-    that never used libfabric, or has it linked statically, says so at its end. See docs/libfabric.md.
+    With --libfabric there is no device; libfabric's cache of registrations is told of changes instead, and with
+    --ucx UCX's caches are. Both may be given. A program that never used the library, or has it linked statically,
+    says so at its end. See docs/libfabric.md and docs/ucx.md.
 
     Exits with 127 if there is no PROGRAM, and with 126 if it cannot be executed.
     """
     path = _find(program)
     _warn_if_deaf(path)
     environment = dict(os.environ)
-    library = str(LIB / f"libummunotify-{'libfabric' if libfabric else 'device'}.so")
-    if set(library) & set(" :$"):
-        raise click.ClickException(f"{library} cannot be preloaded: a blank, a colon or a dollar sign is in its path")
-    environment["LD_PRELOAD"] = ":".join(filter(None, [library, environment.get("LD_PRELOAD")]))
-    if libfabric:
-        environment["UMMUNOTIFY_LIBFABRIC_PROGRAM"] = str(os.getpid())  # the program's too
+    bridges = [name for name, wanted in (("libfabric", libfabric), ("ucx", ucx)) if wanted]
+    libraries = [str(LIB / f"libummunotify-{name}.so") for name in bridges or ["device"]]
+    if set(libraries[0]) & set(" :$"):
+        raise click.ClickException(
+            f"{libraries[0]} cannot be preloaded: a blank, a colon or a dollar sign is in its path"
+        )
+    environment["LD_PRELOAD"] = ":".join(filter(None, [*libraries, environment.get("LD_PRELOAD")]))
+    if bridges:
+        environment["UMMUNOTIFY_RUN_PROGRAM"] = str(os.getpid())  # the program's too
+    if ucx:
+        # Its default patches libc when it is loaded, before it can be told that this is not needed.
+        environment.setdefault("UCX_MEM_MMAP_HOOK_MODE", "reloc")
     if quiet:
         environment["UMMUNOTIFY_QUIET"] = "1"
     try:
