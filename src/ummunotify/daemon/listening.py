@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import UnavailableError
 
-BACKLOG = 128
+BACKLOG = 16
 """Connections that wait to be accepted; others wait in connect(). In a flood this is what each client waits for."""
 _SO_PASSRIGHTS = 83
 """Since Linux 6.16. Connections have it from the listening socket."""
