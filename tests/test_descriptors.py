@@ -18,7 +18,7 @@ PROGRAM = """
 import ctypes, mmap, os, select, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import ummunotify
-from support import LONG, bpf_map, map_memory, unmap_memory
+from support import LONG, SYS, bpf_map, map_memory, unmap_memory
 from ummunotify.selftest.changes import load, store
 
 source, how, when = sys.argv[2:]
