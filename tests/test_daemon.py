@@ -386,6 +386,20 @@ def test_a_second_daemon_leaves_the_first_alone(daemon: Daemon) -> None:
     as_nobody(lambda _: ummunotify.open().close())
 
 
+def activated(listener: socket.socket) -> subprocess.Popen[bytes]:
+    """A daemon that is given this socket as systemd gives it."""
+    code = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
+        "from ummunotify.cli import main; main(['daemon', '--ready', '1'])"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(listener.fileno())],
+        pass_fds=[listener.fileno()],
+        env=os.environ | {"LISTEN_FDS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+
+
 def test_socket_activation(directory: Path) -> None:
     """As systemd does it: the socket is there first, and outlives the daemon."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -394,16 +408,7 @@ def test_socket_activation(directory: Path) -> None:
         listener.listen()
         for _ in range(2):
             child = Child(lambda _: change(ummunotify.open()))
-            code = (
-                "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
-                "from ummunotify.cli import main; main(['daemon', '--ready', '1'])"
-            )
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, str(listener.fileno())],
-                pass_fds=[listener.fileno()],
-                env=os.environ | {"LISTEN_FDS": "1"},
-                stderr=subprocess.DEVNULL,
-            )
+            process = activated(listener)
             child.result()
             process.terminate()
             assert process.wait(PATIENCE) == 0
@@ -607,16 +612,7 @@ def test_descriptors_that_came_before_the_daemon(directory: Path) -> None:
             os.close(slow)
             if end:
                 connection.close()
-        code = (
-            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
-            "from ummunotify.cli import main; main(['daemon', '--ready', '1'])"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(listener.fileno())],
-            pass_fds=[listener.fileno()],
-            env=os.environ | {"LISTEN_FDS": "1"},
-            stderr=subprocess.DEVNULL,
-        )
+        process = activated(listener)
         undo.callback(process.kill)
         as_nobody(lambda _: change(ummunotify.open(source="daemon")))
         process.terminate()

@@ -14,6 +14,7 @@ cdef extern from "daemon/peers.h" nogil:
     int umn_peers_receive(int fd, void *buffer, uint32_t size)
     void umn_peers_close(int fd)
     bint umn_peers_close_held()
+    bint umn_peers_hold()
 
 cdef enum:
     AT_ONCE = 16  # in a turn of the daemon's loop: some 0.3 ms
@@ -58,3 +59,8 @@ def close(int fd):
 def close_held():
     """Have a child close what `close` has left open. True: something is still open."""
     return umn_peers_close_held()
+
+
+def hold():
+    """Is something left for `close_held`?"""
+    return umn_peers_hold()

@@ -6,12 +6,13 @@
 #include <fcntl.h>
 #include <linux/bpf.h>
 #include <poll.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include "process/keep_only.h"
 
 #define HELD_MOST 64
 #define CHILDREN_MOST 4
@@ -81,25 +82,13 @@ int umn_peers_receive(int fd, void *buffer, uint32_t size)
 	return length < 0 ? -errno : (int)length;
 }
 
-static int ascending(const void *a, const void *b)
-{
-	return *(const int *)a - *(const int *)b;
-}
-
 /* In the child. All else is closed first, as it may have to wait for what is held. Not so for TCP, which does not linger in exit. */
 static void close_and_exit(int end)
 {
-	unsigned int next = 0, i;
 	char none;
 
 	held[held_count++] = end;
-	qsort(held, held_count, sizeof *held, ascending);
-	for (i = 0; i < held_count; i++) {
-		if ((unsigned int)held[i] > next)
-			syscall(SYS_close_range, next, held[i] - 1, 0);
-		next = (unsigned int)held[i] + 1;
-	}
-	syscall(SYS_close_range, next, ~0u, 0);
+	umn_keep_only(held, held_count, 0);
 	/* Until the parent has closed its copies, or it would be the parent that waits. */
 	while (read(end, &none, 1) < 0 && errno == EINTR)
 		;
@@ -133,6 +122,11 @@ bool umn_peers_close_held(void)
 		*child = 0;
 	close(ends[0]);
 	close(ends[1]);
+	return held_count;
+}
+
+bool umn_peers_hold(void)
+{
 	return held_count;
 }
 

@@ -39,4 +39,7 @@ void umn_peers_close(int fd);
 /* Has a child close what is left. True: something still is. */
 bool umn_peers_close_held(void);
 
+/* Is something left for it? */
+bool umn_peers_hold(void);
+
 #endif

@@ -3,11 +3,11 @@
 #include "process/descriptor.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "process/keep_only.h"
 #include "process/process.h"
 
 #define load(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
@@ -56,25 +56,13 @@ void umn_descriptor_close(struct umn_descriptor *descriptor)
 #define CLOSE_RANGE_UNSHARE 2u
 #endif
 
-static int ascending(const void *a, const void *b)
-{
-	return *(const int *)a - *(const int *)b;
-}
-
 int umn_descriptors_unshare(int *fds, size_t count)
 {
-	unsigned int first = 0;
+	int error = umn_keep_only(fds, count, CLOSE_RANGE_UNSHARE);
 	struct stat status;
 
-	qsort(fds, count, sizeof *fds, ascending);
-	/* The end first: only the call that unshares the table can fail. */
-	if (syscall(SYS_close_range, fds[count - 1] + 1u, ~0u, CLOSE_RANGE_UNSHARE))
-		return errno;
-	for (size_t i = 0; i < count; i++) {
-		if ((unsigned int)fds[i] > first && syscall(SYS_close_range, first, fds[i] - 1u, 0))
-			return errno;
-		first = (unsigned int)fds[i] + 1;
-	}
+	if (error)
+		return error;
 	/* Another thread may have closed one while this thread still shared its table. (Not fcntl: the device's library stands before
 	 * that, and its numbers are the program's.) */
 	for (size_t i = 0; i < count; i++)

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from .._abi import REQUEST_SIZE, Reply, Request
-from .._peers import accept, close, close_held, receive
+from .._peers import accept, close, close_held, hold, receive
 from ..bpf import libbpf
 from .limits import Usage
 from .log import event
@@ -85,8 +85,6 @@ class Clients:
         self._late: dict[int, deque[Client]] = {}
         self._warned: dict[int, float] = {}
         self._deaf_until: float | None = None
-        self._holds = False
-        """Are there connections that are still to be closed?"""
         listener.setblocking(False)
 
     def listen(self) -> None:
@@ -95,11 +93,11 @@ class Clients:
     @property
     def to_check(self) -> bool:
         """Is `check` to be called now and then?"""
-        return bool(self._open) or self._holds or self._deaf_until is not None
+        return bool(self._open) or hold() or self._deaf_until is not None
 
     def check(self, now: float) -> None:
         """End those that did not finish their handshake; accept again after there was no room."""
-        self._holds = close_held()
+        close_held()
         for client in list(self._open.values()):
             if client.deadline is not None and client.deadline <= now and not client.busy:
                 self.warn("timeout", client.pid, client.uid, client.user)
@@ -145,7 +143,7 @@ class Clients:
 
     def _welcome(self, fd: int, pid: int, uid: int, user: int) -> None:
         if not self._usage.connect(user):
-            self._close(fd)
+            close(fd)
             self.warn("connections", pid, uid, user)
             return
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
@@ -216,19 +214,15 @@ class Clients:
         fd = client.connection.fileno()
         if not client.late:
             self._loop.unwatch(client.connection)
-        self._close(client.connection.detach())
+        close(client.connection.detach())
         del self._open[fd]
         self._usage.disconnect(client.user)
         self._gone(client)
 
-    def _close(self, fd: int) -> None:
-        close(fd)
-        self._holds = True  # perhaps
-
     def close(self) -> None:
         """Close all connections; clients whose tables are bound are fed on."""
         for client in self._open.values():
-            self._close(client.connection.detach())
+            close(client.connection.detach())
             if client.segment_fd >= 0:
                 os.close(client.segment_fd)
         close_held()

@@ -32,7 +32,6 @@ def listening(
     mode: int | None = None,
     group: int = -1,
     owners: Collection[int] = (),
-    backlog: int = BACKLOG,
 ) -> Iterator[socket.socket]:
     """A socket that listens at `path`, in place of one that a daemon has left there.
 
@@ -55,7 +54,7 @@ def listening(
             os.umask(mask)
         os.chown(path, -1, group)
         os.chmod(path, 0o777 & ~mask if mode is None else mode)
-        listener.listen(backlog)
+        listener.listen(BACKLOG)
         yield listener
 
 

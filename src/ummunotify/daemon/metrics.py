@@ -12,13 +12,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from .._peers import close, receive
-from .listening import listening
+from .listening import BACKLOG, listening
 from .server import Server
 
 _CONNECTIONS = 8
 """At a time; one more ends the oldest."""
 _REQUEST_MOST = 8192
-_BACKLOG = 16
 _REST = 4
 """The figures are not made anew for so many times as long as it took, which grows with the clients."""
 
@@ -61,14 +60,14 @@ def listen(address: str, owners: Collection[int] = ()) -> Iterator[socket.socket
     """
     kind, _, rest = address.partition(":")
     if kind == "unix" and rest:
-        with listening(rest, socket.SOCK_STREAM, owners=owners, backlog=_BACKLOG) as listener:
+        with listening(rest, socket.SOCK_STREAM, owners=owners) as listener:
             yield listener
         return
     host, _, port = address.rpartition(":")
     if host not in ("127.0.0.1", "[::1]", "localhost") or not (port.isdecimal() and int(port) < 1 << 16):
         raise ValueError(f"metrics are served at unix:PATH or 127.0.0.1:PORT, not at {address!r}")
     family = socket.AF_INET6 if "[" in host else socket.AF_INET
-    with socket.create_server((host.strip("[]"), int(port)), family=family, backlog=_BACKLOG) as listener:
+    with socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG) as listener:
         yield listener
 
 
