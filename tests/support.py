@@ -1,5 +1,6 @@
 """Helpers for several test modules."""
 
+import contextlib
 import ctypes
 import importlib
 import mmap
@@ -8,7 +9,8 @@ import re
 import select
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +35,25 @@ SLOW = "UMMUNOTIFY_SLOW" in os.environ
 
 # NumPy's threads would come with the import and go with a fork, and tests count threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@contextlib.contextmanager
+def meanwhile(*acts: Callable[[], object]) -> Iterator[None]:
+    """Threads do it again and again, one each. It fails if they do."""
+    stop = threading.Event()
+
+    def repeat(act: Callable[[], object]) -> None:
+        while not stop.is_set():
+            act()
+
+    with ThreadPoolExecutor(len(acts)) as pool:
+        running = [pool.submit(repeat, act) for act in acts]
+        try:
+            yield
+        finally:
+            stop.set()
+    for each in running:
+        each.result()
 
 
 def require(feature: str, reason: str, *, always: bool = True) -> NoReturn:

@@ -227,6 +227,10 @@ def test_the_child_of_a_fork_lets_go(daemon: Daemon) -> None:
 def test_without_a_daemon_it_says_so(directory: Path) -> None:
     with pytest.raises(ummunotify.SourceUnavailableError, match="no daemon runs here"):
         ummunotify.open(source="daemon")
+    (directory / "socket").touch()
+    with pytest.raises(ummunotify.SourceUnavailableError, match="is no socket"):
+        ummunotify.open(source="daemon")
+    (directory / "socket").unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(directory / "socket"))
         with pytest.raises(ummunotify.SourceUnavailableError, match="it has ended"):

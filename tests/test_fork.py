@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from support import in_child, is_ours
+from support import LONG, in_child, is_ours, meanwhile
 
 import ummunotify
 from ummunotify import ClosedError, ForkedError, Notifier, Region
@@ -37,8 +37,6 @@ from ummunotify.selftest.changes import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
-LONG = 60.0
 
 
 def hit(memory: Memory, unit: int) -> None:
@@ -443,20 +441,6 @@ def test_it_is_not_sent_to_another_process(umn: Notifier, watched: Region) -> No
 
 def test_fork_while_others_are_in_it(umn: Notifier, watched: Region, memory: Memory) -> None:
     """Threads that the child does not have hold the library's locks, and are half done with all that it does."""
-    stop = threading.Event()
-    errors: list[BaseException] = []
-
-    def loop(act: Callable[[], object]) -> threading.Thread:
-        def work() -> None:
-            try:
-                while not stop.is_set():
-                    act()
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        return thread
 
     def watch_many() -> None:
         for region in [other.watch((memory.at(2), 1)) for _ in range(2000)]:
@@ -472,19 +456,13 @@ def test_fork_while_others_are_in_it(umn: Notifier, watched: Region, memory: Mem
 
     other = ummunotify.open()
     region = other.watch((memory.at(1), memory.unit))
-    threads = [loop(act) for act in (watch_many, change, lambda: other.read(0.001), open_and_close)]
     deadline = time.monotonic() + 2
     forks = 0
-    try:
+    with meanwhile(watch_many, change, lambda: other.read(0.001), open_and_close):
         while time.monotonic() < deadline or forks < 3:
             in_child(lambda: check_child(umn, watched, other, region, opening=True))
             forks += 1
         in_child(lambda: use_own(memory, opening=True))
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(LONG)
-    assert errors == []
     other.close()
 
 

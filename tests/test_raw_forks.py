@@ -10,13 +10,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 
 import pytest
-from support import LONG, SLOW, SYS, hit, probes, require, watch
+from support import LONG, SLOW, SYS, hit, meanwhile, probes, require, watch
 
 import ummunotify
 from ummunotify import ForkedError, Notifier, Region
@@ -222,20 +221,6 @@ def test_while_threads_are_in_methods(umn: Notifier, memory: Memory) -> None:
     Only os.fork: in another child of a process with threads Python's own lock is as the threads had it, and it hangs.
     From C all kinds are tried, in tests/c/forks.c.
     """
-    stop = threading.Event()
-    errors: list[BaseException] = []
-
-    def loop(act: Callable[[], object]) -> threading.Thread:
-        def work() -> None:
-            try:
-                while not stop.is_set():
-                    act()
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        return thread
 
     def watch_many() -> None:
         for each in [other.watch((memory.at(2), 1)) for _ in range(300)]:
@@ -258,16 +243,10 @@ def test_while_threads_are_in_methods(umn: Notifier, memory: Memory) -> None:
             open_anew(umn.source)
         other.close()
 
-    threads = [loop(act) for act in (watch_many, change, lambda: other.read(0.001), lambda: region.valid)]
-    try:
+    with meanwhile(watch_many, change, lambda: other.read(0.001), lambda: region.valid):
         for count in range(500 if SLOW else 15):  # noqa: B007
             run_child(os.fork, child)
             time.sleep(0.001)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(LONG)
-    assert errors == []
     other.close()
     # It may be invalid by now: with uffd for the forks, and the kernel may have moved its page.
     store(memory.at(4))

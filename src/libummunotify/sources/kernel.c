@@ -16,6 +16,7 @@
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -175,6 +176,7 @@ static int connect_to_daemon(struct umn_descriptor *result)
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	const enum ummunotify_code code = UMMUNOTIFY_UNAVAILABLE;
 	int fd, failed, error;
+	struct stat status;
 
 	path = path && *path ? path : UMN_SOCKET_PATH;
 	if (strlen(path) >= sizeof address.sun_path)
@@ -200,7 +202,10 @@ static int connect_to_daemon(struct umn_descriptor *result)
 	case ENOENT:
 		return umn_fail(code, ENODEV, "have an administrator run `ummunotify daemon`",
 				"no daemon runs here: there is no %s", path);
-	case ECONNREFUSED:
+	case ECONNREFUSED: /* also of what is no socket */
+		if (!stat(path, &status) && !S_ISSOCK(status.st_mode))
+			return umn_fail(code, ENODEV, "set " UMN_SOCKET_ENVIRONMENT " to the daemon's socket", "%s is no socket",
+					path);
 		return umn_fail(code, ENODEV, "have an administrator start it again", "no daemon listens at %s: it has ended",
 				path);
 	case EACCES:
