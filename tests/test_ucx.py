@@ -124,11 +124,11 @@ def test_hooks_that_are_asked_for(programs: Programs) -> None:
 
 
 def test_no_hooks(programs: Programs) -> None:
-    """Then UCX makes a cache only where it is told that it needs none: for ucp_init, not for the test's own cache."""
+    """Then UCX makes no cache that needs them, as the test's own. ucp_init makes one that does not, or none (1.18)."""
     require_source("uffd")
     result = look(*RUN, "--source", "uffd", "--", *programs.linked, "1", "1", UCX_MEM_MMAP_HOOK_MODE="none")
-    assert result.count("caches") == 1
-    assert "no cache" in result.text
+    assert "no cache\n" in result.text
+    assert "caches 1," in result.text or "it has no cache" in result.text
 
 
 def test_loaded_late(programs: Programs, source: str) -> None:
