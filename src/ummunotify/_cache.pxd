@@ -27,6 +27,9 @@ cdef extern from "ummunotify_cache.h" nogil:
     struct ummunotify_cache_stats:
         uint64_t hits, misses, stale, evictions, merges, retries, uncached, failed_deregistrations
         uint64_t registrations, registered_bytes, in_use, in_use_bytes, not_deregistered
+    enum:
+        UMMUNOTIFY_CACHE_CAUSES
+    void ummunotify_cache_causes(ummunotify_cache *cache, uint64_t *causes)
     int ummunotify_cache_open(ummunotify_cache **cache, const ummunotify_registrar *registrar,
                               const ummunotify_cache_options *options)
     int ummunotify_cache_shutdown(ummunotify_cache *cache, void *argument)
@@ -46,6 +49,7 @@ cdef extern from "ummunotify_cache.h" nogil:
 cdef struct registrar_calls:
     void *register
     void *deregister
+    void *sites  # a Counter of call sites, or NULL
     bint ended  # the interpreter is: what is registered is left to the system
 
 
@@ -53,6 +57,7 @@ cdef class RegistrationCache:
     cdef ummunotify_cache *_cache  # NULL: never opened
     cdef registrar_calls _calls  # borrowed from the next two
     cdef object _registrar, _register, _deregister
+    cdef object _sites  # a Counter, or None
     cdef object _notifier  # that was given, or None
     cdef bint _closed
     cdef bint _warned  # that memory is registered for each use

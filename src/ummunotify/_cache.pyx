@@ -17,6 +17,7 @@ from libc.string cimport memset
 
 import sys
 import warnings
+from collections import Counter
 from types import GenericAlias
 
 from ._core cimport (
@@ -41,7 +42,9 @@ from .errors import (
     RegistrationError,
     RegistrationLimitError,
 )
-from .types import CacheStats
+from .explain import NO_CALL as _NO_CALL
+from .explain import explain
+from .types import CacheStats, call_name
 
 cdef extern from "Python.h":
     ctypedef struct PyFrameObject:
@@ -104,6 +107,7 @@ cdef int end(object registrar) except -1:
 
 cdef int register_memory(void *context, uint64_t address, size_t length, void *argument, void **handle) noexcept with gil:
     cdef list state = <list>argument
+    cdef registrar_calls *calls
     try:
         if state[NESTED]:
             state[RAISED] = RegistrationError(
@@ -111,7 +115,11 @@ cdef int register_memory(void *context, uint64_t address, size_t length, void *a
                 "from a signal handler that has interrupted one"
             )
             return 1
-        result = (<object>(<registrar_calls *>context).register)(address, length)
+        calls = <registrar_calls *>context
+        result = (<object>calls.register)(address, length)
+        if calls.sites is not NULL and PyEval_GetFrame() is not NULL:
+            caller = <object><PyObject *>PyEval_GetFrame()
+            (<object>calls.sites)[caller.f_code.co_qualname, caller.f_code.co_filename, caller.f_lineno] += 1
         Py_INCREF(result)
         handle[0] = <void *>result
         return 0
@@ -283,6 +291,8 @@ cdef class RegistrationCache:
     is exceeded those are deregistered that are not in use, the least recently used ones first. The order of use is
     known to within one miss: what was used between two misses may be given up in any order.
 
+    With `call_sites` it counts which lines of Python make it register, for `explain`. Hits cost nothing more.
+
     Threads: any thread may call any method. Hits take no lock. The registrar's methods are called without any lock
     held, by several threads at once; two threads that want the same memory register it once.
 
@@ -296,7 +306,7 @@ cdef class RegistrationCache:
 
     __class_getitem__ = classmethod(GenericAlias)
 
-    def __init__(self, registrar, *, notifier=None, max_bytes=None, max_registrations=None):
+    def __init__(self, registrar, *, notifier=None, max_bytes=None, max_registrations=None, call_sites=False):
         """Raises ValueError for a limit below 1."""
         cdef ummunotify_registrar native
         cdef ummunotify_cache_options options
@@ -315,6 +325,8 @@ cdef class RegistrationCache:
         self._deregister = registrar.deregister
         self._calls.register = <void *>self._register
         self._calls.deregister = <void *>self._deregister
+        self._sites = Counter() if call_sites else None
+        self._calls.sites = <void *>self._sites if call_sites else NULL
         memset(&native, 0, sizeof(native))
         native.size = sizeof(native)
         native.register_memory = register_memory
@@ -550,6 +562,21 @@ cdef class RegistrationCache:
             in_use_bytes=stats.in_use_bytes,
             not_deregistered=stats.not_deregistered,
         )
+
+    @property
+    def causes(self):
+        """Of the registrations that `stats.stale` counts: how many each system call made so, by its name; the most frequent first."""
+        cdef uint64_t counts[UMMUNOTIFY_CACHE_CAUSES]
+        cdef int i
+        self._check()
+        ummunotify_cache_causes(self._cache, counts)
+        found = {_NO_CALL if i == UMMUNOTIFY_CACHE_CAUSES - 1 else call_name(i): counts[i]
+                 for i in range(UMMUNOTIFY_CACHE_CAUSES) if counts[i]}
+        return dict(sorted(found.items(), key=lambda cause: -cause[1]))
+
+    def explain(self):
+        """Why the hit rate is what it is, in a few lines of text: what was registered again for which reason, and what helps."""
+        return explain(self.stats, self.causes, self._sites)
 
     @property
     def capsule(self):

@@ -31,6 +31,11 @@ _CALLS = {numbers[os.uname().machine != "x86_64"]: name for name, numbers in _NU
 _CALLS[-1] = "a page fault or the kernel itself"
 
 
+def call_name(number: int) -> str:
+    """Of a system call; -1: none, or not known."""
+    return _CALLS.get(number, f"system call {number}")
+
+
 class NotifierStats(NamedTuple):
     """Numbers about a notifier's table."""
 
@@ -95,7 +100,7 @@ class Invalidation(NamedTuple):
     @property
     def cause(self) -> str:
         """What invalidated the region, in words: `munmap by thread 4711`."""
-        call = _CALLS.get(self.syscall, f"system call {self.syscall}")
+        call = call_name(self.syscall)
         if self.thread:
             return f"{call} by thread {self.thread}"
         return call if self.syscall >= 0 else "not known"

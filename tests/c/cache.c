@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <ummunotify.h>
 #include <ummunotify_cache.h>
 
@@ -28,6 +29,7 @@ int main(void)
 	struct ummunotify_registrar registrar = {.size = sizeof registrar, .register_memory = reg, .deregister = dereg};
 	struct ummunotify_registration *first, *second;
 	struct ummunotify_cache_stats stats;
+	uint64_t causes[UMMUNOTIFY_CACHE_CAUSES];
 	struct ummunotify_cache *cache;
 	char *memory = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
@@ -46,6 +48,9 @@ int main(void)
 	ummunotify_cache_stats(cache, &stats);
 	if (stats.hits != 1 || stats.misses != 1 || stats.stale != 1 || stats.registrations)
 		return 3;
+	ummunotify_cache_causes(cache, causes);
+	if (causes[SYS_munmap] + causes[UMMUNOTIFY_CACHE_CAUSES - 1] != 1) /* uffd does not know */
+		return 5;
 	if (ummunotify_cache_acquire(cache, memory, 0, NULL, &first) >= 0 || !strstr(ummunotify_error(), "it is empty"))
 		return 4;
 	ummunotify_cache_close(cache);

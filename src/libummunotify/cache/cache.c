@@ -846,6 +846,14 @@ void ummunotify_cache_stats(struct ummunotify_cache *c, struct ummunotify_cache_
 	pthread_mutex_unlock(&c->lock);
 }
 
+void ummunotify_cache_causes(struct ummunotify_cache *c, uint64_t *causes)
+{
+	enter(c);
+	pthread_mutex_lock(&c->lock);
+	memcpy(causes, c->causes, sizeof c->causes);
+	pthread_mutex_unlock(&c->lock);
+}
+
 /* ---- Opening and closing ---- */
 
 /* As much of a caller's struct as both sides know; the rest is zeros. */

@@ -290,7 +290,14 @@ static bool evict(struct ummunotify_cache *c, struct umn_entry *entry)
 
 static void count_stale(struct ummunotify_cache *c, struct umn_entry *entry)
 {
-	c->stats.stale += !umn_entry_untouched(entry);
+	uint32_t syscall;
+
+	if (umn_entry_untouched(entry))
+		return;
+	/* A feeder that is half done may not have said it yet. Shared memory: it may be any number. */
+	syscall = (uint32_t)__atomic_load_n(&entry->slot->syscall, __ATOMIC_RELAXED);
+	c->stats.stale++;
+	c->causes[syscall < UMMUNOTIFY_CACHE_CAUSES ? syscall : UMMUNOTIFY_CACHE_CAUSES - 1]++;
 }
 
 void umn_entry_retire(struct ummunotify_cache *c, struct umn_entry *entry)
@@ -699,6 +706,7 @@ void umn_entries_forget(struct ummunotify_cache *c)
 	memset(c->all->bucket, 0, sizeof *c->all->bucket << (64 - c->all->shift));
 	memset(c->of_order, 0, sizeof c->of_order);
 	memset(&c->stats, 0, sizeof c->stats);
+	memset(c->causes, 0, sizeof c->causes);
 	c->other_hits = 0;
 	c->orders = 0;
 	c->clock = 0;

@@ -144,7 +144,8 @@ struct ummunotify_cache {
 	struct umn_entry *kept;
 	size_t leaving_count;		     /* with those that are being deregistered */
 	struct ummunotify_cache_stats stats; /* but for hits and what is in use */
-	uint64_t other_hits;		     /* those that are not counted by thread; atomic */
+	uint64_t causes[UMMUNOTIFY_CACHE_CAUSES];
+	uint64_t other_hits; /* those that are not counted by thread; atomic */
 
 	struct umn_index *all;	 /* the index, as hits do not find it in a child */
 	size_t count;		 /* open entries */

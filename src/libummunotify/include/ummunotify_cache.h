@@ -159,6 +159,11 @@ struct ummunotify_cache_stats {
 /* Takes time in proportion to the number of registrations. */
 void ummunotify_cache_stats(struct ummunotify_cache *cache, struct ummunotify_cache_stats *stats);
 
+/* Of `stale`: how many registrations each system call made so, by its number, on an array of UMMUNOTIFY_CACHE_CAUSES. The last one
+ * counts all else: a page fault, the kernel itself, a call with a greater number, a source that does not know. */
+#define UMMUNOTIFY_CACHE_CAUSES 513
+void ummunotify_cache_causes(struct ummunotify_cache *cache, uint64_t *causes);
+
 #pragma GCC visibility pop
 #ifdef __cplusplus
 }
