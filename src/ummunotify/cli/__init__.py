@@ -18,6 +18,7 @@ _COMMANDS = {
     "run": "Run a program with /dev/ummunotify, or libfabric with a memory monitor.",
     "selftest": "Make every known kind of change of a mapping, and check that it is seen.",
     "status": "Show the daemon's clients.",
+    "top": "Watch the daemon's clients, live.",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import click
 from rich.console import RenderableType
@@ -35,7 +36,30 @@ def _records(connection: socket.socket) -> Iterator[Record]:
         table = record.table + 1
 
 
-def _mib(count: int) -> str:
+def ask_daemon() -> tuple[Summary, list[Record]]:
+    """What it says of itself, and of the clients that this user may see. SourceUnavailableError, OSError."""
+    with socket.socket(fileno=connect_to_daemon()) as connection:
+        return Summary.unpack(_ask(connection, STATUS_SUMMARY, SUMMARY_SIZE)), list(_records(connection))
+
+
+def no_daemon(error: SourceUnavailableError | OSError) -> str:
+    """Why `ask_daemon` failed."""
+    if isinstance(error, SourceUnavailableError):
+        return str(error)
+    return f"the daemon does not answer ({error}); look at its log"
+
+
+def as_dict(summary: Summary, records: list[Record]) -> dict[str, Any]:
+    clients = [record._asdict() | {"command": record.command.decode(errors="replace")} for record in records]
+    return {"daemon": summary._asdict(), "clients": clients}
+
+
+def command_of(record: Record) -> str:
+    """The name is the client's own choice."""
+    return ascii(record.command.decode(errors="replace"))[1:-1]
+
+
+def mib(count: int) -> str:
     return f"{count / (1 << 20):,.1f} MiB"
 
 
@@ -47,20 +71,15 @@ def status(as_json: bool) -> None:
     root sees all clients, another user those of its own. Exits with 1 if no daemon answers.
     """
     try:
-        with socket.socket(fileno=connect_to_daemon()) as connection:
-            summary = Summary.unpack(_ask(connection, STATUS_SUMMARY, SUMMARY_SIZE))
-            records = list(_records(connection))
-    except SourceUnavailableError as error:
-        raise click.ClickException(str(error)) from None
-    except OSError as error:
-        raise click.ClickException(f"the daemon does not answer ({error}); look at its log") from None
+        summary, records = ask_daemon()
+    except (SourceUnavailableError, OSError) as error:
+        raise click.ClickException(no_daemon(error)) from None
     if as_json:
-        clients = [record._asdict() | {"command": record.command.decode(errors="replace")} for record in records]
-        click.echo(json.dumps({"daemon": summary._asdict(), "clients": clients}, indent=2))
+        click.echo(json.dumps(as_dict(summary, records), indent=2))
         return
     parts: list[RenderableType] = [
         f"daemon {summary.pid}: {summary.clients} of {summary.tables} clients, {summary.ready} tables ready, "
-        f"{_mib(summary.memory)} of kernel memory, up for {summary.seconds} s"
+        f"{mib(summary.memory)} of kernel memory, up for {summary.seconds} s"
     ]
     if summary.runs:
         parts.append(
@@ -79,7 +98,7 @@ def status(as_json: bool) -> None:
             str(r.uid),
             f"{r.regions:,}",
             f"{r.generation:,}",
-            _mib(r.memory),
-            ascii(r.command.decode(errors="replace"))[1:-1],
+            mib(r.memory),
+            command_of(r),
         )
     show(*parts, *([table] if records else []))
