@@ -1,8 +1,10 @@
 """Write docs/support.md: which kernel, source and probe sees which kind of change, and the same for others.
 
     python -m benchmarks.support            # as root: natively, then in the guests of tests/vm/kernels.toml
+    python -m benchmarks.support NAME...    # only in those, or "native"; of the rest what build/support has
 
-All of it comes from runs of `ummunotify selftest --json`, and for the others from benchmarks.peers.
+All of it comes from runs of `ummunotify selftest --json`, which build/support keeps, and for the others from
+benchmarks.peers.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +23,13 @@ from ummunotify.selftest import Outcome, Result
 from . import peers
 
 ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "build/support"
+NATIVE = "native"
+# Each source by itself: what one has found is kept, whatever happens to the next.
+COMMAND = (
+    "for source in bpf:mmu_notifier bpf:kvm bpf:zap uffd daemon; do "
+    f"{sys.executable} -m ummunotify selftest --json --source $source; done"
+)
 SIGNS = {
     Outcome.SEEN: "yes",
     Outcome.MISSED: "**no**",
@@ -44,6 +54,8 @@ LEGEND = """\
 *yes*: seen; or, in the second table, nothing was reported. *refused*: the source says that it cannot watch such
 memory. *blind*: the source cannot see it; harmless to pinned memory or listed in [selftest.md](selftest.md).
 *needless*: something was reported without need. *-*: this kernel cannot do it. **no**: missed.
+
+A cell says what most kernels show, and then which show something else.
 """
 
 PEERS = """\
@@ -69,30 +81,55 @@ class Kernel(NamedTuple):
     unavailable: dict[str, str]
 
 
-def parse(title: str, output: str) -> Kernel:
-    """What `ummunotify selftest --json` printed, among what a guest's kernel says."""
+def _reports(output: str) -> Iterator[dict[str, Any]]:
+    """What `ummunotify selftest --json` printed, once or several times, among what a guest's kernel says."""
     lines = output.splitlines()
-    first = lines.index("{")
-    report: dict[str, Any] = json.loads("\n".join(lines[first : lines.index("}", first) + 1]))
-    results = {
-        source: [Result(row["case"], row["changes"], Outcome(row["outcome"]), row["why"]) for row in rows]
-        for source, rows in report["sources"].items()
-    }
-    release = report["kernel"].split()[1]
+    while "{" in lines:
+        del lines[: lines.index("{")]
+        end = lines.index("}") + 1
+        yield json.loads("\n".join(lines[:end]))
+        del lines[:end]
+
+
+def parse(title: str, output: str) -> Kernel:
+    results: dict[str, list[Result]] = {}
+    unavailable: dict[str, str] = {}
+    release = ""
+    for report in _reports(output):
+        release = report["kernel"].split()[1]
+        unavailable |= report["unavailable"]
+        for source, rows in report["sources"].items():
+            results[source] = [Result(row["case"], row["changes"], Outcome(row["outcome"]), row["why"]) for row in rows]
+    if not release:
+        sys.exit(f"{title}: no report in\n{output}")
     kind = [word for word in release.split("-") if word in ("rt", "arm64", "16k")]
     short = " ".join([".".join(release.split(".")[:2]), *kind])
-    return Kernel(f"{title}: {release}", short, results, report["unavailable"])
+    return Kernel(f"{title}: {release}", short, results, unavailable)
 
 
-def table(columns: Mapping[str, list[Result]], changes: bool) -> str:
-    names = list(dict.fromkeys(each.case for rows in columns.values() for each in rows if each.changes == changes))
-    found = {title: {each.case: each.outcome for each in rows} for title, rows in columns.items()}
-    lines = [
-        "| " + " | ".join(["changes the mapping" if changes else "must not count", *columns]) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
+def _cell(signs: Mapping[str, str]) -> str:
+    """What most kernels show, then the others."""
+    if not signs:
+        return "-"
+    most = Counter(signs.values()).most_common(1)[0][0]
+    others = {sign: [kernel for kernel in signs if signs[kernel] == sign] for sign in signs.values() if sign != most}
+    return "; ".join([most, *(f"{', '.join(kernels)}: {sign}" for sign, kernels in others.items())])
+
+
+def table(sources: Mapping[str, Mapping[str, list[Result]]], changes: bool) -> str:
+    """Of each source by kernel."""
+    names: dict[str, None] = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for source, kernels in sources.items():
+        for kernel, rows in kernels.items():
+            for row in rows:
+                if row.changes == changes:
+                    names[row.case] = None
+                    found.setdefault((source, row.case), {})[kernel] = SIGNS[row.outcome]
+    lines = ["| " + " | ".join(["changes the mapping" if changes else "must not count", *sources]) + " |"]
+    lines.append("|---" * (len(sources) + 1) + "|")
     for name in names:
-        cells = [SIGNS[found[title][name]] if name in found[title] else "-" for title in columns]
+        cells = [_cell(found.get((source, name), {})) for source in sources]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -108,14 +145,19 @@ def summary(columns: Mapping[str, list[Result]]) -> str:
 
 
 def page(kernels: list[Kernel], others: Mapping[str, list[Result]]) -> str:
-    columns = {f"{kernel.release}: {source}": rows for kernel in kernels for source, rows in kernel.results.items()}
+    rows = {f"{kernel.release}: {source}": rows for kernel in kernels for source, rows in kernel.results.items()}
+    sources: dict[str, dict[str, list[Result]]] = {}
+    for kernel in kernels:
+        for source, results in kernel.results.items():
+            sources.setdefault(source, {})[kernel.release] = results
+    peers_by_kernel = {title: {kernels[0].release: results} for title, results in others.items()}
     parts = [INTRODUCTION, "## Sources and probes\n", "| kernel | works | does not |\n|---|---|---|"]
     for kernel in kernels:
         missing = "; ".join(f"{source}: {reason}" for source, reason in kernel.unavailable.items())
         parts[-1] += f"\n| {kernel.title} | {', '.join(kernel.results)} | {missing} |"
     parts[-1] += "\n"
-    parts += [summary(columns), "## Kinds of change\n", LEGEND, table(columns, True), table(columns, False)]
-    parts += [PEERS, summary(others), table(others, True), table(others, False)]
+    parts += [summary(rows), "## Kinds of change\n", LEGEND, table(sources, True), table(sources, False)]
+    parts += [PEERS, summary(others), table(peers_by_kernel, True), table(peers_by_kernel, False)]
     if broken := broken_by(others, kernels[0]):
         parts += [
             "What no longer works under them:\n",
@@ -137,16 +179,20 @@ def broken_by(others: Mapping[str, list[Result]], kernel: Kernel) -> list[str]:
 
 
 def main() -> None:
-    def output(*command: str) -> str:
-        return subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
-
-    selftest = ("ummunotify", "selftest", "--json")
-    kernels = [parse("the CI machine", output(sys.executable, "-m", *selftest))]
-    for kernel in tomllib.loads((ROOT / "tests/vm/kernels.toml").read_text())["kernel"]:
-        run = (sys.executable, "tests/vm/run.py", "--only", kernel["name"], "--", *selftest)
-        kernels.append(parse(kernel["distribution"], output(*run)))
+    kernels = tomllib.loads((ROOT / "tests/vm/kernels.toml").read_text())["kernel"]
+    titles = {NATIVE: "the CI machine", **{kernel["name"]: kernel["distribution"] for kernel in kernels}}
+    if unknown := set(sys.argv[1:]) - set(titles):
+        sys.exit(f"there is no kernel {', '.join(unknown)}; there are {', '.join(titles)}")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or titles:
+        command = ["sh", "-c", COMMAND]
+        if name != NATIVE:  # those of arm64 take hours
+            command = [sys.executable, "tests/vm/run.py", "--only", name, "--timeout", "28800", "--", *command]
+        with Path(KEPT, f"{name}.log").open("w") as log:
+            subprocess.run(command, check=False, stdout=log, cwd=ROOT)
+    found = [parse(title, Path(KEPT, f"{name}.log").read_text()) for name, title in titles.items()]
     others = {peers.TITLES[name]: peers.measure(name) for name in peers.NAMES}
-    (ROOT / "docs/support.md").write_text(page(kernels, others))
+    (ROOT / "docs/support.md").write_text(page(found, others))
 
 
 if __name__ == "__main__":

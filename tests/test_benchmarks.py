@@ -129,16 +129,19 @@ def test_measuring_ends_when_it_is_known_well_enough() -> None:
 def test_support() -> None:
     case = {"case": "munmap", "changes": True, "outcome": "seen", "why": "", "bad": False}
     run = {"kernel": "Linux 6.1.0-1 x86_64", "sources": {"bpf:kvm": [case]}, "unavailable": {"uffd": "forbidden"}}
-    kernel = support.parse("Debian", f"a message\n{json.dumps(run, indent=2)}\nexit status 0\n")
+    text = f"a message\n{json.dumps(run, indent=2)}\nanother\n"
+    # Each source may have been tested by itself.
+    kernel = support.parse("Debian", text + json.dumps(run | {"sources": {"bpf:zap": [case]}}, indent=2) + "\nexit\n")
+    assert list(kernel.results) == ["bpf:kvm", "bpf:zap"]
     others = {"hooks": [Result("munmap", True, Outcome.MISSED, "units 1 of 2")]}
-    text = support.page([kernel], others)
-    assert "| Debian: 6.1.0-1 | bpf:kvm | uffd: forbidden |" in text
-    assert "| changes the mapping | 6.1: bpf:kvm |\n|---|---|\n| munmap | yes |" in text
-    assert "| munmap | **no** |" in text
-    # Kernels of one version are told apart.
-    run["kernel"] = "Linux 6.1.0-1-arm64-16k aarch64"
+    page = support.page([kernel], others)
+    assert "| Debian: 6.1.0-1 | bpf:kvm, bpf:zap | uffd: forbidden |" in page
+    assert "| changes the mapping | bpf:kvm | bpf:zap |\n|---|---|---|\n| munmap | yes | yes |" in page
+    assert "| munmap | **no** |" in page
+    # A kernel that differs is named, and kernels of one version are told apart.
+    run |= {"kernel": "Linux 6.1.0-1-arm64-16k aarch64", "sources": {"bpf:kvm": [case | {"outcome": "MISSED"}]}}
     other = support.parse("Debian, arm64", json.dumps(run, indent=2))
-    assert "| changes the mapping | 6.1: bpf:kvm | 6.1 arm64 16k: bpf:kvm |" in support.page([kernel, other], others)
+    assert "| munmap | yes; 6.1 arm64 16k: **no** | yes |" in support.page([kernel, other], others)
 
 
 def test_support_tells_what_others_break() -> None:
