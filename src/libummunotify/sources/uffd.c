@@ -28,7 +28,8 @@
  *
  * Each "came before" is one in memory too. 1 before i: A returned and told, or both were under the mmap lock. b before 4: both
  * are under the lock of the event queue. a before b and c before d: `cycle` changes by atomic operations that are full barriers.
- * i before ii: a load does not overtake a system call whose result decides whether it is made. These hold on Arm too.
+ * i before ii: `barrier` ends with an acquire fence. On Arm neither a system call's end nor a branch on its result keeps a later load
+ * from being made before what the kernel loaded. These hold on Arm too.
  *
  * i is one system call: UFFDIO_WRITEPROTECT fails with EAGAIN while the count is not 0, before it looks at its argument. Ours is
  * never valid, so the call takes no lock and changes nothing. That it does so is promised nowhere: `prove` tries it.
@@ -361,6 +362,7 @@ static enum barrier barrier(int fd)
 			result = NOT_YET;
 	}
 	errno = kept;
+	__atomic_thread_fence(__ATOMIC_ACQUIRE); /* i before ii */
 	return result;
 }
 
