@@ -9,6 +9,7 @@ attached to the same tracepoint.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import random
 import socket
@@ -26,7 +27,7 @@ from ummunotify.bpf import feeder, libbpf
 from . import bare
 from .samples import Pairs, Spread, spread
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 STRIDE = 4 * PAGE
 """From one region's start to the next. A region is a page."""
 GAP = 2 * PAGE

@@ -49,7 +49,7 @@ int bench_uffd_register(const uint64_t *addresses, uint32_t n)
 	struct uffdio_register page = {.mode = UFFDIO_REGISTER_MODE_WP};
 
 	for (uint32_t i = 0; i < n; i++) {
-		page.range = (struct uffdio_range){addresses[i], 4096};
+		page.range = (struct uffdio_range){addresses[i], (uint64_t)sysconf(_SC_PAGESIZE)};
 		if (ioctl(uffd, UFFDIO_REGISTER, &page))
 			return -1;
 	}
