@@ -44,7 +44,7 @@ vmtest: vmtest-packages
 # The same for arm64, by emulation; it takes hours.
 vmtest-arm64: vmtest-packages
 	tools/debian-packages $(ARM64_PACKAGES)
-	$(RUN)python tests/vm/run.py --arch arm64 --jobs 1 --timeout 14400
+	UMMUNOTIFY_CHANGES=$${UMMUNOTIFY_CHANGES:-100000} $(RUN)python tests/vm/run.py --arch arm64 --jobs 1 --timeout 28800
 
 # Writes docs/support.md: what is seen on which kernel, and by others.
 support: vmtest-packages

@@ -39,8 +39,6 @@ def build(
 
     A guest of another architecture has `package` where this machine has its own.
     """
-    if importlib.util.find_spec("Cython") is None:
-        require("cython", "it is not installed")
     sources = [HERE / "core/changes.pyx", HERE / "core/changes.c"]
     headers = [*LIBRARY.glob("include/*.h"), *HERE.glob("core/*.h"), *PACKAGE.glob("*.pxd")]
     contents = b"".join(path.read_bytes() for path in [Path(__file__), *sources, *sorted(headers)])
@@ -48,6 +46,8 @@ def build(
     library = HERE.parent / "build/tests" / name
     if library.exists():
         return library
+    if importlib.util.find_spec("Cython") is None:
+        require("cython", "it is not installed")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         source, made = Path(scratch, "changes.c"), Path(scratch, name)

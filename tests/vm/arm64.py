@@ -28,7 +28,7 @@ PACKAGES = (
     "base-passwd,bash,busybox-static,coreutils,dash,e2fsprogs,findutils,gcc,grep,hostname,iproute2,kmod,libbpf1,"
     "libc-bin,libc6-dev,libpython3-dev,mawk,mount,procps,python3,sed,util-linux"
 )
-FROM_PYPI = ("click", "hypothesis", "meson", "pytest", "rich")
+FROM_PYPI = ("click", "hypothesis", "meson", "numpy", "pytest", "rich")
 
 
 def make_tree(tree: Path, mirror: str) -> None:

@@ -59,8 +59,8 @@ class Guest(NamedTuple):
     """Of Debian, that has the package; if empty, one of this machine's."""
     append: str
     """To the kernel's command line."""
-    preempt: list[str]
-    """The models to run the tests under; booted with the last."""
+    preempt: str
+    """The preemption model to boot with; if empty, the kernel has no choice."""
     tests: list[str]
     sources: list[str]
     """That must work with BPF, and miss nothing."""
@@ -68,7 +68,7 @@ class Guest(NamedTuple):
 
 
 def guests(by_hand: bool) -> list[Guest]:
-    """Those of kernels.toml, each followed by the same for one preemption model only."""
+    """Those of kernels.toml, each followed by the same for each preemption model."""
     kernels = tomllib.loads((HERE / "kernels.toml").read_text())
     return [
         Guest(
@@ -77,15 +77,15 @@ def guests(by_hand: bool) -> list[Guest]:
             each["package"],
             each.get("suite", ""),
             each.get("append", ""),
-            models,
+            model,
             each["tests"],
             each["sources"],
             name,
         )
         for each in kernels["kernel"] + (kernels["by-hand"] if by_hand else [])
-        for name, models in (
-            (each["name"], each["preempt"]),
-            *((f"{each['name']}/{one}", [one]) for one in each["preempt"]),
+        for name, model in (
+            (each["name"], each["preempt"][0] if each["preempt"] else ""),
+            *((f"{each['name']}/{one}", one) for one in each["preempt"]),
         )
     ]
 
@@ -155,12 +155,12 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: 
     kept = {name: value for name, value in os.environ.items() if name.startswith(("UMMUNOTIFY_", "PYTEST_"))}
     kept |= {"PATH": PATH, "HOME": "/root", "VIRTUAL_ENV": sys.prefix, "UMMUNOTIFY_VM": guest.name}
     kept["UMMUNOTIFY_VM_TESTS"] = " ".join(f"tests/{each}" for each in guest.tests)
-    kept["UMMUNOTIFY_VM_PREEMPT"] = " ".join(guest.preempt)
     kept["UMMUNOTIFY_VM_SOURCES"] = " ".join(guest.sources)
     # What the guest has of the host's files, and where.
     shares = {Path("/"): Path("/")}
     if guest.arch == "arm64":
-        shares = {TREE: Path("/"), arm64.ROOT: arm64.ROOT, arm64.VENV: Path(sys.prefix)}
+        # Meson has tests/core at the place where it was compiled.
+        shares = {TREE: Path("/"), arm64.ROOT: arm64.ROOT, arm64.VENV: Path(sys.prefix), arm64.CORE: arm64.CORE}
         kept["UMMUNOTIFY_VM_CORE"] = str(arm64.CORE)
     kept["UMMUNOTIFY_VM_SHARES"] = " ".join(map(str, shares.values()))
     settings = [f"{name}={value}" for name, value in kept.items()]
@@ -186,7 +186,7 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: 
         arguments.append(f"--qemu-opts={hardware}")
         append = f"nowatchdog modprobe.blacklist={BLACKLIST} {guest.append}"
         if guest.preempt:
-            append += f" preempt={guest.preempt[-1]}"
+            append += f" preempt={guest.preempt}"
         if guest.arch == "amd64":
             # On a busy host the emulated clocks drift apart; that must not look like a defect of the guest.
             append += " tsc=reliable"
