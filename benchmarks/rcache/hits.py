@@ -45,9 +45,23 @@ class Native(NamedTuple):
     """Which it is."""
 
 
+Told = dict[str, list[tuple[float, float]]]
+"""Of a hit in UCX's cache in ns, by the order of the addresses: past what `run --ucx` preloads, and through it."""
+
+
+def _run(*arguments: str) -> Any:
+    return json.loads(subprocess.run([sys.executable, "-m", *arguments], check=True, stdout=subprocess.PIPE).stdout)
+
+
 def measure(quick: bool) -> Native:
-    command = [sys.executable, "-m", __name__, *(["--quick"] if quick else [])]
-    return Native(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    return Native(**_run(__name__, *(["--quick"] if quick else [])))
+
+
+def measure_told(quick: bool) -> Told:
+    """Nothing, if there is no UCX."""
+    preload = ["ummunotify", "run", "--quiet", "--ucx", "--", sys.executable, "-m"]
+    told: Told = _run(*preload, __name__, "--told", *(["--quick"] if quick else []))
+    return told
 
 
 class _Registrar:
@@ -83,11 +97,11 @@ def _build(folder: str) -> tuple[ctypes.CDLL, str]:
     library = ctypes.CDLL(path)
     pointer, size, count = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32
     library.bench_ucx_new.restype = pointer
-    library.bench_hits.argtypes = library.bench_ucx_hits.argtypes = (pointer, pointer, count, size)
+    for function in (library.bench_hits, library.bench_ucx_hits, library.bench_ucx_hits_past):
+        function.argtypes, function.restype = (pointer, pointer, count, size), size
     library.bench_misses.argtypes = (pointer, count, size, count)
     library.bench_threads.argtypes = (pointer, pointer, pointer, count, size, count, count)
-    for function in (library.bench_hits, library.bench_ucx_hits, library.bench_misses, library.bench_threads):
-        function.restype = size
+    library.bench_misses.restype = library.bench_threads.restype = size
     return library, ucx[0] if ucx else ""
 
 
@@ -119,25 +133,49 @@ def _undisturbed(run: Any, *arguments: Any, tries: int = 20) -> Iterator[float]:
             return
 
 
-def _main(quick: bool) -> None:
-    rounds = 20 if quick else 300
-    undisturbed()
+def _places(area: mmap.mmap) -> list[int]:
+    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    return [base + i * STRIDE for i in range(REGISTRATIONS)]
+
+
+def _orders(places: list[int]) -> Iterator[tuple[str, tuple[Any, int, int]]]:
+    """What the functions take, by the order."""
+    for order, those in ((IN_ORDER, places), (AT_RANDOM, random.Random(2).sample(places, len(places)))):
+        yield order, ((ctypes.c_uint64 * REGISTRATIONS)(*those), REGISTRATIONS, PAGE)
+
+
+def _told(rounds: int) -> Told:
+    times: Told = {}
+    with tempfile.TemporaryDirectory() as folder:
+        library, ucx = _build(folder)
+    if not ucx:
+        return times
+    area = mmap.mmap(-1, REGISTRATIONS * STRIDE, flags=mmap.MAP_PRIVATE)
+    cache = library.bench_ucx_new()
+    for order, arguments in _orders(_places(area)):
+        library.bench_ucx_hits(cache, *arguments)  # registers
+        times[order] = []
+        for _ in range(rounds):
+            for past in _undisturbed(library.bench_ucx_hits_past, cache, *arguments):
+                for through in _undisturbed(library.bench_ucx_hits, cache, *arguments):
+                    times[order].append((past / REGISTRATIONS, through / REGISTRATIONS))
+    return times
+
+
+def _main(rounds: int) -> Native:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         caches = [stack.enter_context(ummunotify.RegistrationCache(_Registrar())) for _ in range(THREADS)]
         library, ucx = _build(folder)
         area = mmap.mmap(-1, REGISTRATIONS * STRIDE, flags=mmap.MAP_PRIVATE)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        places = [base + i * STRIDE for i in range(REGISTRATIONS)]
+        places = _places(area)
         for cache in caches:
             for place in places:
                 cache.acquire((place, PAGE)).release()
         natives = [_native_cache(cache) for cache in caches]
         ours, theirs = natives[0], library.bench_ucx_new() if ucx else None
         pairs: dict[str, list[tuple[float, float | None]]] = {}
-        for order, those in ((IN_ORDER, places), (AT_RANDOM, random.Random(2).sample(places, len(places)))):
-            addresses = (ctypes.c_uint64 * REGISTRATIONS)(*those)
-            arguments = (addresses, REGISTRATIONS, PAGE)
+        for order, arguments in _orders(places):
             pairs[order] = []
             if theirs:
                 library.bench_ucx_hits(theirs, *arguments)  # registers
@@ -147,6 +185,7 @@ def _main(quick: bool) -> None:
                         pairs[order].append((time / REGISTRATIONS, None))
                     for other in _undisturbed(library.bench_ucx_hits, theirs, *arguments) if theirs else ():
                         pairs[order].append((time / REGISTRATIONS, other / REGISTRATIONS))
+        addresses = arguments[0]
         each = REGISTRATIONS // THREADS
         array = ctypes.c_void_p * THREADS
         kinds = {
@@ -165,8 +204,10 @@ def _main(quick: bool) -> None:
         miss = _found(library.bench_misses(addresses, REGISTRATIONS, PAGE, 3)) / REGISTRATIONS
         assert all(cache.stats.misses == REGISTRATIONS for cache in caches)
         del area
-    json.dump(Native(pairs, threads, miss, ucx)._asdict(), sys.stdout)
+    return Native(pairs, threads, miss, ucx)
 
 
 if __name__ == "__main__":
-    _main("--quick" in sys.argv)
+    undisturbed()
+    _rounds = 20 if "--quick" in sys.argv else 300
+    json.dump(_told(_rounds) if "--told" in sys.argv else _main(_rounds)._asdict(), sys.stdout)

@@ -89,12 +89,20 @@ static void *add_route(struct route **routes, const void *caller, const char *na
 	return found;
 }
 
-static inline void *route_of(struct route **routes, const void *caller, const char *name)
+/* NULL: not found yet. */
+static inline void *known_route(struct route *const *routes, const void *caller)
 {
-	for (struct route *route = __atomic_load_n(routes, __ATOMIC_ACQUIRE); route; route = route->next)
+	for (const struct route *route = __atomic_load_n(routes, __ATOMIC_ACQUIRE); route; route = route->next)
 		if (route->caller == caller)
 			return route->found;
-	return add_route(routes, caller, name);
+	return NULL;
+}
+
+static void *route_of(struct route **routes, const void *caller, const char *name)
+{
+	void *found = known_route(routes, caller);
+
+	return found ? found : add_route(routes, caller, name);
 }
 
 #define NEXT(name)                                                                                                                 \
@@ -115,14 +123,25 @@ static void *beside(const void *address, const char *name)
 
 /* ---- What looks into a cache ---- */
 
+static __attribute__((noinline)) long drain_and_pass_on(struct route **routes, const void *caller, const char *name, PARAMETERS)
+{
+	function *next = (function *)route_of(routes, caller, name);
+
+	ucx_drain();
+	return next ? next(ARGUMENTS) : UNSUPPORTED;
+}
+
+/* Mostly there is nothing to do. Then no function is called but the one behind, by a jump, so that the arguments stay where they are. */
 #define DRAINS(name)                                                                                                               \
 	EXPORT function name;                                                                                                      \
 	long name(PARAMETERS)                                                                                                      \
 	{                                                                                                                          \
-		function *next = (function *)NEXT(name);                                                                           \
+		static struct route *routes;                                                                                       \
+		function *next = (function *)known_route(&routes, CALLER);                                                         \
                                                                                                                                    \
-		ucx_drain();                                                                                                       \
-		return next ? next(ARGUMENTS) : UNSUPPORTED;                                                                       \
+		if (__builtin_expect(next && ucx_all_told(), 1))                                                                   \
+			return next(ARGUMENTS);                                                                                    \
+		return drain_and_pass_on(&routes, CALLER, #name, ARGUMENTS);                                                       \
 	}
 
 DRAINS(ucp_am_recv_data_nbx)

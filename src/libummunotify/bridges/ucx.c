@@ -43,6 +43,7 @@
 
 #include "bridges/preload.h"
 #include "include/ummunotify.h"
+#include "notifier/notifier.h"
 #include "process/process.h"
 
 #define BUCKETS 4096 /* a power of two */
@@ -65,7 +66,6 @@ struct ucm {
 static struct {
 	struct ummunotify *umn; /* set once in each process */
 	struct ucm *ucms;
-	size_t unwatched_now;
 	unsigned long told;
 
 	pthread_mutex_t lock; /* of what follows, and for changing what is above */
@@ -74,6 +74,9 @@ static struct {
 	struct ucx_pin *unwatched; /* the newest */
 	unsigned long watched, refused;
 } the = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+struct ucx_told *ucx_told;
+size_t ucx_unwatched;
 
 /* ---- Telling ---- */
 
@@ -99,6 +102,29 @@ static void expel_unwatched(void)
 	pthread_mutex_unlock(&the.lock);
 }
 
+/* A number that another thread has just made larger may become smaller again: then ucx_drain is called once more. Nothing else reads
+ * events, so what was delivered was told. */
+static void note_told(const struct ummunotify *umn)
+{
+	struct ucx_told *told = __atomic_load_n(&ucx_told, __ATOMIC_ACQUIRE);
+	uint64_t generation = umn_dispatched(umn);
+
+	if (told && told->generation == umn_generation_of(umn) && generation)
+		__atomic_store_n(&told->up_to, generation, __ATOMIC_RELEASE);
+}
+
+/* A notifier that was just opened; before it watches anything. */
+static void use(struct ummunotify *umn)
+{
+	struct ucx_told *told = umn_counts_in_time(umn) ? malloc(sizeof *told) : NULL;
+
+	umn_begin_at_one(umn); /* so that umn_dispatched knows */
+	if (told)
+		*told = (struct ucx_told){umn_generation_of(umn), umn_process_current(), umn_dispatched(umn)};
+	__atomic_store_n(&the.umn, umn, __ATOMIC_RELEASE);
+	__atomic_store_n(&ucx_told, told, __ATOMIC_RELEASE);
+}
+
 /* Threads that drain meanwhile find the parent's notifier, which has changed; and wait for the lock. It is not closed: they use it. */
 static void begin_in_child(void)
 {
@@ -110,7 +136,7 @@ static void begin_in_child(void)
 		if (!ummunotify_open(&umn, NULL)) {
 			/* What is in the caches now is not watched. Registrations by other threads wait for the lock, or fail to be watched. */
 			expel(NULL, SIZE_MAX);
-			__atomic_store_n(&the.umn, umn, __ATOMIC_RELEASE);
+			use(umn);
 		}
 		the.inherited = false;
 	}
@@ -119,14 +145,18 @@ static void begin_in_child(void)
 
 static __attribute__((noinline)) void tell(void)
 {
+	struct ummunotify *umn;
 	int before = errno;
 
 	umn_process_current();
 	if (__atomic_load_n(&the.inherited, __ATOMIC_ACQUIRE))
 		begin_in_child();
-	if (ummunotify_dispatch(__atomic_load_n(&the.umn, __ATOMIC_ACQUIRE), expel_changed, NULL) < 0)
+	umn = __atomic_load_n(&the.umn, __ATOMIC_ACQUIRE);
+	if (ummunotify_dispatch(umn, expel_changed, NULL) < 0)
 		expel(NULL, SIZE_MAX); /* it cannot be known what has changed */
-	if (__atomic_load_n(&the.unwatched_now, __ATOMIC_ACQUIRE))
+	else
+		note_told(umn);
+	if (__atomic_load_n(&ucx_unwatched, __ATOMIC_ACQUIRE))
 		expel_unwatched();
 	errno = before;
 }
@@ -135,8 +165,12 @@ void ucx_drain(void)
 {
 	struct ummunotify *umn = __atomic_load_n(&the.umn, __ATOMIC_ACQUIRE);
 
-	if (umn && (ummunotify_changed(umn) || __atomic_load_n(&the.unwatched_now, __ATOMIC_ACQUIRE)))
+	if (!umn)
+		return;
+	if (ummunotify_changed(umn) || __atomic_load_n(&ucx_unwatched, __ATOMIC_ACQUIRE))
 		tell();
+	else
+		note_told(umn);
 }
 
 /* ---- Registrations ---- */
@@ -176,7 +210,7 @@ static void link_unwatched(struct ucx_pin *pin)
 		pin->older->newer = pin;
 	the.unwatched = pin;
 	the.refused++;
-	__atomic_add_fetch(&the.unwatched_now, 1, __ATOMIC_SEQ_CST);
+	__atomic_add_fetch(&ucx_unwatched, 1, __ATOMIC_SEQ_CST);
 }
 
 static void release(struct ucx_pin *pin)
@@ -188,7 +222,7 @@ static void release(struct ucx_pin *pin)
 		*(pin->newer ? &pin->newer->older : &the.unwatched) = pin->older;
 		if (pin->older)
 			pin->older->newer = pin->newer;
-		__atomic_sub_fetch(&the.unwatched_now, 1, __ATOMIC_SEQ_CST);
+		__atomic_sub_fetch(&ucx_unwatched, 1, __ATOMIC_SEQ_CST);
 		pthread_mutex_unlock(&the.lock);
 	}
 	free(pin);
@@ -274,7 +308,8 @@ static void in_child(void)
 	for (size_t i = 0; i < BUCKETS; i++)
 		the.pins[i] = NULL;
 	the.unwatched = NULL;
-	the.unwatched_now = 0;
+	ucx_told = NULL;
+	ucx_unwatched = 0;
 	the.watched = the.refused = the.told = 0;
 	__atomic_store_n(&the.inherited, the.umn != NULL, __ATOMIC_RELEASE);
 }
@@ -290,7 +325,7 @@ static void open_once(void)
 	if (!umn_process_start())
 		umn_process_add_child(in_child);
 	if (!ummunotify_open(&umn, NULL))
-		__atomic_store_n(&the.umn, umn, __ATOMIC_RELEASE);
+		use(umn);
 	else if (!bridge_quiet())
 		fprintf(stderr, "ummunotify: UCX goes on with its own hooks: %s\n", ummunotify_error());
 }

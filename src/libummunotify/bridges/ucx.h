@@ -5,12 +5,38 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
+
+#include "process/process.h"
 
 /* A cache is about to be made; this is its UCX's ucm_vm_munmap. False: it will not be told, as no source works. */
 bool ucx_add_cache(void (*vm_munmap)(void *address, size_t length));
 
 /* Tells all caches of every change up to now, by whichever thread. Before UCX looks into one. */
 void ucx_drain(void);
+
+/* For ucx_all_told. One for each notifier, never freed. */
+struct ucx_told {
+	const uint64_t *generation; /* the notifier's: counts changes */
+	uint32_t epoch;		    /* of the process that opened it */
+	uint64_t up_to;		    /* the caches have been told of every change that the generation counted up to this */
+};
+extern struct ucx_told *ucx_told __attribute__((visibility("hidden"))); /* NULL: only ucx_drain can know */
+extern size_t ucx_unwatched __attribute__((visibility("hidden")));	/* registrations now that the source refused */
+
+/* Is there nothing that ucx_drain would do? A few loads. The epoch comes first: in a child the generation is not mapped. `up_to` comes
+ * before the generation: a change that the caller can know of has been counted, so if the two are equal, the caches have been
+ * told of it before `up_to` was stored. */
+static inline bool ucx_all_told(void)
+{
+	const struct ucx_told *told = __atomic_load_n(&ucx_told, __ATOMIC_ACQUIRE);
+	uint64_t up_to;
+
+	if (!told || !umn_process_is(told->epoch) || __atomic_load_n(&ucx_unwatched, __ATOMIC_ACQUIRE))
+		return false;
+	up_to = __atomic_load_n(&told->up_to, __ATOMIC_ACQUIRE);
+	return __atomic_load_n(told->generation, __ATOMIC_ACQUIRE) == up_to;
+}
 
 /* Before memory is pinned. False: no memory. *pin is NULL if there is no cache that could keep the registration. */
 struct ucx_pin;

@@ -530,6 +530,11 @@ uint64_t umn_dispatched(const struct ummunotify *umn)
 	return __atomic_load_n(&umn->delivering, __ATOMIC_ACQUIRE) ? 0 : seen;
 }
 
+bool umn_counts_in_time(const struct ummunotify *umn)
+{
+	return !umn->connection->source;
+}
+
 int ummunotify_stats(struct ummunotify *umn, struct ummunotify_stats *stats)
 {
 	struct umn_table_stats of_table;

@@ -31,6 +31,9 @@ void umn_begin_at_one(struct ummunotify *umn);
 /* A generation up to which every change has been delivered, and acted on if all is read by ummunotify_dispatch; 0: not known now. */
 uint64_t umn_dispatched(const struct ummunotify *umn);
 
+/* The generation alone says whether anything has changed. False: the source's news may come late. */
+bool umn_counts_in_time(const struct ummunotify *umn);
+
 /* Once it has been reported, a region must be renewed for its changes to be reported again. */
 bool umn_must_renew(const struct ummunotify *umn);
 
