@@ -23,11 +23,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bridges/next.h"
 #include "bridges/preload.h"
 #include "bridges/ucx.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define CALLER __builtin_extract_return_addr(__builtin_return_address(0))
 
 #define UNSUPPORTED (-22) /* UCS_ERR_UNSUPPORTED */
 #define VM_UNMAPPED (1 << 17) /* UCM_EVENT_VM_UNMAPPED */
@@ -37,84 +37,10 @@
 #define ARGUMENTS a, b, c, d, e, f, g, h
 typedef long function(PARAMETERS);
 
-/* ---- The functions behind ours ---- */
-
-/* Found for a caller. Never removed: there are as many as calls in the program's code. */
-struct route {
-	const void *caller;
-	void *found;
-	struct route *next;
-};
-
-static pthread_mutex_t routes_lock = PTHREAD_MUTEX_INITIALIZER;
-
-/* Never unloaded from now on. */
-static void *keep(const void *address)
-{
-	Dl_info info;
-
-	return dladdr(address, &info) ? dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE) : NULL;
-}
-
-/* In the order in which the dynamic linker would have looked. */
-static void *find(const void *caller, const char *name)
-{
-	void *found = dlsym(RTLD_NEXT, name), *handle = keep(caller);
-
-	if (handle) {
-		if (!found)
-			found = dlsym(handle, name);
-		dlclose(handle);
-	}
-	handle = found ? keep(found) : NULL;
-	if (handle)
-		dlclose(handle);
-	return found;
-}
-
-static void *add_route(struct route **routes, const void *caller, const char *name)
-{
-	struct route *route = malloc(sizeof *route);
-	void *found = find(caller, name);
-
-	if (!route || !found) {
-		free(route);
-		return found;
-	}
-	*route = (struct route){.caller = caller, .found = found};
-	pthread_mutex_lock(&routes_lock);
-	route->next = *routes;
-	__atomic_store_n(routes, route, __ATOMIC_RELEASE);
-	pthread_mutex_unlock(&routes_lock);
-	return found;
-}
-
-/* NULL: not found yet. */
-static inline void *known_route(struct route *const *routes, const void *caller)
-{
-	for (const struct route *route = __atomic_load_n(routes, __ATOMIC_ACQUIRE); route; route = route->next)
-		if (route->caller == caller)
-			return route->found;
-	return NULL;
-}
-
-static void *route_of(struct route **routes, const void *caller, const char *name)
-{
-	void *found = known_route(routes, caller);
-
-	return found ? found : add_route(routes, caller, name);
-}
-
-#define NEXT(name)                                                                                                                 \
-	({                                                                                                                         \
-		static struct route *routes;                                                                                       \
-		route_of(&routes, CALLER, #name);                                                                                  \
-	})
-
 /* Another function of the library that this one is in. */
 static void *beside(const void *address, const char *name)
 {
-	void *handle = keep(address), *found = handle ? dlsym(handle, name) : NULL;
+	void *handle = next_keep(address), *found = handle ? dlsym(handle, name) : NULL;
 
 	if (handle)
 		dlclose(handle);
@@ -123,9 +49,9 @@ static void *beside(const void *address, const char *name)
 
 /* ---- What looks into a cache ---- */
 
-static __attribute__((noinline)) long drain_and_pass_on(struct route **routes, const void *caller, const char *name, PARAMETERS)
+static __attribute__((noinline)) long drain_and_pass_on(struct next_route **routes, const void *caller, const char *name, PARAMETERS)
 {
-	function *next = (function *)route_of(routes, caller, name);
+	function *next = (function *)next_for(routes, caller, name);
 
 	ucx_drain();
 	return next ? next(ARGUMENTS) : UNSUPPORTED;
@@ -136,8 +62,8 @@ static __attribute__((noinline)) long drain_and_pass_on(struct route **routes, c
 	EXPORT function name;                                                                                                      \
 	long name(PARAMETERS)                                                                                                      \
 	{                                                                                                                          \
-		static struct route *routes;                                                                                       \
-		function *next = (function *)known_route(&routes, CALLER);                                                         \
+		static struct next_route *routes;                                                                                       \
+		function *next = (function *)next_known(&routes, CALLER);                                                         \
                                                                                                                                    \
 		if (__builtin_expect(next && ucx_all_told(), 1))                                                                   \
 			return next(ARGUMENTS);                                                                                    \
