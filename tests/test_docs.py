@@ -42,7 +42,14 @@ TESTS = {
         "umn = ummunotify.open()": "test_docs.py: test_readme_methods",
         "cache = ummunotify.Reg": "test_docs.py: test_readme_cache",
     },
-    "docs/architecture.md": {"munmap ──>": OUTPUT},
+    "docs/architecture.md": {"munmap ──>": OUTPUT, "records.c ": OUTPUT},
+    "docs/audit.md": {
+        "ummunotify audit -- python": "test_docs.py: test_audit",
+        "process 4711": OUTPUT,
+        "ummunotify audit -- PROGRAM": FORM,
+        "mpiexec -n 64": FORM,
+        "# freed at the end": "test_audit.py: test_suppressions",
+    },
     "docs/c.md": {
         "#include <stdio.h>": "test_docs.py: test_c_program",
         "cc program.c": "test_docs.py: test_c_program",
@@ -318,3 +325,26 @@ def test_libfabric_c(tmp_path: Path) -> None:
 def test_selftest_commands(tmp_path: Path) -> None:
     require_source("bpf:kvm")
     assert "no miss" in shell(block("docs/selftest.md", "ummunotify selftest"), tmp_path)
+
+
+def test_audit() -> None:
+    """What the page shows of the report is in it."""
+    require_source("bpf")
+    command = block("docs/audit.md", "ummunotify audit -- python").split()
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    said = re.sub(r"[^\s(]*/(?=examples/|Modules/)", "", result.stdout + result.stderr)
+    shown = block("docs/audit.md", "process 4711")
+    changing = r"0x[0-9a-f]+|\b4711\b|\d+\.\d{3} s"
+    for line in shown.splitlines():
+        # Where this Python has no debug information mmap's functions have no lines.
+        if line.strip() not in ("", "...") and "mmapmodule" not in line and not re.match(r" +#", line):
+            pattern = re.escape(re.sub(changing, "@", line)).replace("@", r"\S+( s)?")
+            assert re.search(pattern, said), line
+    for function in ("read", "new_buffer", "main"):
+        assert re.search(rf"#\d+ {function} \(examples/stale_buffer\.py:\d+\)", said)
+    lines = (ROOT / "examples/stale_buffer.py").read_text().splitlines()
+    for number in re.findall(r"stale_buffer\.py:(\d+)", shown):
+        assert f"stale_buffer.py:{number})" in said
+        assert lines[int(number) - 1].strip()

@@ -11,6 +11,7 @@ import click
 from .. import __version__
 
 _COMMANDS = {
+    "audit": "Run a program, and report memory that changed while it was pinned.",
     "config": "Print the compiler options for C programs that use libummunotify.",
     "daemon": "Serve notifications to users who may not load BPF programs.",
     "demo": "Show, with real pages, the error that ummunotify prevents.",

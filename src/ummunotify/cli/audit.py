@@ -1,0 +1,120 @@
+"""`ummunotify audit`: finds memory that a program changes while it is pinned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from ..audit import page, records, report, text
+from ..audit.findings import Report, SuppressionError, Suppressions, judge, read_suppressions
+from . import programs
+
+_PASSED_ON = (signal.SIGHUP, signal.SIGTERM)
+_OF_THE_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+"""The program gets them from the terminal."""
+
+
+def _run(path: str, command: list[str], environment: dict[str, str]) -> int:
+    """Its exit status; negative: the signal that ended it."""
+    for each in _OF_THE_TERMINAL:
+        signal.signal(each, lambda *_: None)  # not SIG_IGN, which the program would inherit
+    try:
+        process = subprocess.Popen(command, executable=path, env=environment, close_fds=False)
+    except OSError as error:
+        raise programs.why_not_executed(path, error) from None
+    for each in _PASSED_ON:
+        signal.signal(each, lambda number, _: process.send_signal(number))
+    return process.wait()
+
+
+def _print(result: Report, every: bool) -> None:
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print()
+    for each in text.findings(result, every):
+        console.print(each)
+    for line in text.summary(result, every):
+        console.print(f"ummunotify audit: {line}")
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--source", help="Insist on a source, as with `ummunotify run`.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False), help="Write the report as JSON to this file; - is stdout."
+)
+@click.option("--html", "html_path", type=click.Path(dir_okay=False), help="Write the report as an HTML page, too.")
+@click.option("--all", "every", is_flag=True, help="Show what was deregistered without a use, too.")
+@click.option(
+    "--error-exitcode",
+    type=click.IntRange(1, 255),
+    help="Exit with this if there are findings. Else: as the program did.",
+)
+@click.option(
+    "--suppressions", type=click.Path(exists=True, dir_okay=False), help="Findings that are known; see below."
+)
+@click.option("--mlock", is_flag=True, help="Take what mlock locks for pinned.")
+@click.argument("program")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def audit(
+    source: str | None,
+    json_path: str | None,
+    html_path: str | None,
+    every: bool,
+    error_exitcode: int | None,
+    suppressions: str | None,
+    mlock: bool,
+    program: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run PROGRAM, and report memory that changed while it was pinned.
+
+    ummunotify audit [OPTIONS] -- PROGRAM [ARGUMENTS]
+
+    PROGRAM is not changed; what it registers with libibverbs, io_uring or CUDA is watched until it is deregistered.
+    The report, on standard error, says what was pinned, what changed it, and whether the pin was used after that, each
+    with its stack. It includes the processes that PROGRAM starts. One that is killed has its report up to then.
+
+    A line of the file for --suppressions is pin:, change:, use: or any: and a pattern: a function, a source file or a
+    library, with * and ?. A finding is left out if a frame of that stack matches.
+
+    Exits as PROGRAM does (128 and the signal's number if that ended it), with 127 if there is no PROGRAM, with 126 if
+    it cannot be executed. See docs/audit.md.
+    """
+    path = programs.find(program)
+    why = programs.deaf(path)
+    if why:
+        raise click.ClickException(f"{why}: it cannot be audited")
+    try:
+        known = read_suppressions(Path(suppressions)) if suppressions else Suppressions()
+    except (OSError, UnicodeDecodeError, SuppressionError) as error:
+        raise click.BadParameter(str(error), param_hint="--suppressions") from None
+    environment = dict(os.environ)
+    programs.preload(["audit"], environment)
+    if mlock:
+        environment["UMMUNOTIFY_AUDIT_MLOCK"] = "1"
+    programs.choose(source, environment)
+    command = [program, *arguments]
+    with tempfile.TemporaryDirectory(prefix="ummunotify-audit-") as directory:
+        environment["UMMUNOTIFY_AUDIT_DIRECTORY"] = directory
+        began = time.time()
+        status = _run(path, command, environment)
+        result = judge(command, status, began, time.time(), records.read(Path(directory)), known)
+    if not result.processes:
+        click.echo(f"Warning: nothing could be preloaded into {program}: it was not audited", err=True)
+    _print(result, every)
+    if json_path:
+        with click.open_file(json_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(report.as_json(result), indent=1) + "\n")
+    if html_path:
+        Path(html_path).write_text(page.render(result), encoding="utf-8", errors="replace")
+    if error_exitcode and result.wrong:
+        sys.exit(error_exitcode)
+    sys.exit(status if status >= 0 else 128 - status)

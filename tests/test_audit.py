@@ -1,0 +1,330 @@
+"""`ummunotify audit`: what it finds in programs that change memory while it is pinned, and in correct ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from daemons import COMMAND, PATIENCE
+from support import require, require_source
+from test_c import HERE, build, source
+
+from ummunotify.audit.report import SCHEMA
+
+__all__ = ["source"]  # a fixture
+
+ROOT = Path(__file__).parents[1]
+USED, KEPT, RELEASED = "used", "kept", "released"
+RETURNED = 7
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build(HERE / "audit.c", tmp_path_factory.mktemp("audit") / "audit", "-fno-omit-frame-pointer")
+
+
+class Audited:
+    def __init__(self, report: dict[str, Any], result: subprocess.CompletedProcess[str]) -> None:
+        self.report = report
+        self.findings: list[dict[str, Any]] = report["findings"]
+        self.status = result.returncode
+        self.text = result.stderr
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        counts = self.report["counts"]
+        return counts[USED], counts[KEPT], counts[RELEASED]
+
+    @property
+    def pins(self) -> int:
+        return sum(process["pins"] for process in self.report["processes"])
+
+
+Audit = Callable[..., Audited]
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Audit:
+    """Runs a command, and checks that the report is as the schema says."""
+
+    def run(*command: str, options: tuple[str, ...] = (), **environment: str) -> Audited:
+        path = tmp_path / "report.json"
+        words = [*COMMAND, "audit", "--json", str(path), *options, "--", *command]
+        result = subprocess.run(
+            words, env=os.environ | environment, capture_output=True, text=True, timeout=4 * PATIENCE, check=False
+        )
+        report = json.loads(path.read_text())
+        jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+        return Audited(report, result)
+
+    return run
+
+
+def functions(stack: list[dict[str, Any]], language: str = "c") -> list[str]:
+    return [frame["function"] for frame in stack if frame["language"] == language]
+
+
+def test_stale_pin(program: str, audit: Audit, source: str) -> None:
+    """With both stacks and the use; userfaultfd cannot say which thread it was."""
+    result = audit(program, "stale", UMMUNOTIFY_SOURCE=source)
+    assert result.status == RETURNED
+    assert result.counts == (1, 0, 0)
+    [finding] = result.findings
+    pin, [change], [use] = finding["pin"], finding["changes"], finding["uses"]
+    assert (pin["interface"], pin["call"], pin["length"]) == ("io_uring", "io_uring_register", 4096)
+    assert functions(pin["stack"])[:3] == ["pin_buffer", "stale", "main"]
+    assert (change["start"], change["end"]) == (pin["address"], pin["address"] + pin["length"])
+    assert functions(use["stack"])[:2] == ["use_buffer", "stale"]
+    assert (use["address"], use["length"], use["now"]) == (pin["address"], 4096, "memory")
+    assert finding["unpin"]["call"] == "io_uring_register"
+    assert pin["time"] <= change["time"] <= use["time"] <= finding["unpin"]["time"]
+    place = pin["stack"][0]
+    assert Path(place["file"]).name == "audit.c"
+    assert "syscall" in (HERE / "audit.c").read_text().splitlines()[place["line"] - 1]
+    if source == "uffd":
+        assert (change["cause"], change["thread"], change["stack"]) == ("not known", 0, [])
+        assert "userfaultfd does not tell" in result.text
+    else:
+        assert (change["cause"], change["call"]) == ("munmap", "munmap")
+        assert functions(change["stack"])[:2] == ["free_buffer", "stale"]
+        assert "free_buffer" in result.text
+    assert f"{pin['address']:#x}, pinned by io_uring: used after its memory had changed" in result.text
+
+
+@pytest.mark.parametrize(("mode", "counts"), [("kept", (0, 1, 0)), ("released", (0, 0, 1)), ("correct", (0, 0, 0))])
+def test_severity(program: str, audit: Audit, source: str, mode: str, counts: tuple[int, int, int]) -> None:
+    result = audit(program, mode, options=("--error-exitcode", "99"), UMMUNOTIFY_SOURCE=source)
+    assert result.counts == counts, result.text
+    assert result.status == (99 if mode == "kept" else RETURNED)
+    assert ("deregistered without a use (--all shows them)" in result.text) == (mode == "released")
+
+
+def test_all(program: str, audit: Audit) -> None:
+    assert "then deregistered without a use\n" in audit(program, "released", options=("--all",)).text
+
+
+@pytest.fixture
+def kernel() -> None:
+    """A source that tells which thread made a change."""
+    require_source("bpf")
+
+
+@pytest.mark.usefixtures("kernel")
+class TestCircumstances:
+    def test_freed_by_malloc(self, program: str, audit: Audit) -> None:
+        [finding] = audit(program, "freed").findings
+        assert finding["severity"] == USED
+        assert (finding["changes"][0]["cause"], finding["changes"][0]["call"]) == ("munmap", "free")
+        assert functions(finding["changes"][0]["stack"])[:2] == ["free_block", "freed"]
+
+    def test_freed_by_another_thread(self, program: str, audit: Audit) -> None:
+        [finding] = audit(program, "thread").findings
+        [change] = finding["changes"]
+        assert finding["severity"] == USED
+        assert change["thread_name"] == "cleaner"
+        assert change["thread"] != finding["pin"]["thread"]
+        assert functions(change["stack"])[:2] == ["free_buffer", "thread_that_frees"]
+
+    @pytest.mark.skipif(os.uname().machine != "x86_64", reason="it makes the system call by an instruction")
+    def test_freed_by_a_bare_system_call(self, program: str, audit: Audit) -> None:
+        """It has no stack, and not that of the thread's next call."""
+        [change] = audit(program, "bare").findings[0]["changes"]
+        assert (change["cause"], change["call"], change["stack"]) == ("munmap", "", [])
+
+    def test_child(self, program: str, audit: Audit) -> None:
+        """What a child frees is its own; what it pins is in the same report."""
+        result = audit(program, "child")
+        [finding] = result.findings
+        assert finding["severity"] == USED
+        first, second = result.report["processes"]
+        assert (finding["process"], second["parent"]) == (second["pid"], first["pid"])
+        assert (first["pins"], second["pins"]) == (1, 1)
+
+    def test_truncated_by_another_process(self, program: str, audit: Audit) -> None:
+        [finding] = audit(program, "truncated", options=("--mlock",)).findings
+        assert (finding["severity"], finding["pin"]["interface"]) == (KEPT, "mlock")
+        change = finding["changes"][0]
+        assert change["other"]
+        assert (change["cause"], change["process_name"]) == ("truncate", "cutter")
+
+    def test_mlock_is_no_pin_unless_asked(self, program: str, audit: Audit) -> None:
+        assert audit(program, "truncated").pins == 0
+
+    @pytest.mark.parametrize(("mode", "number"), [("killed", signal.SIGKILL), ("crash", signal.SIGSEGV)])
+    def test_signal(self, program: str, audit: Audit, mode: str, number: int) -> None:
+        """What was recorded stays."""
+        result = audit(program, mode)
+        assert result.status == 128 + number
+        assert result.report["status"] == -number
+        assert [each["severity"] for each in result.findings] == [KEPT if mode == "killed" else USED]
+        assert not result.report["processes"][0]["ended"]
+
+    def test_ten_thousand_pins(self, program: str, audit: Audit) -> None:
+        result = audit(program, "many")
+        assert result.pins == 10_000
+        assert result.counts == (0, 0, 6)
+        first, *others = sorted(finding["pin"]["address"] for finding in result.findings)
+        assert [address - first for address in others] == [4096, 8192, 12288, 16384, 8990 * 4096]
+
+    def test_exec(self, program: str, audit: Audit) -> None:
+        result = audit(program, "exec")
+        assert result.status == 0
+        [finding] = result.findings
+        assert (finding["severity"], finding["command"]) == (KEPT, f"{program} exec")
+        assert [process["command"] for process in result.report["processes"]] == [f"{program} exec", "audit nothing"]
+
+    def test_descriptors_that_the_program_closes(self, program: str, audit: Audit) -> None:
+        [finding] = audit(program, "descriptors").findings
+        assert finding["severity"] == USED
+        assert functions(finding["changes"][0]["stack"])[:2] == ["free_buffer", "descriptors"]
+
+    def test_python(self, audit: Audit) -> None:
+        """One command finds the bug that is planted in the example, with Python's frames at all three places."""
+        result = audit(sys.executable, str(ROOT / "examples/stale_buffer.py"))
+        assert result.status == 1
+        [finding] = [each for each in result.findings if each["severity"] == USED]
+        assert finding["use_count"] == 7
+        assert "read" in functions(finding["pin"]["stack"], "python")
+        assert "new_buffer" in functions(finding["changes"][0]["stack"], "python")
+        assert "read_fixed" in functions(finding["uses"][0]["stack"], "python")
+
+    def test_file_server(self, audit: Audit) -> None:
+        """It maps a buffer for each connection. The cache deregisters what has changed before it uses the address."""
+        command = [sys.executable, str(ROOT / "examples/file_server.py"), "--connections", "20"]
+        assert audit(*command).counts[0] == 0
+        assert audit(*command, "--naive").counts[0] > 0
+
+
+def test_nothing_pinned(program: str, audit: Audit) -> None:
+    result = audit(program, "nothing", options=("--error-exitcode", "99"))
+    assert (result.status, result.pins) == (0, 0)
+    assert "Nothing was pinned" in result.text
+
+
+def test_static_program(tmp_path: Path) -> None:
+    program = build(HERE / "audit.c", tmp_path / "static", "-static")
+    result = subprocess.run([*COMMAND, "audit", program, "stale"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "statically linked, so nothing can be preloaded into it: it cannot be audited" in result.stderr
+
+
+def test_no_program() -> None:
+    result = subprocess.run([*COMMAND, "audit", "/nowhere"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (127, "Error: there is no program /nowhere\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "suppressed"),
+    [("use:use_buffer", True), ("pin:st*le", True), ("any:audit.c", True), ("change:use_buffer", False)],
+)
+def test_suppressions(program: str, audit: Audit, tmp_path: Path, line: str, suppressed: bool) -> None:
+    known = tmp_path / "known"
+    known.write_text(f"# what we know\n\n{line}  # since 2024\n")
+    result = audit(program, "stale", options=("--suppressions", str(known), "--error-exitcode", "99"))
+    assert result.findings[0]["suppressed"] == suppressed
+    assert result.status == (RETURNED if suppressed else 99)
+    assert ("1 suppressed" in result.text) == suppressed
+
+
+def test_suppressions_that_are_wrong(tmp_path: Path) -> None:
+    known = tmp_path / "known"
+    known.write_text("race:free_buffer\n")
+    command = [*COMMAND, "audit", "--suppressions", str(known), "true"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert f"{known}:1: not pin, change, use, any and a pattern: race:free_buffer" in result.stderr
+
+
+def test_liburing(audit: Audit, tmp_path: Path) -> None:
+    library = next(Path("/usr/lib").glob("*-linux-gnu/liburing.so.2"), None)
+    if library is None:
+        require("liburing", "apt-get install liburing2")
+    result = audit(build(HERE / "audit_liburing.c", tmp_path / "liburing", str(library)))
+    assert result.counts == (1, 0, 0)
+    [finding] = result.findings
+    assert finding["pin"]["call"] == "io_uring_register_buffers"
+    assert finding["uses"][0]["call"] == "io_uring_submit"
+    assert finding["unpin"]["call"] == "io_uring_queue_exit"
+    assert result.pins == 3
+
+
+def test_structures_of_libibverbs(tmp_path: Path) -> None:
+    if not Path("/usr/include/infiniband/verbs.h").exists():
+        require("verbs", "apt-get install libibverbs-dev")
+    build(HERE / "audit_abi.c", tmp_path / "abi", f"-I{ROOT}/src/libummunotify")
+
+
+def test_cuda(audit: Audit, tmp_path: Path) -> None:
+    """A library of these names in place of CUDA's: no GPU is needed to see which calls pass by."""
+    driver = build(HERE / "audit_cuda.c", tmp_path / "libcuda.so", "-shared", "-fPIC", "-DDRIVER")
+    program = build(HERE / "audit_cuda.c", tmp_path / "cuda", driver, f"-Wl,-rpath,{tmp_path}")
+    result = audit(program)
+    assert result.pins == 2
+    [finding] = result.findings
+    assert (finding["severity"], finding["pin"]["call"]) == (KEPT, "cuMemHostRegister_v2")
+
+
+class Page(HTMLParser):
+    """What is in the page; everything is closed in the order in which it was opened."""
+
+    VOID = ("meta", "input", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.found[f"{tag}.{values.get('class', '')}"] += 1
+        self.links += [values[name] or "" for name in ("href", "src") if name in values]
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found[f"{tag}.{dict(attributes).get('class', '')}"] += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_page(program: str, audit: Audit, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    awkward = tmp_path / "<b>audit & \xe9<"
+    awkward.mkdir()
+    copy = Path(shutil.copy(program, awkward))
+    [finding] = audit(str(copy), "stale", options=("--html", str(path))).findings
+    page = Page(path.read_text())
+    assert (page.found["article.used"], page.found["path.change"], page.found["circle.use"]) == (1, 1, 1)
+    assert page.found["rect.stale"] == 1
+    assert page.links == ["#finding-1"]  # nothing from anywhere else
+    assert f"{finding['pin']['address']:#x}" in page.texts
+    assert {"pin_buffer", "use_buffer"} <= set(page.texts)
+    assert any(str(copy) in each for each in page.texts)
+
+
+def test_page_without_findings(program: str, audit: Audit, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    audit(program, "correct", options=("--html", str(path)))
+    page = Page(path.read_text())
+    assert not page.found["form."]
+    assert any("101 pins" in each for each in page.texts)
