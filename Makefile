@@ -69,7 +69,7 @@ UCX := $(if $(filter 12 13,$(shell . /etc/os-release && echo $$VERSION_ID)),libu
 
 packages:
 	tools/debian-packages gcc g++ pkgconf clang libclang-rt-dev make libc6-dev python3-dev python3-venv libbpf1 libbpf-dev \
-		libfabric-bin libfabric-dev $(UCX) systemd
+		libfabric-bin libfabric-dev libibverbs-dev liburing2 $(UCX) systemd
 
 $(VENV)/tools: pyproject.toml | packages
 	$(PYTHON) -m venv $(VENV)

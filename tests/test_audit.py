@@ -246,6 +246,25 @@ def test_suppressions_that_are_wrong(tmp_path: Path) -> None:
     assert f"{known}:1: not pin, change, use, any and a pattern: race:free_buffer" in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("/nowhere/report", "'/nowhere/report' cannot be written: No such file"),
+        ("--", "name of a file is missing before '--'"),
+    ],
+)
+def test_a_report_that_cannot_be_written(tmp_path: Path, option: str, name: str, says: str) -> None:
+    """It is said before the program runs."""
+    result = subprocess.run(
+        [*COMMAND, "audit", option, name, "touch", "ran"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_liburing(audit: Audit, tmp_path: Path) -> None:
     library = next(Path("/usr/lib").glob("*-linux-gnu/liburing.so.2"), None)
     if library is None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 import click
 from rich.console import Console
@@ -45,12 +46,31 @@ def _print(result: Report, every: bool) -> None:
         console.print(f"ummunotify audit: {line}")
 
 
+def _output(context: click.Context, _: click.Parameter, path: str | None) -> IO[str] | None:
+    """It is opened before the program runs, so that a mistake does not cost the report."""
+    if path is None:
+        return None
+    if path.startswith("-") and path != "-":
+        raise click.BadParameter(f"the name of a file is missing before {path!r}")
+    try:
+        file: IO[str] = click.open_file(path, "w", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise click.BadParameter(f"{path!r} cannot be written: {error.strerror}") from None
+    if path != "-":
+        context.call_on_close(file.close)
+    return file
+
+
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--source", help="Insist on a source, as with `ummunotify run`.")
 @click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False), help="Write the report as JSON to this file; - is stdout."
+    "--json",
+    "json_file",
+    metavar="FILE",
+    callback=_output,
+    help="Write the report as JSON to this file; - is standard output.",
 )
-@click.option("--html", "html_path", type=click.Path(dir_okay=False), help="Write the report as an HTML page, too.")
+@click.option("--html", "html_file", metavar="FILE", callback=_output, help="Write the report as an HTML page, too.")
 @click.option("--all", "every", is_flag=True, help="Show what was deregistered without a use, too.")
 @click.option(
     "--error-exitcode",
@@ -65,8 +85,8 @@ def _print(result: Report, every: bool) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def audit(
     source: str | None,
-    json_path: str | None,
-    html_path: str | None,
+    json_file: IO[str] | None,
+    html_file: IO[str] | None,
     every: bool,
     error_exitcode: int | None,
     suppressions: str | None,
@@ -110,11 +130,10 @@ def audit(
     if not result.processes:
         click.echo(f"Warning: nothing could be preloaded into {program}: it was not audited", err=True)
     _print(result, every)
-    if json_path:
-        with click.open_file(json_path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(report.as_json(result), indent=1) + "\n")
-    if html_path:
-        Path(html_path).write_text(page.render(result), encoding="utf-8", errors="replace")
+    if json_file:
+        json_file.write(json.dumps(report.as_json(result), indent=1) + "\n")
+    if html_file:
+        html_file.write(page.render(result))
     if error_exitcode and result.wrong:
         sys.exit(error_exitcode)
     sys.exit(status if status >= 0 else 128 - status)
