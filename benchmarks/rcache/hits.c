@@ -153,7 +153,8 @@ uint64_t bench_ucx_hits(void *rcache, const uint64_t *addresses, uint32_t n, uin
 /* Of UCX's own function, past that of `ummunotify run --ucx`. */
 uint64_t bench_ucx_hits_past(void *rcache, const uint64_t *addresses, uint32_t n, uint64_t length)
 {
-	typeof(ucs_rcache_get) *get = (typeof(ucs_rcache_get) *)dlsym(dlopen("libucs.so.0", RTLD_LAZY | RTLD_NOLOAD), "ucs_rcache_get");
+	typeof(ucs_rcache_get) *get =
+		(typeof(ucs_rcache_get) *)dlsym(dlopen("libucs.so.0", RTLD_LAZY | RTLD_NOLOAD), "ucs_rcache_get");
 
 	return get ? ucx_hits(get, rcache, addresses, n, length) : NOT_FOUND;
 }

@@ -53,7 +53,8 @@ static struct thread threads[MOST_THREADS];
 
 static char *map(char *address, int flags)
 {
-	void *mapped = (void *)syscall(SYS_mmap, address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+	void *mapped =
+		(void *)syscall(SYS_mmap, address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
 
 	return mapped == MAP_FAILED ? NULL : mapped;
 }
@@ -203,7 +204,7 @@ int main(int argc, char **argv)
 	transfer = strcmp(argv[1], "window") != 0 ? send_and_receive : put_and_get;
 	length = strtoul(argv[2], NULL, 10);
 	rounds = strtol(argv[3], NULL, 10) / count / (transfer == put_and_get ? 4 : 2); /* what both check in one */
-	mallopt(M_MMAP_THRESHOLD, 4096); /* so free unmaps */
+	mallopt(M_MMAP_THRESHOLD, 4096);						/* so free unmaps */
 	for (int i = 0; i < count; i++) {
 		threads[i] = (struct thread){.number = i, .shared = (unsigned int)i, .own = (unsigned int)(2 * i + rank)};
 		if (count == 1)

@@ -29,9 +29,9 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-#define UNSUPPORTED (-22) /* UCS_ERR_UNSUPPORTED */
+#define UNSUPPORTED (-22)     /* UCS_ERR_UNSUPPORTED */
 #define VM_UNMAPPED (1 << 17) /* UCM_EVENT_VM_UNMAPPED */
-#define ON_DEMAND (1 << 6) /* IBV_ACCESS_ON_DEMAND: the device follows changes itself */
+#define ON_DEMAND (1 << 6)    /* IBV_ACCESS_ON_DEMAND: the device follows changes itself */
 
 #define PARAMETERS long a, long b, long c, long d, long e, long f, long g, long h
 #define ARGUMENTS a, b, c, d, e, f, g, h
@@ -49,7 +49,8 @@ static void *beside(const void *address, const char *name)
 
 /* ---- What looks into a cache ---- */
 
-static __attribute__((noinline)) long drain_and_pass_on(struct next_route **routes, const void *caller, const char *name, PARAMETERS)
+static __attribute__((noinline)) long drain_and_pass_on(struct next_route **routes, const void *caller, const char *name,
+							PARAMETERS)
 {
 	function *next = (function *)next_for(routes, caller, name);
 
@@ -62,8 +63,8 @@ static __attribute__((noinline)) long drain_and_pass_on(struct next_route **rout
 	EXPORT function name;                                                                                                      \
 	long name(PARAMETERS)                                                                                                      \
 	{                                                                                                                          \
-		static struct next_route *routes;                                                                                       \
-		function *next = (function *)next_known(&routes, CALLER);                                                         \
+		static struct next_route *routes;                                                                                  \
+		function *next = (function *)next_known(&routes, CALLER);                                                          \
                                                                                                                                    \
 		if (__builtin_expect(next && ucx_all_told(), 1))                                                                   \
 			return next(ARGUMENTS);                                                                                    \
@@ -167,7 +168,8 @@ long ucm_set_event_handler(PARAMETERS)
 	if ((int)a & VM_UNMAPPED) {
 		vm_munmap = (void (*)(void *, size_t))beside((void *)next, "ucm_vm_munmap");
 		replaces = initialising && !dl_iterate_phdr(is_unknown_module, NULL);
-		set_external = (void (*)(int))beside((void *)next, replaces ? "ucm_set_external_event" : "ucm_unset_external_event");
+		set_external =
+			(void (*)(int))beside((void *)next, replaces ? "ucm_set_external_event" : "ucm_unset_external_event");
 		told = vm_munmap && set_external && ucx_add_cache(vm_munmap);
 	}
 	if (told)
@@ -195,7 +197,7 @@ static bool begin(struct ucx_pin **pin, const void *address, size_t length, int 
 	EXPORT struct ibv_mr *name parameters;                                                                                     \
 	struct ibv_mr *name parameters                                                                                             \
 	{                                                                                                                          \
-		struct ibv_mr *(*next)parameters = (struct ibv_mr * (*)parameters)NEXT(name);                                      \
+		struct ibv_mr *(*next)parameters = (struct ibv_mr * (*)parameters) NEXT(name);                                     \
 		struct ibv_mr *registration;                                                                                       \
 		struct ucx_pin *pin;                                                                                               \
                                                                                                                                    \
@@ -207,8 +209,8 @@ static bool begin(struct ucx_pin **pin, const void *address, size_t length, int 
 	}
 
 REGISTERS(ibv_reg_mr, (struct ibv_pd * pd, void *address, size_t length, int access), pd, address, length, access)
-REGISTERS(ibv_reg_mr_iova, (struct ibv_pd * pd, void *address, size_t length, uint64_t iova, int access), pd, address, length,
-	  iova, access)
+REGISTERS(ibv_reg_mr_iova, (struct ibv_pd * pd, void *address, size_t length, uint64_t iova, int access), pd, address, length, iova,
+	  access)
 REGISTERS(ibv_reg_mr_iova2, (struct ibv_pd * pd, void *address, size_t length, uint64_t iova, unsigned int access), pd, address,
 	  length, iova, access)
 
@@ -258,6 +260,6 @@ __attribute__((destructor)) static void at_exit(void)
 	if (made && !__atomic_load_n(&initialised, __ATOMIC_RELAXED) && !bridge_quiet())
 		bridge_say("tells UCX only a part: the program has found ucp_init by dlsym; UCX's own hooks stay");
 	if (made && bridge_reports())
-		bridge_say("tells UCX, source %s: caches %lu, registrations watched %lu, not watched %lu, changes told %lu", counts.source, made,
-			   counts.watched, counts.unwatched, counts.told);
+		bridge_say("tells UCX, source %s: caches %lu, registrations watched %lu, not watched %lu, changes told %lu",
+			   counts.source, made, counts.watched, counts.unwatched, counts.told);
 }
