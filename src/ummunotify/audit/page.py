@@ -137,8 +137,9 @@ def render(report: Report) -> str:
         parts.append('<input type="search" name="words" placeholder="a function, a file, an address ..."></form>')
         parts += ['<figure class="line">', *_TimeLine(report, shown).render(), "</figure>"]
         parts.append(
-            '<p class="legend"><i class="pinned"></i> pinned <i class="stale"></i> pinned, its memory changed '
-            '<i class="change"></i> change <i class="use"></i> use of a stale pin</p>'
+            '<p class="legend"><span><i class="pinned"></i> pinned</span> '
+            '<span><i class="stale"></i> pinned, its memory changed</span> '
+            '<span><i class="change"></i> change</span> <span><i class="use"></i> use of a stale pin</span></p>'
         )
     for number, finding in enumerate(shown, 1):
         parts += _finding(report, number, finding)
