@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 from daemons import COMMAND, PATIENCE
-from support import require, require_source
+from support import require, require_root, require_source
 from test_c import HERE, build, source
 
 from ummunotify.audit.report import SCHEMA
@@ -204,6 +204,50 @@ class TestCircumstances:
         command = [sys.executable, str(ROOT / "examples/file_server.py"), "--connections", "20"]
         assert audit(*command).counts[0] == 0
         assert audit(*command, "--naive").counts[0] > 0
+
+
+@pytest.mark.usefixtures("kernel")
+class TestUnusualPrograms:
+    """They are correct, and do what they do without the audit."""
+
+    @pytest.mark.parametrize("mode", ["cancelled", "handler", "small_stack", "ends"])
+    def test_ends_as_it_would(self, program: str, audit: Audit, mode: str) -> None:
+        result = audit(program, mode)
+        assert result.status == RETURNED, result.text
+        assert result.pins
+
+    def test_addresses_that_the_kernel_refuses(self, program: str, audit: Audit) -> None:
+        result = audit(program, "asks")
+        assert (result.status, result.pins) == (RETURNED, 0), result.text
+
+    @pytest.mark.parametrize("mode", ["recycled", "vforks"])
+    def test_descriptors_of_rings(self, program: str, audit: Audit, mode: str) -> None:
+        result = audit(program, mode)
+        assert (result.status, result.counts) == (RETURNED, (1, 0, 0)), result.text
+
+    def test_full_disk(self, program: str, tmp_path: Path) -> None:
+        """What has no room is left out. The program is not ended by SIGBUS."""
+        require_root("it mounts a small file system")
+        script = 'mount -t tmpfs -o size=64k none "$0" && TMPDIR="$0" exec "$@"'
+        command = [
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            script,
+            str(tmp_path),
+            *COMMAND,
+            "audit",
+            "--json",
+            "-",
+            program,
+            "full",
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE, check=False)
+        assert result.returncode == RETURNED, result.stderr
+        [process] = json.loads(result.stdout)["processes"]
+        assert process["pins"] == 50
+        assert process["lost"]
 
 
 def test_nothing_pinned(program: str, audit: Audit) -> None:

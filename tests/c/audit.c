@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
 #include <signal.h>
@@ -14,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -318,6 +320,183 @@ static void executes(void)
 	CHECK(!execl("/proc/self/exe", "audit", "nothing", (char *)NULL));
 }
 
+/* ---- Programs that are right, if unusual: each ends as it does without the audit ---- */
+
+static pthread_barrier_t barrier;
+static bool went_on;
+
+static void *cancelled_thread(void *buffer)
+{
+	pthread_barrier_wait(&barrier);
+	pthread_barrier_wait(&barrier); /* it is cancelled now, and does not act upon that */
+	free_buffer(buffer, PAGE);	/* nor here */
+	went_on = true;
+	pthread_testcancel();
+	return NULL;
+}
+
+/* A thread that is to end frees memory first; munmap is no point where threads are cancelled. */
+static void cancelled(void)
+{
+	void *a = map(NULL, PAGE), *result;
+	pthread_t thread;
+
+	open_ring();
+	pin_buffer(a, PAGE);
+	pthread_barrier_init(&barrier, NULL, 2);
+	CHECK(!pthread_create(&thread, NULL, cancelled_thread, a));
+	pthread_barrier_wait(&barrier);
+	pthread_cancel(thread);
+	pthread_barrier_wait(&barrier);
+	CHECK(!pthread_join(thread, &result) && result == PTHREAD_CANCELED && went_on);
+	unpin_buffer();
+}
+
+/* Which of io_uring's functions are there? Asked with addresses that the kernel refuses. */
+static void asks(void)
+{
+	void *nowhere = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	open_ring();
+	for (int opcode = 15; opcode <= 16; opcode++)
+		CHECK(syscall(SYS_io_uring_register, ring.fd, opcode, NULL, 32) < 0);
+	CHECK(syscall(SYS_io_uring_register, ring.fd, IORING_REGISTER_BUFFERS, nowhere, 1) < 0 && errno == EFAULT);
+	CHECK(syscall(SYS_io_uring_register, ring.fd, IORING_REGISTER_BUFFERS, 8, 1) < 0 && errno == EFAULT);
+}
+
+/* A new ring has the number of an old one, which was closed by dup2. */
+static void recycled(void)
+{
+	int zero = open("/dev/zero", O_RDONLY), number;
+	void *a = map(NULL, PAGE);
+
+	open_ring();
+	number = ring.fd;
+	pin_buffer(a, PAGE);
+	CHECK(!munmap(ring.sqes, PAGE) && dup2(zero, number) == number);
+	/* The old one's pages are given up by the kernel a little later, and none of them is `a`. */
+	CHECK(!syscall(SYS_close, number));
+	open_ring();
+	CHECK(ring.fd == number);
+	pin_buffer(a, PAGE);
+	use_buffer(a, PAGE);
+	free_buffer(a, PAGE);
+	map(a, PAGE);
+	use_buffer(a, PAGE);
+	unpin_buffer();
+}
+
+/* A child that shares the memory, but not the descriptors, closes the ring. */
+static void vforks(void)
+{
+	void *a = map(NULL, PAGE);
+	int status;
+	pid_t pid;
+
+	open_ring();
+	pin_buffer(a, PAGE);
+	pid = vfork();
+	if (!pid) {
+		for (int fd = 3; fd < 64; fd++)
+			close(fd);
+		_exit(0);
+	}
+	CHECK(pid > 0 && waitpid(pid, &status, 0) == pid && !status);
+	free_buffer(a, PAGE);
+	map(a, PAGE);
+	use_buffer(a, PAGE);
+	unpin_buffer();
+}
+
+static void *volatile to_free;
+
+static void free_it(int number)
+{
+	(void)number;
+	free_buffer(to_free, PAGE);
+}
+
+/* A signal handler with a stack of 8 KiB, as SIGSTKSZ is, frees memory. */
+static void handler(void)
+{
+	char *stack = mmap(NULL, 3 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	const stack_t alternative = {.ss_sp = stack + PAGE, .ss_size = 2 * PAGE};
+	struct sigaction action = {.sa_handler = free_it, .sa_flags = SA_ONSTACK};
+
+	to_free = map(NULL, PAGE);
+	open_ring();
+	pin_buffer(to_free, PAGE);
+	CHECK(!mprotect(stack + PAGE, 2 * PAGE, PROT_READ | PROT_WRITE));
+	CHECK(!sigaltstack(&alternative, NULL) && !sigaction(SIGUSR1, &action, NULL));
+	raise(SIGUSR1);
+	unpin_buffer();
+}
+
+/* A thread with the smallest stack there is frees memory. */
+static void small_stack(void)
+{
+	pthread_attr_t attributes;
+	pthread_t thread;
+	void *a = map(NULL, PAGE);
+
+	open_ring();
+	pin_buffer(a, PAGE);
+	pthread_attr_init(&attributes);
+	CHECK(!pthread_attr_setstacksize(&attributes, PTHREAD_STACK_MIN));
+	CHECK(!pthread_create(&thread, &attributes, thread_that_frees, a) && !pthread_join(thread, NULL));
+	unpin_buffer();
+}
+
+/* The disk with the records is full. */
+static void full(void)
+{
+	const char *directory = getenv("UMMUNOTIFY_AUDIT_DIRECTORY");
+	static char path[4096], block[4096];
+	int fd;
+
+	if (directory) {
+		snprintf(path, sizeof path, "%s/full", directory);
+		fd = open(path, O_WRONLY | O_CREAT, 0600);
+		CHECK(fd >= 0);
+		while (write(fd, block, sizeof block) > 0)
+			;
+		close(fd);
+	}
+	open_ring();
+	for (int i = 0; i < 50; i++) {
+		void *a = map(NULL, PAGE);
+
+		pin_buffer(a, PAGE);
+		free_buffer(a, PAGE);
+		unpin_buffer();
+	}
+}
+
+static void end_it(int number)
+{
+	(void)number;
+	exit(7);
+}
+
+/* A signal handler ends the program in the midst of what it does. */
+static void ends(void)
+{
+	void *a = map(NULL, PAGE);
+	struct timespec now;
+
+	signal(SIGVTALRM, end_it);
+	open_ring();
+	pin_buffer(a, PAGE);
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	CHECK(!setitimer(ITIMER_VIRTUAL, &(struct itimerval){.it_value.tv_usec = 1 + now.tv_nsec % 20000}, NULL));
+	while (true) {
+		free_buffer(a, PAGE);
+		map(a, PAGE);
+		unpin_buffer();
+		pin_buffer(a, PAGE);
+	}
+}
+
 /* Maps and frees all the time, beside a pin; prints the ns of processor time that each round takes. */
 static void rate(const char *how, long count)
 {
@@ -356,7 +535,8 @@ int main(int argc, char **argv)
 	} modes[] = {{"stale", stale},	       {"kept", kept},	      {"released", released}, {"correct", correct},
 		     {"freed", freed},	       {"thread", by_thread}, {"bare", bare},	      {"child", child},
 		     {"killed", killed},       {"crash", crash},      {"many", many},	      {"descriptors", descriptors},
-		     {"truncated", truncated}, {"exec", executes}};
+		     {"truncated", truncated}, {"exec", executes},      {"cancelled", cancelled}, {"asks", asks},
+		     {"recycled", recycled}, {"vforks", vforks}, {"handler", handler}, {"small_stack", small_stack}, {"full", full}, {"ends", ends}};
 	const char *mode = argc > 1 ? argv[1] : "";
 
 	for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "abi/layout.h"
 #include "audit/interpose.h"
@@ -29,6 +30,22 @@
 #define SETUP_NO_ARRAY (1u << 16)
 #define BUFFERS_MAX (1u << 14)
 
+/* What the program gives to the kernel may be wrong: that is the kernel's to say. */
+static bool copy_in(void *to, const void *from, size_t length)
+{
+	const struct iovec here = {to, length}, there = {(void *)(uintptr_t)from, length};
+	int kept = errno;
+	ssize_t copied = process_vm_readv(getpid(), &here, 1, &there, 1, 0);
+	bool fine = copied == (ssize_t)length;
+
+	if (copied < 0 && errno != EFAULT) { /* a sandbox without this call */
+		memcpy(to, from, length);
+		fine = true;
+	}
+	errno = kept;
+	return fine;
+}
+
 /* liburing's struct io_uring, as far as it is needed; the same in all versions of liburing.so.2. */
 struct liburing {
 	unsigned int *head, *tail, *mask, *entries, *flags, *dropped, *array;
@@ -43,6 +60,7 @@ UMN_STATIC_ASSERT(offsetof(struct liburing, fd) == 196, "as in liburing.h");
 /* Rings that are made by the system call. */
 static struct ring {
 	int fd; /* -1: none */
+	pid_t owner;
 	struct io_uring_params parameters;
 	char *rings;
 	char *sqes;
@@ -65,16 +83,19 @@ struct registering {
 
 static void begin(struct registering *registering, const char *call, const struct iovec *buffers, unsigned int count)
 {
+	struct iovec *pieces;
+
 	*registering = (struct registering){0};
 	if (pins_inside || !buffers || !count || count > BUFFERS_MAX)
 		return;
-	registering->pins = calloc(count, sizeof *registering->pins);
-	if (!registering->pins)
-		return;
-	registering->count = count;
-	for (unsigned int i = 0; i < count; i++)
-		if (buffers[i].iov_base)
-			registering->pins[i] = pins_begin("io_uring", call, buffers[i].iov_base, buffers[i].iov_len);
+	pieces = calloc(count, sizeof *pieces);
+	registering->pins = calloc(count, sizeof(struct pin *));
+	if (pieces && registering->pins && copy_in(pieces, buffers, count * sizeof *pieces))
+		registering->count = count;
+	for (unsigned int i = 0; i < registering->count; i++)
+		if (pieces[i].iov_base)
+			registering->pins[i] = pins_begin("io_uring", call, pieces[i].iov_base, pieces[i].iov_len);
+	free(pieces);
 }
 
 /* `done` of them are registered. */
@@ -124,16 +145,17 @@ static long register_call(const long a[6], long (*make)(long, ...))
 	const struct iovec *buffers = NULL;
 	struct registering registering;
 	unsigned int count = 0, first = 0;
-	const struct register_many *many = (const void *)a[2];	   /* NOLINT(performance-no-int-to-ptr) */
-	const struct register_update *update = (const void *)a[2]; /* NOLINT(performance-no-int-to-ptr) */
+	const void *argument = (const void *)a[2]; /* NOLINT(performance-no-int-to-ptr) */
+	struct register_many many;
+	struct register_update update;
 	long result;
 
 	if (opcode == IORING_REGISTER_BUFFERS)
-		buffers = (const void *)a[2], count = (unsigned int)a[3]; /* NOLINT(performance-no-int-to-ptr) */
-	else if (opcode == REGISTER_BUFFERS2)
-		buffers = (const void *)(uintptr_t)many->buffers, count = many->count; /* NOLINT(performance-no-int-to-ptr) */
-	else if (opcode == REGISTER_BUFFERS_UPDATE)
-		buffers = (const void *)(uintptr_t)update->buffers, count = update->count, first = update->first; /* NOLINT */
+		buffers = argument, count = (unsigned int)a[3];
+	else if (opcode == REGISTER_BUFFERS2 && copy_in(&many, argument, sizeof many))
+		buffers = (const void *)(uintptr_t)many.buffers, count = many.count; /* NOLINT(performance-no-int-to-ptr) */
+	else if (opcode == REGISTER_BUFFERS_UPDATE && copy_in(&update, argument, sizeof update))
+		buffers = (const void *)(uintptr_t)update.buffers, count = update.count, first = update.first; /* NOLINT */
 	begin(&registering, "io_uring_register", buffers, count);
 	result = make(SYS_io_uring_register, a[0], a[1], a[2], a[3], a[4], a[5]);
 	end(&registering, "io_uring_register", fd, first,
@@ -185,7 +207,9 @@ static void add_ring(int fd, const struct io_uring_params *parameters)
 	struct ring *ring;
 
 	pthread_mutex_lock(&lock);
-	ring = ring_of(-1);
+	ring = ring_of(fd); /* closed in a way that is not seen */
+	if (!ring)
+		ring = ring_of(-1);
 	if (!ring && ring_count < RINGS) {
 		rings[ring_count].fd = -1;
 		ring = &rings[ring_count];
@@ -194,6 +218,7 @@ static void add_ring(int fd, const struct io_uring_params *parameters)
 	if (ring) {
 		ring->parameters = *parameters;
 		ring->rings = ring->sqes = NULL;
+		ring->owner = getpid();
 		__atomic_store_n(&ring->fd, fd, __ATOMIC_RELEASE);
 	}
 	pthread_mutex_unlock(&lock);
@@ -213,7 +238,8 @@ void io_uring_closing(int fd)
 {
 	struct ring *ring = !pins_inside && __atomic_load_n(&ring_count, __ATOMIC_ACQUIRE) ? ring_of(fd) : NULL;
 
-	if (!ring)
+	/* A child of vfork, which shares this memory, has descriptors of its own. */
+	if (!ring || ring->owner != getpid())
 		return;
 	__atomic_store_n(&ring->fd, -1, __ATOMIC_RELEASE);
 	drop_all(fd, "close");
@@ -236,6 +262,9 @@ bool io_uring_call(long number, const long a[6], long (*make)(long number, ...),
 		ring = ring_of((int)a[0]);
 		if (ring)
 			look_at_queue(ring, (unsigned int)a[1]);
+		return false;
+	case SYS_close:
+		io_uring_closing((int)a[0]);
 		return false;
 	default:
 		return false;

@@ -71,6 +71,41 @@ static struct {
 struct pins_state pins_state;
 __thread bool pins_inside __attribute__((tls_model("initial-exec")));
 
+/* While a lock is held. A thread is not cancelled meanwhile (free and munmap are no points for that, but reading /proc is), and a signal
+ * handler does not run: it may jump away for good. */
+struct entry {
+	int kept, cancelling;
+	bool blocked;
+	sigset_t signals;
+};
+
+/* False: this thread is inside already. */
+static bool enter(struct entry *entry, bool block)
+{
+	sigset_t all;
+
+	if (pins_inside)
+		return false;
+	pins_inside = true;
+	entry->kept = errno;
+	entry->blocked = block;
+	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &entry->cancelling);
+	if (block) {
+		sigfillset(&all);
+		pthread_sigmask(SIG_BLOCK, &all, &entry->signals);
+	}
+	return true;
+}
+
+static void leave(const struct entry *entry)
+{
+	pins_inside = false;
+	if (entry->blocked)
+		pthread_sigmask(SIG_SETMASK, &entry->signals, NULL);
+	pthread_setcancelstate(entry->cancelling, NULL);
+	errno = entry->kept;
+}
+
 static pid_t this_thread(void)
 {
 	return (pid_t)syscall(SYS_gettid);
@@ -303,26 +338,23 @@ static void *read_changes(void *umn)
 
 void pins_before(const void *caller)
 {
-	int kept = errno;
+	struct entry entry;
 
-	if (pins_inside || stack_is_own(caller))
+	if (stack_is_own(caller) || !enter(&entry, true))
 		return;
-	pins_inside = true;
 	drain(notifier());
 	take_wanted(this_thread()); /* by a system call, which has no stack */
-	pins_inside = false;
-	errno = kept;
+	leave(&entry);
 }
 
 void pins_after(const char *call, const void *caller)
 {
 	struct stack stack;
+	struct entry entry;
 	uint64_t batch;
-	int kept = errno;
 
-	if (pins_inside || stack_is_own(caller))
+	if (stack_is_own(caller) || !enter(&entry, true))
 		return;
-	pins_inside = true;
 	drain(notifier());
 	batch = take_wanted(this_thread());
 	if (batch) {
@@ -334,8 +366,7 @@ void pins_after(const char *call, const void *caller)
 		record_end();
 		stack_free(&stack);
 	}
-	pins_inside = false;
-	errno = kept;
+	leave(&entry);
 }
 
 /* ---- Opening ---- */
@@ -453,24 +484,27 @@ static struct pin *begin(const char *interface, const char *call, const void *ad
 
 struct pin *pins_begin(const char *interface, const char *call, const void *address, size_t length)
 {
+	struct entry entry;
 	struct pin *pin;
-	int kept = errno;
 
-	if (pins_inside)
+	if (!enter(&entry, true))
 		return NULL;
-	pins_inside = true;
 	pin = begin(interface, call, address, length);
-	pins_inside = false;
-	errno = kept;
+	leave(&entry);
 	return pin;
 }
 
 static void link_others(struct pin *pin)
 {
+	struct entry entry;
+	bool entered = enter(&entry, true);
+
 	pthread_mutex_lock(&the.lock);
 	for (enum key kind = KEY_PIN; kind < KEYS; kind++)
 		link_key(pin, kind);
 	pthread_mutex_unlock(&the.lock);
+	if (entered)
+		leave(&entry);
 }
 
 void pins_add(struct pin *pin, const uint64_t keys[KEYS])
@@ -496,12 +530,12 @@ void pins_restore(struct pin *pin)
 
 void pins_drop(struct pin *pin)
 {
-	int kept = errno;
-	bool outer = pins_inside;
+	struct entry entry;
+	bool entered;
 
 	if (!pin)
 		return;
-	pins_inside = true;
+	entered = enter(&entry, true);
 	if (pin->region && notifier())
 		ummunotify_unwatch(the.umn, pin->region);
 	pthread_mutex_lock(&the.lock);
@@ -509,8 +543,8 @@ void pins_drop(struct pin *pin)
 	pthread_mutex_unlock(&the.lock);
 	stack_free(&pin->stack);
 	free(pin);
-	pins_inside = outer;
-	errno = kept;
+	if (entered)
+		leave(&entry);
 }
 
 static void record_unpin(const struct pin *pin, const char *call)
@@ -534,11 +568,10 @@ struct pin *pins_take(uint64_t key, const char *call)
 {
 	struct ummunotify *umn;
 	struct pin *pin = NULL;
-	int kept = errno;
+	struct entry entry;
 
-	if (pins_inside || !__atomic_load_n(&the.umn, __ATOMIC_ACQUIRE))
+	if (!__atomic_load_n(&the.umn, __ATOMIC_ACQUIRE) || !enter(&entry, true))
 		return NULL;
-	pins_inside = true;
 	umn = notifier();
 	if (umn) {
 		drain(umn);
@@ -550,8 +583,7 @@ struct pin *pins_take(uint64_t key, const char *call)
 		if (pin && pin->changes)
 			record_unpin(pin, call);
 	}
-	pins_inside = false;
-	errno = kept;
+	leave(&entry);
 	return pin;
 }
 
@@ -579,13 +611,12 @@ static void record_use(uint64_t id, uint64_t address, uint64_t length, const cha
 void pins_use(enum key kind, uint64_t key, uint64_t address, uint64_t length, const char *call)
 {
 	struct ummunotify *umn = __atomic_load_n(&the.umn, __ATOMIC_ACQUIRE);
-	int kept = errno;
+	struct entry entry;
 	struct pin *pin;
 	uint64_t id = 0;
 
-	if (!umn || pins_inside)
+	if (!umn || !enter(&entry, false)) /* signals: that would cost each use two system calls */
 		return;
-	pins_inside = true;
 	drain(notifier());
 	pthread_mutex_lock(&the.lock);
 	pin = the.umn ? find(kind, key) : NULL;
@@ -597,8 +628,7 @@ void pins_use(enum key kind, uint64_t key, uint64_t address, uint64_t length, co
 	pthread_mutex_unlock(&the.lock);
 	if (id)
 		record_use(id, address, length, call);
-	pins_inside = false;
-	errno = kept;
+	leave(&entry);
 }
 
 /* ---- The beginning and the end ---- */
@@ -610,9 +640,13 @@ __attribute__((constructor)) static void at_start(void)
 
 __attribute__((destructor)) static void at_exit(void)
 {
-	pins_inside = true;
-	drain(notifier());
+	struct entry entry;
+
+	/* A signal handler that calls exit may have come while this thread held a lock. */
+	if (enter(&entry, true)) {
+		drain(notifier());
+		leave(&entry);
+	}
 	if (the.counts)
 		__atomic_store_n(&the.counts->ended, 1, __ATOMIC_RELEASE);
-	pins_inside = false;
 }

@@ -68,6 +68,24 @@ static int create(const char *directory)
 	return fd;
 }
 
+/* A page of a file that finds no room on its disk is a signal, unless the kernel writes there first: mincore sets the byte that it is
+ * asked about. */
+static bool make_page(char *at)
+{
+	return !mincore((void *)((uintptr_t)at & ~(uintptr_t)(sysconf(_SC_PAGESIZE) - 1)), 1, (unsigned char *)at);
+}
+
+/* Bytes that are not written yet. The page of what is before them is there. */
+static bool make_pages(char *from, const char *to)
+{
+	const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+
+	for (char *at = from + (-(uintptr_t)from & (page - 1)); at < to; at += page)
+		if (!make_page(at))
+			return false;
+	return true;
+}
+
 /* ---- JSON ---- */
 
 /* False: there was no room, and nothing is added. */
@@ -160,17 +178,17 @@ void record_list_end(void)
 
 void record_end(void)
 {
-	size_t at;
+	const size_t at = the.next;
+	char *file = (char *)the.counts;
 
 	the.text[the.length++] = '}';
-	at = the.next;
 	if (!the.counts || the.pid != getpid()) {
 		/* Not asked for, or a child that has no file yet. */
-	} else if (at + the.length + 1 > SIZE) {
+	} else if (at + the.length + 1 > SIZE || !make_pages(file + at, file + at + the.length + 1)) {
 		the.counts->lost++;
 	} else {
-		memcpy((char *)the.counts + at, the.text, the.length);
-		__atomic_store_n((char *)the.counts + at + the.length, '\n', __ATOMIC_RELEASE);
+		memcpy(file + at, the.text, the.length);
+		__atomic_store_n(file + at + the.length, '\n', __ATOMIC_RELEASE);
 		the.next = at + the.length + 1;
 	}
 	pthread_mutex_unlock(&the.lock);
@@ -213,6 +231,10 @@ struct counts *records_open(void)
 	close(fd);
 	if (memory == MAP_FAILED)
 		return NULL;
+	if (!make_page(memory)) {
+		munmap(memory, SIZE);
+		return NULL;
+	}
 	the.counts = memory;
 	the.pid = getpid();
 	the.next = sizeof *the.counts;

@@ -125,23 +125,25 @@ static size_t dump_frames(char *text, void *thread)
 	return length > 0 ? (size_t)length : 0;
 }
 
+/* Not on the stack: a signal handler's may be small. */
 static char *python_frames(void)
 {
-	char text[PYTHON_TEXT];
 	size_t length = 0;
 	void *thread;
+	char *text;
 
 	if (!find_python() || !py.is_initialized())
 		return NULL;
 	thread = py.this_thread();
-	if (!thread)
+	text = thread ? malloc(PYTHON_TEXT) : NULL;
+	if (!text)
 		return NULL;
 	if (py.gil_check())
 		length = walk_frames(text);
 	else if (py.dump)
 		length = dump_frames(text, thread);
 	text[length] = 0;
-	return length ? strdup(text) : NULL;
+	return text;
 }
 
 /* ---- Both ---- */
@@ -221,6 +223,6 @@ void stack_record(const char *prefix, const struct stack *stack)
 	}
 	record_list_end();
 	snprintf(name, sizeof name, "%spython", prefix);
-	if (stack->python)
+	if (stack->python && *stack->python)
 		record_text(name, stack->python);
 }
