@@ -250,6 +250,46 @@ class TestUnusualPrograms:
         assert process["lost"]
 
 
+def test_ignored_signals_stay_ignored() -> None:
+    """A shell script's background commands ignore these two."""
+    result = subprocess.run(
+        [
+            "sh",
+            "-c",
+            'trap "" INT QUIT; exec "$@"',
+            "sh",
+            *COMMAND,
+            "audit",
+            "sh",
+            "-c",
+            "kill -INT $$; kill -QUIT $$; exit 3",
+        ],
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 3
+
+
+def test_signals_are_passed_on() -> None:
+    script = "trap 'exit 4' USR1; kill -USR1 $PPID; for i in 1 2 3 4 5 6 7 8 9; do sleep 1; done"
+    assert subprocess.run([*COMMAND, "audit", "sh", "-c", script], capture_output=True, check=False).returncode == 4
+
+
+def test_names_that_steer_a_terminal(program: str, audit: Audit, tmp_path: Path) -> None:
+    other = tmp_path / "\x1b[31m[bold]"
+    os.link(program, other)
+    result = audit(str(other), "kept")
+    assert "\x1b" not in result.text
+    assert "\\x1b[31m[bold] kept" in result.text
+
+
+def test_standard_output_is_closed() -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "audit", "--json", "-", "true"]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    assert "standard output is closed" in result.stderr
+
+
 def test_nothing_pinned(program: str, audit: Audit) -> None:
     result = audit(program, "nothing", options=("--error-exitcode", "99"))
     assert (result.status, result.pins) == (0, 0)

@@ -17,6 +17,11 @@ _STYLE = {Severity.USED: "bold red", Severity.KEPT: "bold yellow", Severity.RELE
 _PYTHON = ("python", "libpython")
 
 
+def plain(line: str) -> str:
+    """Without what would steer a terminal: names are the programs' own choice."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+
+
 def size(length: int) -> str:
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if length >= 1 << shift and not length % (1 << shift):
@@ -130,7 +135,7 @@ def findings(report: Report, every: bool) -> Iterator[Text]:
         if len(alike) > 1:
             lines.append(f"    and {len(alike) - 1:,} more like it")
         lines.append(f"    {first.advice}")
-        yield text.append("\n" + "\n".join(lines) + "\n", style="not bold default")
+        yield text.append("\n" + "\n".join(map(plain, lines)) + "\n", style="not bold default")
 
 
 def _count(number: int, one: str, many: str) -> str:

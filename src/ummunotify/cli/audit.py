@@ -19,7 +19,7 @@ from ..audit import page, records, report, text
 from ..audit.findings import Report, SuppressionError, Suppressions, judge, read_suppressions
 from . import programs
 
-_PASSED_ON = (signal.SIGHUP, signal.SIGTERM)
+_PASSED_ON = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _OF_THE_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 """The program gets them from the terminal."""
 
@@ -27,7 +27,8 @@ _OF_THE_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 def _run(path: str, command: list[str], environment: dict[str, str]) -> int:
     """Its exit status; negative: the signal that ended it."""
     for each in _OF_THE_TERMINAL:
-        signal.signal(each, lambda *_: None)  # not SIG_IGN, which the program would inherit
+        if signal.getsignal(each) is not signal.SIG_IGN:  # the program inherits that
+            signal.signal(each, lambda *_: None)
     try:
         process = subprocess.Popen(command, executable=path, env=environment, close_fds=False)
     except OSError as error:
@@ -43,13 +44,15 @@ def _print(result: Report, every: bool) -> None:
     for each in text.findings(result, every):
         console.print(each)
     for line in text.summary(result, every):
-        console.print(f"ummunotify audit: {line}")
+        console.print(f"ummunotify audit: {text.plain(line)}")
 
 
 def _output(context: click.Context, _: click.Parameter, path: str | None) -> IO[str] | None:
     """It is opened before the program runs, so that a mistake does not cost the report."""
     if path is None:
         return None
+    if path == "-" and sys.stdout is None:
+        raise click.BadParameter("standard output is closed")
     if path.startswith("-") and path != "-":
         raise click.BadParameter(f"the name of a file is missing before {path!r}")
     try:
@@ -122,13 +125,20 @@ def audit(
         environment["UMMUNOTIFY_AUDIT_MLOCK"] = "1"
     programs.choose(source, environment)
     command = [program, *arguments]
-    with tempfile.TemporaryDirectory(prefix="ummunotify-audit-") as directory:
+    with tempfile.TemporaryDirectory(
+        prefix="ummunotify-audit-",
+        ignore_cleanup_errors=True,  # what goes on in the background may put another file there
+    ) as directory:
         environment["UMMUNOTIFY_AUDIT_DIRECTORY"] = directory
         began = time.time()
         status = _run(path, command, environment)
         result = judge(command, status, began, time.time(), records.read(Path(directory)), known)
     if not result.processes:
-        click.echo(f"Warning: nothing could be preloaded into {program}: it was not audited", err=True)
+        click.echo(
+            f"Warning: {program} was not audited: nothing could be preloaded into it, or it could not write a file of "
+            "16 MiB (ulimit -f, or a full disk)",
+            err=True,
+        )
     _print(result, every)
     if json_file:
         json_file.write(json.dumps(report.as_json(result), indent=1) + "\n")
