@@ -85,7 +85,7 @@ def test_not_a_client(client: Child) -> None:
 class Screen:
     """A terminal, and `ummunotify top` on it."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, **environment: str) -> None:
         self.master, self.slave = pty.openpty()
         termios.tcsetwinsize(self.slave, (12, 100))
         self.before = termios.tcgetattr(self.slave)
@@ -94,7 +94,7 @@ class Screen:
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
-            env=os.environ | {"TERM": "xterm"},
+            env=os.environ | {"TERM": "xterm"} | environment,
             start_new_session=True,
         )
 
@@ -150,6 +150,31 @@ def test_live(daemon: Daemon, how: str) -> None:
             screen.press("q")
         else:
             screen.process.send_signal(signal.SIGINT)
+        assert screen.end() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("daemon")
+def test_a_signal_leaves_the_terminal_as_it_was(number: signal.Signals) -> None:
+    with Screen() as screen:
+        screen.read_until("q quit")
+        screen.process.send_signal(number)
+        assert screen.end() == 128 + number
+
+
+@pytest.mark.usefixtures("daemon")
+def test_standard_input_is_closed() -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *COMMAND, "top", "--interval", "0.1"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.startswith("daemon ")
+
+
+@pytest.mark.usefixtures("daemon")
+def test_dumb_terminal() -> None:
+    """It gets what a file does."""
+    with Screen(TERM="dumb") as screen:
+        screen.read_until("no clients that this user may see")
         assert screen.end() == 0
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import sys
 import termios
 import time
@@ -111,6 +112,23 @@ def _render(before: _Snapshot | None, now: _Snapshot, by: _Column, most: int | N
 # ---- A terminal ----
 
 
+def _can_draw() -> bool:
+    """Standard input or output may be closed, and a dumb terminal shows nothing of a full screen."""
+    terminal = all(file is not None and file.isatty() for file in (sys.stdin, sys.stdout))
+    return terminal and not Console().is_dumb_terminal
+
+
+@contextlib.contextmanager
+def _ended_by_exit(*numbers: signal.Signals) -> Iterator[None]:
+    """These signals end the program as sys.exit does, which leaves the terminal as it was."""
+    before = {number: signal.signal(number, lambda which, _: sys.exit(128 + which)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
     """A function that waits for a key for so many seconds: "" if none was pressed."""
@@ -135,7 +153,11 @@ def _live(by: _Column, interval: float, pid: int | None, first: _Snapshot) -> No
     before: _Snapshot | None = None
     now = first
     said = ""
-    with _keys() as key, Live(console=console, screen=True, auto_refresh=False) as live:
+    with (
+        _ended_by_exit(signal.SIGTERM, signal.SIGHUP),
+        _keys() as key,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
         due = time.monotonic() + interval
         while True:
             room = max(console.size.height - 7, 1)
@@ -220,7 +242,7 @@ def top(interval: float, sort: str, pid: int | None, batch: bool, count: int | N
             for client, row in zip(found["clients"], _rows(before, now), strict=True):
                 client["changes_per_second"] = row.rate
             click.echo(json.dumps(found, indent=2))
-        elif batch or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        elif batch or not _can_draw():
             for left in range((count or 1) - 1, -1, -1):
                 time.sleep(interval)
                 before, now = now, _look(pid)
