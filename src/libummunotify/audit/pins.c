@@ -71,8 +71,8 @@ static struct {
 struct pins_state pins_state;
 __thread bool pins_inside __attribute__((tls_model("initial-exec")));
 
-/* While a lock is held. A thread is not cancelled meanwhile (free and munmap are no points for that, but reading /proc is), and a signal
- * handler does not run: it may jump away for good. */
+/* While a lock is held. A thread is not cancelled meanwhile: free and munmap are no points for that, but reading /proc is. Where memory has
+ * changed, which takes long, signals are blocked, too: a handler may jump away for good. Elsewhere that would cost too much. */
 struct entry {
 	int kept, cancelling;
 	bool blocked;
@@ -487,7 +487,7 @@ struct pin *pins_begin(const char *interface, const char *call, const void *addr
 	struct entry entry;
 	struct pin *pin;
 
-	if (!enter(&entry, true))
+	if (!enter(&entry, false))
 		return NULL;
 	pin = begin(interface, call, address, length);
 	leave(&entry);
@@ -497,7 +497,7 @@ struct pin *pins_begin(const char *interface, const char *call, const void *addr
 static void link_others(struct pin *pin)
 {
 	struct entry entry;
-	bool entered = enter(&entry, true);
+	bool entered = enter(&entry, false);
 
 	pthread_mutex_lock(&the.lock);
 	for (enum key kind = KEY_PIN; kind < KEYS; kind++)
@@ -535,7 +535,7 @@ void pins_drop(struct pin *pin)
 
 	if (!pin)
 		return;
-	entered = enter(&entry, true);
+	entered = enter(&entry, false);
 	if (pin->region && notifier())
 		ummunotify_unwatch(the.umn, pin->region);
 	pthread_mutex_lock(&the.lock);
@@ -570,7 +570,7 @@ struct pin *pins_take(uint64_t key, const char *call)
 	struct pin *pin = NULL;
 	struct entry entry;
 
-	if (!__atomic_load_n(&the.umn, __ATOMIC_ACQUIRE) || !enter(&entry, true))
+	if (!__atomic_load_n(&the.umn, __ATOMIC_ACQUIRE) || !enter(&entry, false))
 		return NULL;
 	umn = notifier();
 	if (umn) {
@@ -615,7 +615,7 @@ void pins_use(enum key kind, uint64_t key, uint64_t address, uint64_t length, co
 	struct pin *pin;
 	uint64_t id = 0;
 
-	if (!umn || !enter(&entry, false)) /* signals: that would cost each use two system calls */
+	if (!umn || !enter(&entry, false))
 		return;
 	drain(notifier());
 	pthread_mutex_lock(&the.lock);
