@@ -27,6 +27,9 @@ SYS = {
 }[os.uname().machine]
 """Numbers of system calls."""
 
+DUMPS_FRAMES = any(hasattr(ctypes.pythonapi, name) for name in ("PyUnstable_DumpTraceback", "_Py_DumpTraceback"))
+"""This Python exports what shows a thread's frames without the GIL: 3.13 does not."""
+
 LONG = 60.0
 """Seconds in which everything has happened that is going to."""
 

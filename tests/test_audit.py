@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 from daemons import COMMAND, PATIENCE
-from support import require, require_root, require_source
+from support import DUMPS_FRAMES, require, require_root, require_source
 from test_c import HERE, build, source
 
 from ummunotify.audit.report import SCHEMA
@@ -190,14 +190,14 @@ class TestCircumstances:
         assert functions(finding["changes"][0]["stack"])[:2] == ["free_buffer", "descriptors"]
 
     def test_python(self, audit: Audit) -> None:
-        """One command finds the bug that is planted in the example, with Python's frames at all three places."""
+        """One command finds the bug that is planted in the example; with Python's frames, if it gives them."""
         result = audit(sys.executable, str(ROOT / "examples/stale_buffer.py"))
         assert result.status == 1
         [finding] = [each for each in result.findings if each["severity"] == USED]
         assert finding["use_count"] == 7
-        assert "read" in functions(finding["pin"]["stack"], "python")
-        assert "new_buffer" in functions(finding["changes"][0]["stack"], "python")
-        assert "read_fixed" in functions(finding["uses"][0]["stack"], "python")
+        assert ("read" in functions(finding["pin"]["stack"], "python")) == DUMPS_FRAMES
+        assert ("new_buffer" in functions(finding["changes"][0]["stack"], "python")) == DUMPS_FRAMES
+        assert ("read_fixed" in functions(finding["uses"][0]["stack"], "python")) == DUMPS_FRAMES
 
     def test_file_server(self, audit: Audit) -> None:
         """It maps a buffer for each connection. The cache deregisters what has changed before it uses the address."""

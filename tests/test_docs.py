@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
-from support import require, require_source
+from support import DUMPS_FRAMES, require, require_source
 
 import ummunotify
 from ummunotify.registrars.mlock import MlockRegistrar
@@ -342,6 +342,8 @@ def test_audit() -> None:
         if line.strip() not in ("", "...") and "mmapmodule" not in line and not re.match(r" +#", line):
             pattern = re.escape(re.sub(changing, "@", line)).replace("@", r"\S+( s)?")
             assert re.search(pattern, said), line
+    if not DUMPS_FRAMES:
+        return  # the page says what is missing then
     for function in ("read", "new_buffer", "main"):
         assert re.search(rf"#\d+ {function} \(examples/stale_buffer\.py:\d+\)", said)
     lines = (ROOT / "examples/stale_buffer.py").read_text().splitlines()
