@@ -170,6 +170,12 @@ def unmap_memory(address: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def remap(address: int, length: int = PAGE) -> None:
+    """Other memory at the same address."""
+    unmap_memory(address, length)
+    map_memory(length, address)
+
+
 def hit(memory: Memory, first: int, last: int | None = None) -> None:
     """Change pages, which stay mapped."""
     last = first + 1 if last is None else last

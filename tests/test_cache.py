@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from cache_check import wrong
 from registrar import Recorder
-from support import SYS, in_child, map_memory, require_module, require_source, unmap_memory
+from support import SYS, in_child, map_memory, remap, require_module, require_source, unmap_memory
 
 import ummunotify
 from ummunotify import (
@@ -62,12 +62,6 @@ def memory() -> Iterator[int]:
     address = map_memory(SIZE)
     yield address
     unmap_memory(address, SIZE)
-
-
-def remap(address: int, length: int = PAGE) -> None:
-    """Other memory at the same address."""
-    unmap_memory(address, length)
-    map_memory(length, address)
 
 
 def use(cache: RegistrationCache[int], address: int, length: int = PAGE) -> int:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 from registrar import Recorder
-from support import in_child, map_memory, probes, require_module, require_source, unmap_memory
+from support import in_child, map_memory, probes, remap, require_module, require_source, unmap_memory
 
 import ummunotify
 from ummunotify import CacheStats, Notifier, RegistrationCache
-from ummunotify.explain import NO_CALL, explain
+from ummunotify.explain import explain
 from ummunotify.selftest.changes import PAGE, madvise
+from ummunotify.types import NO_CALL
 
 require_module("prometheus_client")
 from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
@@ -44,11 +45,6 @@ def registry() -> CollectorRegistry:
 def use(cache: RegistrationCache[int], address: int) -> None:
     with cache.acquire((address, PAGE)):
         pass
-
-
-def remap(address: int) -> None:
-    unmap_memory(address, PAGE)
-    map_memory(PAGE, address)
 
 
 # ---- explain ----

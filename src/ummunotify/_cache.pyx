@@ -42,8 +42,7 @@ from .errors import (
     RegistrationError,
     RegistrationLimitError,
 )
-from .explain import NO_CALL as _NO_CALL
-from .explain import explain
+from .types import NO_CALL as _NO_CALL
 from .types import CacheStats, call_name
 
 cdef extern from "Python.h":
@@ -576,6 +575,8 @@ cdef class RegistrationCache:
 
     def explain(self):
         """Why the hit rate is what it is, in a few lines of text: what was registered again for which reason, and what helps."""
+        from .explain import explain  # here, as few programs need it
+
         return explain(self.stats, self.causes, self._sites)
 
     @property

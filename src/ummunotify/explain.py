@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .types import CacheStats
-
-NO_CALL = "no system call, or not known"
+from .types import NO_CALL, CacheStats
 
 _GIVES_BACK = "an allocator gives the memory back to the kernel: have it keep more, or keep the buffers"
 _FILE = "the file is cut or punched under its mapping"

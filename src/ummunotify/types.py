@@ -30,6 +30,9 @@ _NUMBERS = {
 _CALLS = {numbers[os.uname().machine != "x86_64"]: name for name, numbers in _NUMBERS.items()}
 _CALLS[-1] = "a page fault or the kernel itself"
 
+NO_CALL = "no system call, or not known"
+"""What changed memory, where a count has this instead of a number."""
+
 
 def call_name(number: int) -> str:
     """Of a system call; -1: none, or not known."""

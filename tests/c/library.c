@@ -500,7 +500,7 @@ static void *change_and_check(void *unused)
 		check((n = ummunotify_read(umn, events, 16)) >= 0);
 		for (i = 0; i < 8; i++)
 			ummunotify_unwatch(umn, regions[i]);
-		/* Not the hole: it may be somebody else's memory by now, as a sanitizer's for a thread that starts. */
+		/* Not the hole: the address sanitizer may have mapped memory there for another thread. */
 		munmap(memory, 2 * PAGE);
 		munmap(memory + 6 * PAGE, 2 * PAGE);
 		memory = get_pages(8, NULL);

@@ -9,23 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_rdma import DEVICE, EXAMPLES, device
 
-from ummunotify.registrars import RegistrarUnavailableError
-from ummunotify.registrars.verbs import VerbsRegistrar
-
-sys.path.append(str(Path(__file__).parents[1]))
-from support import require
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-DEVICE = "rxe0"
-
-
-@pytest.fixture(autouse=True)
-def device() -> None:
-    try:
-        VerbsRegistrar(DEVICE).close()
-    except RegistrarUnavailableError as error:
-        require("rdma", str(error))
+__all__ = ["device"]  # a fixture
 
 
 def audit(path: Path, *command: str, status: int = 0) -> dict[str, Any]:

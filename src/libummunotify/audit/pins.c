@@ -435,7 +435,6 @@ static void open_once(void)
 
 static void record_refusal(const struct pin *pin)
 {
-
 	record_begin("unwatched");
 	record_pin(pin);
 	record_text("error", ummunotify_error());
@@ -444,10 +443,11 @@ static void record_refusal(const struct pin *pin)
 
 static struct pin *begin(const char *interface, const char *call, const void *address, size_t length)
 {
-	struct ummunotify *umn = notifier();
+	struct ummunotify *umn;
 	struct pin *pin;
 	bool refused = false;
 
+	notifier(); /* a child drops what is its parent's */
 	pthread_mutex_lock(&the.lock);
 	open_once();
 	pthread_mutex_unlock(&the.lock);
