@@ -72,6 +72,12 @@ def machine() -> None:
         ummunotify.open("bpf").close()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def garbage() -> None:
+    """What imports have left is closed at the beginning: files too, as of matplotlib where it lists the fonts anew."""
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
     """Each test gives back what it took."""

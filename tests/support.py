@@ -125,8 +125,8 @@ def is_ours(name: str) -> bool:
 
 
 def open_fds() -> set[str]:
-    """The descriptors that the process has open."""
-    return set(os.listdir("/proc/self/fd"))
+    """The descriptors that the process has open, without the one that this takes."""
+    return {fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")}
 
 
 def pinned_kib() -> int:
