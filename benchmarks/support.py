@@ -27,7 +27,7 @@ KEPT = ROOT / "build/support"
 NATIVE = "native"
 # Each source by itself: what one has found is kept, whatever happens to the next.
 COMMAND = (
-    "for source in bpf:mmu_notifier bpf:kvm bpf:zap uffd daemon; do "
+    "for source in bpf:mmu_notifier bpf:kvm bpf:zap uffd; do "
     f"{sys.executable} -m ummunotify selftest --json --source $source; done"
 )
 SIGNS = {
@@ -44,8 +44,9 @@ SIGNS = {
 INTRODUCTION = """\
 # What is seen where
 
-`make support` wrote this page. On each kernel `ummunotify selftest` ran as root with every source and probe, and the
-same list of changes ran against what others use; [docs/selftest.md](selftest.md) says how to run it on your machine.
+`make support` wrote this page. On each kernel `ummunotify selftest` ran as root with every probe and with userfaultfd
+(a daemon sees what its probe sees), and the same list of changes ran against what others use;
+[docs/selftest.md](selftest.md) says how to run it on your machine.
 `make vmtest` repeats it in the guests, also as a user without privileges, on every change of the code, and `make
 vmtest-arm64` in those of arm64.
 """
@@ -53,7 +54,8 @@ vmtest-arm64` in those of arm64.
 LEGEND = """\
 *yes*: seen; or, in the second table, nothing was reported. *refused*: the source says that it cannot watch such
 memory. *blind*: the source cannot see it; harmless to pinned memory or listed in [selftest.md](selftest.md).
-*needless*: something was reported without need. *-*: this kernel cannot do it. **no**: missed.
+*needless*: something was reported without need; a change was seen all the same. *-*: this kernel cannot do it.
+**no**: missed.
 
 A cell says what most kernels show, and then which show something else.
 """

@@ -251,6 +251,30 @@ def test_readme_figures() -> None:
     assert float(measured("cache", "`with cache.acquire(array): pass`")[2].split()[0]) < 500
 
 
+def test_counts_of_the_support_matrix() -> None:
+    rows: dict[str, list[str]] = {}
+    for line in (ROOT / "docs/support.md").read_text().splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if len(cells) == 7 and cells[0].isdigit():
+            rows[name] = cells  # seen, missed, blind, refused, needless, not here, failed
+    assert all(cells[1] == "0" and cells[6] == "0" for name, cells in rows.items() if ": " in name)
+    decisions = " ".join((ROOT / "docs/decisions.md").read_text().split())
+    missed = rows["libfabric memhooks"][1], rows["UCX"][1]
+    assert "libfabric's memhooks miss {} kinds of change, and UCX's hooks {}.".format(*missed) in decisions
+    replaces = (ROOT / "docs/replaces.md").read_text()
+    for name, of in (
+        ("libfabric memhooks 1.17", "libfabric memhooks"),
+        ("libfabric userfaultfd 1.17", "libfabric uffd"),
+        ("UCX 1.13", "UCX"),
+        ("ummunotify, `bpf:kvm`, Linux 6.18", "6.18: bpf:kvm"),
+    ):
+        seen, lost, _, refused, *_ = rows[of]
+        assert f"| {name} | {seen} | {lost} | {refused} |" in replaces
+    seen, lost, blind, refused, *_ = rows["6.18: uffd"]
+    kinds = f"{lost} ({blind} kinds it does not see, which leave pinned memory alone or are documented)"
+    assert f"| ummunotify, `uffd`, Linux 6.18 | {seen} | {kinds} | {refused} |" in replaces
+
+
 # ---- Pages ----
 
 
