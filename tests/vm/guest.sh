@@ -5,6 +5,15 @@ exec 2>&1 </dev/null
 set -e -o pipefail
 trap 'exit 125' EXIT
 
+# By which virtme-ng gets the exit status. It is udev that names the port, which the small Debian for arm64 lacks.
+if [ ! -e /dev/virtio-ports ]; then
+    modprobe virtio_console
+    for _ in $(seq 50); do grep -qsx virtme.ret /sys/class/virtio-ports/*/name && break || sleep 0.1; done
+    port=$(grep -lx virtme.ret /sys/class/virtio-ports/*/name)
+    mkdir /dev/virtio-ports
+    ln -s "../$(basename "${port%/name}")" /dev/virtio-ports/virtme.ret
+fi
+
 # virtme-ng mounts the host's files without a cache, which makes Python's imports several times slower, and read-only but
 # for some directories. So once more: cached (the guest assumes that nobody changes files meanwhile), below an overlay.
 mkdir /run/vm && cd /run/vm && mkdir changes root
