@@ -30,6 +30,9 @@ cdef extern from "<fcntl.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int c_close "close"(int fd)
 
+cdef extern from "<sys/mman.h>" nogil:
+    int munmap(void *address, size_t length)
+
 cdef extern from "<sys/random.h>" nogil:
     ssize_t getrandom(void *buffer, size_t length, unsigned int flags)
 
@@ -52,6 +55,9 @@ cdef extern from "bpf/objects.h" nogil:
     int umn_bpf_lookup(int map, const void *key, void *value)
     int umn_bpf_delete(int map, const void *key)
     int umn_bpf_put_maps(int map, const uint32_t *keys, const uint32_t *fds, uint32_t count)
+    void *umn_bpf_share(int map, size_t size)
+    void umn_bpf_read_words(void *to, const void *shared, size_t size)
+    void umn_bpf_write_words(void *shared, const void *source, size_t size)
     int umn_bpf_run(int program, const void *arguments, uint32_t size)
     enum umn_bpf_kind:
         UMN_BPF_MAP
@@ -213,6 +219,47 @@ def skipped_runs(Descriptor program not None):
     return count
 
 
+@cython.final
+@cython.no_gc
+cdef class Values:
+    """An array's values, each written such that a program sees each field of up to 8 bytes before or after."""
+
+    cdef Descriptor map
+    cdef char *memory
+    cdef size_t size, length
+    cdef uint32_t made_in
+
+    def __cinit__(self, Descriptor map not None, size_t size, int count):
+        """`size`: of a value, a multiple of 8. OSError, DescriptorLostError."""
+        self.map, self.size, self.length, self.made_in = map, size, size * count, umn_process_current()
+        self.memory = <char *>umn_bpf_share(map.fd(), self.length)
+        if self.memory is NULL:
+            raise OSError(errno, os.strerror(errno))
+
+    def __dealloc__(self):
+        self.unmap()
+
+    cdef void unmap(self) noexcept:
+        # A child of a fork has none of it, and may have something else there.
+        if self.memory is not NULL and umn_process_is(self.made_in):
+            munmap(self.memory, self.length)
+        self.memory = NULL
+
+    cdef char *at(self, uint32_t index) except NULL:
+        self.map.fd()  # not in a child, and not after it was closed
+        if self.memory is NULL:
+            raise OSError(EBADF, os.strerror(EBADF))
+        return self.memory + index * self.size
+
+    cdef int get(self, uint32_t index, void *value) except -1:
+        umn_bpf_read_words(value, self.at(index), self.size)
+        return 0
+
+    cdef int put(self, uint32_t index, const void *value) except -1:
+        umn_bpf_write_words(self.at(index), value, self.size)
+        return 0
+
+
 # ---- What one loaded program feeds ----
 
 
@@ -239,7 +286,8 @@ cdef class Tables:
     OSError and DescriptorLostError leave everything as it was, if nothing else is said.
     """
 
-    cdef Descriptor segments, rings, tables, owners, handshakes, control
+    cdef Descriptor segments, rings, owners, handshakes
+    cdef Values tables, control
     cdef Descriptor blank  # a segment that takes the place of those that are taken out
     cdef list unused  # numbers
     cdef dict fed  # table: its address space
@@ -249,12 +297,19 @@ cdef class Tables:
 
     def __cinit__(self, dict maps not None, int capacity, bounds=None):
         """`maps`: the program's, by their names."""
-        self.segments, self.rings, self.tables = maps["segments"], maps["rings"], maps["tables"]
-        self.owners, self.handshakes, self.control = maps["owners"], maps["handshakes"], maps["control"]
+        self.segments, self.rings = maps["segments"], maps["rings"]
+        self.owners, self.handshakes = maps["owners"], maps["handshakes"]
+        self.tables = Values(maps["tables"], sizeof(umn_fed_table), capacity)
+        self.control = Values(maps["control"], sizeof(umn_control), 1)
         self.capacity = capacity
         self.unused = list(range(capacity - 1, -1, -1))
         self.fed = {}
         self.bounds = bounds
+
+    def close(self):
+        """Give back the memory that is shared with the program: nothing works any more. May be called more than once."""
+        self.tables.unmap()
+        self.control.unmap()
 
     @property
     def free(self):
@@ -262,12 +317,10 @@ cdef class Tables:
         return len(self.unused)
 
     cdef int get_table(self, uint32_t table, umn_fed_table *value) except -1:
-        check(umn_bpf_lookup(self.tables.fd(), &table, value), "look up a table")
-        return 0
+        return self.tables.get(table, value)
 
     cdef int put_table(self, uint32_t table, umn_fed_table *value) except -1:
-        check(umn_bpf_update(self.tables.fd(), &table, value), "change a table")
-        return 0
+        return self.tables.put(table, value)
 
     cdef uint32_t first_of(self, uint64_t space) except? 0:
         """The address space's first table, plus 1."""
@@ -279,7 +332,6 @@ cdef class Tables:
 
     cdef int put_control(self) except -1:
         cdef umn_control value
-        cdef uint32_t zero = 0
         memset(&value, 0, sizeof(value))
         value.tables = self.used
         value.handshakes = self.open_handshakes
@@ -296,8 +348,7 @@ cdef class Tables:
             value.steps_share = max(STEPS_LEAST, value.steps_foreign // max(1, len(self.fed)))
             value.waiters_own, value.waiters_foreign = self.bounds.waiters_own, self.bounds.waiters_foreign
             value.waiters_relay = self.bounds.waiters_relay
-        check(umn_bpf_update(self.control.fd(), &zero, &value), "change the control map")
-        return 0
+        return self.control.put(0, &value)
 
     def take(self):
         """A number for a new table. IndexError if there is none."""

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <linux/bpf.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -94,6 +95,34 @@ int umn_bpf_put_maps(int map, const uint32_t *keys, const uint32_t *fds, uint32_
 			return each;
 	}
 	return error;
+}
+
+void *umn_bpf_share(int map, size_t size)
+{
+	void *shared = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, map, 0);
+
+	if (shared == MAP_FAILED)
+		return NULL;
+	madvise(shared, size, MADV_DONTFORK);
+	return shared;
+}
+
+void umn_bpf_read_words(void *to, const void *shared, size_t size)
+{
+	const uint64_t *words = shared;
+	uint64_t *read = to;
+
+	for (size_t i = 0; i < size / sizeof *words; i++)
+		read[i] = __atomic_load_n(&words[i], __ATOMIC_ACQUIRE);
+}
+
+void umn_bpf_write_words(void *shared, const void *from, size_t size)
+{
+	const uint64_t *written = from;
+	uint64_t *words = shared;
+
+	for (size_t i = 0; i < size / sizeof *words; i++)
+		__atomic_store_n(&words[i], written[i], __ATOMIC_RELEASE);
 }
 
 int umn_bpf_run(int program, const void *arguments, uint32_t size)

@@ -22,6 +22,17 @@ int umn_bpf_delete(int map, const void *key);
 /* `count` maps into a map of maps, by their descriptors. As after an update and a delete, the kernel returns only when no program
  * can be using what was there before (maybe_wait_bpf_programs in kernel/bpf/syscall.c): some 10 ms, for all of them together. */
 int umn_bpf_put_maps(int map, const uint32_t *keys, const uint32_t *fds, uint32_t count);
+/*
+ * An array's values as memory that programs have, too (BPF_F_MMAPABLE), but no child of a fork; NULL with errno.
+ *
+ * The kernel copies a value that is updated by memcpy, which on x86 may be `rep movsb`: nothing promises a program that it sees a field
+ * of it before or after, and not half of each. A write here is made of single stores.
+ */
+void *umn_bpf_share(int map, size_t size);
+/* Word by word, each read or written at once; what is written is not seen before what the caller has written before. `size` is a
+ * multiple of 8. */
+void umn_bpf_read_words(void *to, const void *shared, size_t size);
+void umn_bpf_write_words(void *shared, const void *from, size_t size);
 /* Runs a raw tracepoint's program once, as if the tracepoint was hit with these arguments. */
 int umn_bpf_run(int program, const void *arguments, uint32_t size);
 

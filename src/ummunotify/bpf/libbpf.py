@@ -103,6 +103,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_program__fd": (_INT, _POINTER),
     "bpf_program__set_autoload": (_INT, _POINTER, _BOOL),
     "bpf_map__fd": (_INT, _POINTER),
+    "bpf_map__set_map_flags": (_INT, _POINTER, _U32),
     "bpf_map__set_max_entries": (_INT, _POINTER, _U32),
     "bpf_map_freeze": (_INT, _INT),
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
@@ -630,6 +631,9 @@ def libbpf_version() -> str:
     return version.decode()
 
 
+_MAPPABLE = 0x400  # BPF_F_MMAPABLE
+
+
 class _ObjectOpenOpts(ctypes.Structure):
     # The beginning of libbpf's structure, which its first field allows.
     _fields_ = (("sz", _SIZE), ("object_name", _STRING))
@@ -670,6 +674,10 @@ class BpfObject:
     def set_max_entries(self, name: str, max_entries: int) -> None:
         """Set the size of a map. Raises BpfError: ENOENT, EBUSY after load."""
         _call(f"set the size of map {name!r}", "bpf_map__set_max_entries", self._map(name), max_entries)
+
+    def make_mappable(self, name: str) -> None:
+        """Let processes that have the map share its values' memory. Raises BpfError: ENOENT, EBUSY after load."""
+        _call(f"make map {name!r} mappable", "bpf_map__set_map_flags", self._map(name), _MAPPABLE)
 
     def set_autoload(self, name: str, autoload: bool) -> None:
         """Choose whether `load` loads a program. Raises BpfError: ENOENT, EINVAL after load."""

@@ -179,6 +179,8 @@ class Program:
             loaded.set_max_entries("segments", tables * SEGMENTS)
             for name in ("rings", "tables", "owners", "handshakes", "due"):
                 loaded.set_max_entries(name, tables)
+            for name in ("tables", "control"):
+                loaded.make_mappable(name)
             reads = program != _NO_USER_READS
             wake = _WAKE[not reads]
             wanted = {program, *((_GAPS,) if kprobe else ())}
@@ -245,9 +247,10 @@ class Program:
             descriptor.number()
 
     def close(self) -> None:
-        """Close all descriptors. May be called more than once."""
+        """Close all descriptors, and give back the memory. May be called more than once."""
         for descriptor in self.descriptors():
             descriptor.close()
+        self.tables.close()
 
     def ended(self) -> Iterator[int]:
         """The tables whose address space has ended, whatever keeps their connections open. OSError.
