@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(RUN)ummunotify demo
 
 # All tests, or those that TESTS names.
-test: $(VENV)/installed
+test: $(VENV)/installed $(if $(TESTS),,$(VENV)/engines)
 	$(RUN)python -m pytest $(TESTS)
 
 selftest: $(VENV)/installed
@@ -73,11 +73,16 @@ packages:
 
 $(VENV)/tools: pyproject.toml | packages
 	$(PYTHON) -m venv $(VENV)
-	$(PYTHON) tools/requirements.py | xargs -d '\n' $(RUN)pip install -q --disable-pip-version-check
+	$(PYTHON) tools/requirements.py dev | xargs -d '\n' $(RUN)pip install -q --disable-pip-version-check
 	touch $@
 
 $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	PATH="$(abspath $(RUN)):$$PATH" $(RUN)pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
+	touch $@
+
+# Large wheels for one test. Without what they name: for NIXL that is PyTorch, which its API does not need.
+$(VENV)/engines: $(VENV)/tools
+	$(PYTHON) tools/requirements.py engines | xargs -d '\n' $(RUN)pip install -q --disable-pip-version-check --no-deps
 	touch $@
 
 # The committed object is what users load: they need no compiler for BPF.

@@ -81,6 +81,12 @@ TESTS = {
         "/opt/ummunotify/bin/pip": SYSTEM,
         "systemctl disable": SYSTEM,
     },
+    "docs/engines.md": {
+        "import ummunotify": "agent and tensor are the program's; test_engines.py: test_recycled_memory does the same",
+        "from ummunotify.registrars.mooncake": "as before, with the program's engine",
+        "pip install": "test_engines.py: test_recycled_memory",
+        "Registrations kept": OUTPUT,
+    },
     "docs/install.md": {
         "this kernel is too old": OUTPUT,
         "python3 -m venv": "`make wheels` does it with each wheel",

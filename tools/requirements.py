@@ -1,8 +1,12 @@
-"""Print what a development environment installs from PyPI, a line each: pyproject.toml says it once."""
+"""Print what a development environment installs from PyPI, a line each: pyproject.toml says it once.
 
+The argument is the extra: dev, with what the package itself needs, or engines, without.
+"""
+
+import sys
 import tomllib
 
 with open("pyproject.toml", "rb") as file:
-    pyproject = tomllib.load(file)
-project = pyproject["project"]
-print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")
+    project = tomllib.load(file)["project"]
+[extra] = sys.argv[1:]
+print(*(project["dependencies"] if extra == "dev" else ()), *project["optional-dependencies"][extra], sep="\n")
