@@ -14,7 +14,6 @@ import click
 
 from .._abi import SOCKET_ENVIRONMENT
 from .._core import SOURCE_ENVIRONMENT, connect_to_daemon, source_names
-from ..daemon import private
 from ..errors import SourceUnavailableError, UnavailableError, UnknownSourceError
 
 LIB = Path(__file__).parents[1] / "lib"
@@ -67,6 +66,12 @@ def deaf(path: str) -> str | None:
     return None
 
 
+def _start_private(probe: str | None = None) -> str:
+    from ..daemon import private  # a quarter of this command's time, and where a daemon runs nothing of it is used
+
+    return private.start(probe)
+
+
 def _choose(source: str | None, environment: dict[str, str]) -> None:
     """See to it that there is a source, if it is up to us.
 
@@ -79,7 +84,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
         source_names(source)
         kind, _, probe = source.partition(":")
         if kind == "bpf":
-            environment[SOCKET_ENVIRONMENT] = private.start(probe or None)
+            environment[SOCKET_ENVIRONMENT] = _start_private(probe or None)
             source = "daemon"
         elif kind == "daemon":
             os.close(connect_to_daemon())
@@ -92,7 +97,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
         except SourceUnavailableError:
             # If neither works the program's open() says why.
             with contextlib.suppress(UnavailableError):
-                environment[SOCKET_ENVIRONMENT] = private.start()
+                environment[SOCKET_ENVIRONMENT] = _start_private()
 
 
 def choose(source: str | None, environment: dict[str, str]) -> None:
