@@ -61,7 +61,7 @@ def state(path: Path) -> tuple[int, int, bytes]:
     return what.st_ino, what.st_mtime_ns, path.read_bytes() if path.is_file() else b""
 
 
-def refused(path: Path, kind: socket.SocketKind) -> str:
+def refused(path: Path | str, kind: socket.SocketKind) -> str:
     with pytest.raises(UnavailableError) as caught, listening(str(path), kind):
         pass
     return str(caught.value)
@@ -74,6 +74,12 @@ def test_a_dead_socket_of_a_daemon_is_replaced(folder: Path, kind: socket.Socket
             assert stat.S_IMODE(path.stat().st_mode) == mode
             client.connect(str(path))
             listener.accept()[0].close()
+
+
+@pytest.mark.parametrize("path", ["", "/var/tmp/" + 99 * "x"])
+def test_a_path_that_no_socket_can_have(path: str, kind: socket.SocketKind) -> None:
+    assert refused(path, kind).endswith("; choose another path")
+    assert not path or not os.path.exists(f"{path}.lock")
 
 
 def test_what_listens_is_left_alone(folder: Path, kind: socket.SocketKind) -> None:

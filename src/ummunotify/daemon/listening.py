@@ -20,6 +20,8 @@ BACKLOG = 16
 """Connections that wait to be accepted; others wait in connect(). In a flood this is what each client waits for."""
 _SO_PASSRIGHTS = 83
 """Since Linux 6.16. Connections have it from the listening socket."""
+_PATH_ROOM = 108
+"""sun_path in unix(7), with the 0 at its end."""
 _SYMLINKS_MOST = 40
 """As many as the kernel follows."""
 
@@ -40,6 +42,9 @@ def listening(
 
     Raises UnavailableError: the path is in use, is not a daemon's, or is not safe; OSError.
     """
+    if not 0 < len(os.fsencode(path)) < _PATH_ROOM:
+        reason = f"{path} is too long for a socket's path" if path else "the socket's path is empty"
+        raise UnavailableError(reason, "choose another path")
     directory = Path(path).absolute().parent
     _make(directory)
     check_directory(directory, owners)

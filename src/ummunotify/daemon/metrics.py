@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -12,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from .._peers import close, receive
+from ..errors import UnavailableError
 from .listening import BACKLOG, listening
 from .server import Server
 
@@ -67,7 +69,12 @@ def listen(address: str, owners: Collection[int] = ()) -> Iterator[socket.socket
     if host not in ("127.0.0.1", "[::1]", "localhost") or not (port.isdecimal() and int(port) < 1 << 16):
         raise ValueError(f"metrics are served at unix:PATH or 127.0.0.1:PORT, not at {address!r}")
     family = socket.AF_INET6 if "[" in host else socket.AF_INET
-    with socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG) as listener:
+    try:
+        listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise UnavailableError(f"metrics cannot be served at {address}: {why}", "choose another port") from None
+    with listener:
         yield listener
 
 
