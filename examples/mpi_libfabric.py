@@ -48,6 +48,9 @@ def replace(how: str, address: int) -> None:
 
 
 comm = MPI.COMM_WORLD
+if comm.size != 2:
+    print("it takes two ranks: mpiexec -n 2 python examples/mpi_libfabric.py", file=sys.stderr)
+    sys.exit(2)
 address = call("mmap", 0, SIZE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
 buffer = MPI.buffer.fromaddress(address, SIZE)
 total = 0

@@ -10,6 +10,7 @@ address: what was attached there must not be used again.
 ummunotify finds out itself where it learns that from: on a cluster usually the daemon, as ranks have no privileges.
 """
 
+import argparse
 import mmap
 import random
 import sys
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 
 import ummunotify
 
-if {"-h", "--help"} & {*sys.argv}:
-    print(__doc__)
-    sys.exit()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("transfers", nargs="?", type=int, default=500, help="of each rank; default: 500")
+options = parser.parse_args()
 try:
     from mpi4py import MPI
 except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
@@ -109,4 +110,4 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 500)
+    main(options.transfers)
