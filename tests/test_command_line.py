@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from daemons import Daemon
 from support import require_module, require_source
 
+from ummunotify import cli
+
 COMMAND = str(Path(sys.executable).with_name("ummunotify"))
+ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(
     path
-    for path in (Path(__file__).parents[1] / "examples").glob("*.py")
+    for path in (ROOT / "examples").glob("*.py")
     if '"""' in path.read_text() and path.name not in ("rdma.py", "recycled.py")
 )
 
@@ -99,6 +104,22 @@ def test_addresses_for_metrics(address: str, tmp_path: Path) -> None:
     assert f"metrics are served at unix:PATH or 127.0.0.1:PORT, not at '{address}'" in result.stderr
 
 
+def test_a_port_for_metrics_that_is_taken(tmp_path: Path) -> None:
+    require_module("prometheus_client")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run(COMMAND, "daemon", "--socket", tmp_path / "socket", "--metrics", address)
+    assert result.returncode == 1
+    what = f"metrics cannot be served at {address}: Address already in use; choose another port"
+    assert result.stderr == f"Error: {what}\n"
+
+
+def test_the_manual_has_every_command() -> None:
+    manual = (ROOT / "man" / "ummunotify.1").read_text()
+    commands = cli.main.list_commands(click.Context(cli.main))
+    assert [name for name in commands if f"\n.B ummunotify {name}\n" not in manual] == []
+
+
 def test_ctrl_c_while_the_package_is_imported(tmp_path: Path) -> None:
     """The first module that the package needs tells when it is imported, and waits."""
     (tmp_path / "_ummunotify_slow.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
@@ -153,6 +174,15 @@ def test_examples_without_what_they_need(example: Path, tmp_path: Path) -> None:
         assert missing.returncode == 2
         assert missing.stderr.startswith("there is no module ")
         assert "Traceback" not in missing.stderr
+
+
+def test_examples_for_mpi_that_are_started_wrongly() -> None:
+    for name, words in (("mpi_ranks.py", "invalid int value: 'many'"), ("mpi_libfabric.py", "it takes two ranks: ")):
+        [example] = [each for each in EXAMPLES if each.name == name]
+        result = run(sys.executable, example, "many")
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_units_for_a_group_that_is_not_there(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ _COMMANDS = {
     "daemon": "Serve notifications to users who may not load BPF programs.",
     "demo": "Show, with real pages, the error that ummunotify prevents.",
     "doctor": "Report what works on this machine, what does not, and what to do about it.",
-    "run": "Run a program with /dev/ummunotify, or libfabric with a memory monitor.",
+    "run": "Run a program with /dev/ummunotify, or tell libfabric's or UCX's caches of changes.",
     "selftest": "Make every known kind of change of a mapping, and check that it is seen.",
     "status": "Show the daemon's clients.",
     "top": "Watch the daemon's clients, live.",
