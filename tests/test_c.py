@@ -220,8 +220,9 @@ def test_man_pages() -> None:
     assert len(functions) > 10
     assert all(function in page.partition(".SH SYNOPSIS")[2] for function in functions)
     for name, commands in {
+        "ummunotify-audit": [["audit"]],
         "ummunotify-run": [["run"]],
-        "ummunotify": [["config"], ["daemon"], ["daemon", "install"], ["doctor"], ["selftest"], ["status"]],
+        "ummunotify": [["config"], ["daemon"], ["daemon", "install"], ["doctor"], ["selftest"], ["status"], ["top"]],
     }.items():
         page = (manual / f"{name}.1").read_text().replace("\\-", "-")
         for command in commands:
