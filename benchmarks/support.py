@@ -51,6 +51,12 @@ INTRODUCTION = """\
 vmtest-arm64` in those of arm64.
 """
 
+NO_KVM = """\
+These machines have /dev/kvm. Without it `bpf:mmu_notifier` works where [something else](architecture.md#subscribing)
+makes the kernel notify of the process's changes. In the guest of 7.3 `make vmtest` takes /dev/kvm away: there it is
+soft-RoCE, the source is `bpf:mmu_notifier`, and `ummunotify doctor` names *RDMA memory that is paged on demand*.
+"""
+
 LEGEND = """\
 *yes*: seen; or, in the second table, nothing was reported. *refused*: the source says that it cannot watch such
 memory. *blind*: the source cannot see it; harmless to pinned memory or listed in [selftest.md](selftest.md).
@@ -158,7 +164,7 @@ def page(kernels: list[Kernel], others: Mapping[str, list[Result]]) -> str:
         missing = "; ".join(f"{source}: {reason}" for source, reason in kernel.unavailable.items())
         parts[-1] += f"\n| {kernel.title} | {', '.join(kernel.results)} | {missing} |"
     parts[-1] += "\n"
-    parts += [summary(rows), "## Kinds of change\n", LEGEND, table(sources, True), table(sources, False)]
+    parts += [NO_KVM, summary(rows), "## Kinds of change\n", LEGEND, table(sources, True), table(sources, False)]
     parts += [PEERS, summary(others), table(peers_by_kernel, True), table(peers_by_kernel, False)]
     if broken := broken_by(others, kernels[0]):
         parts += [
