@@ -35,7 +35,7 @@ bench: $(VENV)/installed
 	$(RUN)python -m benchmarks $(SECTIONS)
 
 vmtest-packages: $(VENV)/installed
-	tools/debian-packages qemu-system-x86 busybox-static kmod udev systemd e2fsprogs iproute2 ibverbs-providers python3-pyverbs
+	tools/debian-packages qemu-system-x86 busybox-static kmod udev systemd e2fsprogs iproute2 ibverbs-providers python3-pyverbs openmpi-bin libopenmpi-dev
 
 # The kernel tests on other kernels; see tests/vm/kernels.toml.
 vmtest: vmtest-packages

@@ -15,43 +15,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import soft_roce
+from soft_roce import ADDRESS, DEVICE, INTERFACE, PATIENCE
 
 sys.path.append(str(Path(__file__).parents[1]))
 from support import require
 from test_c import build, flags
 
-ADDRESS = "10.77.0.1"
-INTERFACE = "umn-dummy"
 PROGRAM = Path(__file__).parents[1] / "c/libfabric_rdma.c"
 EXAMPLE = Path(__file__).parents[2] / "examples/mpi_libfabric.py"
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 CHANGES = ("nothing", "munmap", "syscall", "madvise", "mremap", "truncate")
 RIGHT = {"nothing": "from the cache, new"} | dict.fromkeys(CHANGES[1:], "registered anew, new")
 WRONG = "from the cache, old"
-PATIENCE = 300
 
 
 @pytest.fixture(scope="module", autouse=True)
 def device() -> Iterator[None]:
-    """libfabric passes over the interface lo, and so over rxe0."""
-    if "UMMUNOTIFY_VM" not in os.environ:
-        require("rdma", "only the guests' kernels have the modules, and their network is nobody's")
     if not Path("/usr/include/rdma/fabric.h").exists():
         require("libfabric", "libfabric-dev is not installed")
-    for command in (
-        "modprobe -a rdma_ucm dummy",
-        f"ip link add {INTERFACE} type dummy",
-        f"ip addr add {ADDRESS}/24 dev {INTERFACE}",
-        f"ip link set {INTERFACE} up",
-        f"rdma link add rxe1 type rxe netdev {INTERFACE}",
-    ):
-        subprocess.run(command.split(), check=True)
-    for _ in range(PATIENCE):
-        if subprocess.run(["fi_info", "-p", "verbs", "-d", "rxe1"], capture_output=True).returncode == 0:
-            break
-        time.sleep(1)
-    yield
-    subprocess.run(["ip", "link", "del", INTERFACE], check=True)
+    with soft_roce.made():
+        for _ in range(PATIENCE):
+            if subprocess.run(["fi_info", "-p", "verbs", "-d", DEVICE], capture_output=True).returncode == 0:
+                break
+            time.sleep(1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +95,7 @@ def test_imported(program: str) -> None:
 
 def test_pingpong() -> None:
     """A program of libfabric's own."""
-    command = [*preload("bpf"), "fi_pingpong", "-p", "verbs", "-e", "msg", "-d", "rxe1", "-I", "10", "-S", "65536"]
+    command = [*preload("bpf"), "fi_pingpong", "-p", "verbs", "-e", "msg", "-d", DEVICE, "-I", "10", "-S", "65536"]
     settings = os.environ | {"UMMUNOTIFY_REPORT": "1"}
     server = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
