@@ -234,6 +234,13 @@ static void *duplicate(void *unused)
 	return unused;
 }
 
+/* The probe kvm takes a clone without flags for a change there: docs/architecture.md, "Inside a system call". */
+#ifdef __aarch64__
+static const bool clone_may_alarm = true;
+#else
+static const bool clone_may_alarm = false;
+#endif
+
 /* Children that are made while another thread holds the device's locks do not wait for them. */
 static void test_threads_inside(void)
 {
@@ -252,7 +259,7 @@ static void test_threads_inside(void)
 		if (!child) {
 			int n = get(fd, events, 4);
 
-			check(n == -EAGAIN || n == -EBADF);
+			check(n == -EAGAIN || n == -EBADF || (clone_may_alarm && n == 2));
 			check(!close(fd));
 			_exit(0);
 		}
