@@ -88,12 +88,15 @@ $(VENV)/engines: $(VENV)/tools
 # The committed object is what users load: they need no compiler for BPF.
 bpf: $(VENV)/tools
 	$(call BPF_COMPILE,bpf,watch,src/ummunotify/bpf/watch.bpf.o)
+	$(call BPF_COMPILE,bpf,stacks,src/ummunotify/bpf/stacks.bpf.o)
 	$(call BPF_COMPILE,daemon,peers,src/ummunotify/bpf/peers.bpf.o)
 
 check-bpf: $(VENV)/tools
 	$(call BPF_COMPILE,bpf,watch,$(VENV)/watch.bpf.o)
+	$(call BPF_COMPILE,bpf,stacks,$(VENV)/stacks.bpf.o)
 	$(call BPF_COMPILE,daemon,peers,$(VENV)/peers.bpf.o)
 	cmp $(VENV)/watch.bpf.o src/ummunotify/bpf/watch.bpf.o
+	cmp $(VENV)/stacks.bpf.o src/ummunotify/bpf/stacks.bpf.o
 	cmp $(VENV)/peers.bpf.o src/ummunotify/bpf/peers.bpf.o
 
 # What is committed, as dist/*.tar.gz, and a wheel for each of PYTHONS.

@@ -49,6 +49,7 @@ TESTS = {
         "ummunotify audit -- PROGRAM": FORM,
         "mpiexec -n 64": FORM,
         "# freed at the end": "test_audit.py: test_suppressions",
+        "import mmap, ummunotify": "test_stacks.py: test_example",
     },
     "docs/c.md": {
         "#include <stdio.h>": "test_docs.py: test_c_program",

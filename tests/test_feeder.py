@@ -617,10 +617,12 @@ def test_a_defect_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_object_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a package was installed anew, or removed, after the process had begun."""
     for words, data in (("another version", b"ummunotify protocol 0\0"), ("No such file", None)):
-        path = tmp_path / words
+        folder = tmp_path / words
+        folder.mkdir()
         if data is not None:
-            path.write_bytes(program._OBJECT.read_bytes().replace(OBJECT_VERSION + b"\0", data))
-        monkeypatch.setattr(program, "_OBJECT", path)
+            known = (program._OBJECTS / "watch.bpf.o").read_bytes()
+            (folder / "watch.bpf.o").write_bytes(known.replace(OBJECT_VERSION + b"\0", data))
+        monkeypatch.setattr(program, "_OBJECTS", folder)
         with pytest.raises(UnavailableError, match=f"{words}.*start the process again"):
             feeder.connect(Probe.KVM)
 

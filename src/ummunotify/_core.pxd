@@ -91,6 +91,7 @@ cdef class Region:
     cdef ummunotify_region *_region  # NULL: not watched any more, or not yet
     cdef readonly object cookie
     cdef uint64_t _start, _end
+    cdef uint64_t _since  # when it was last reported, in nanoseconds; for the notifier's tracer
 
 
 cdef class Notifier:
@@ -99,8 +100,10 @@ cdef class Notifier:
     cdef uint64_t _next_cookie
     cdef object _feeder  # keeps what _umn calls
     cdef list _waiters  # to be woken by close()
+    cdef object _tracer  # has the stacks of changes; None: not wanted
     cdef object __weakref__
 
     cdef int _check(self) except -1
+    cdef uint64_t _now(self)
     cdef int _unwatch(self, Region region) except -1
     cdef list _read(self, bint one=*)

@@ -43,6 +43,13 @@ from .errors import (
 )
 from .types import Invalidation, NotifierStats
 
+cdef extern from "<time.h>" nogil:
+    enum:
+        CLOCK_MONOTONIC
+    struct timespec:
+        long tv_sec, tv_nsec
+    int clock_gettime(int clock, timespec *now)
+
 cdef extern from "Python.h":
     # Not int(): an address is not 1.5.
     object operator_index "PyNumber_Index"(object o)
@@ -507,7 +514,7 @@ cdef int call_back(const ummunotify_event *event, void *context) noexcept with g
     try:
         region = (<Notifier>state[0])._regions.get(event.cookie)
         if region is not None and is_same(<Region>region, event.region):
-            state[1](invalidation(<Region>region, event))
+            state[1](invalidation(<Region>region, event, (<Notifier>state[0])._now()))
         return 0
     except BaseException as error:
         state[2] = error
@@ -519,11 +526,34 @@ cdef inline bint is_same(Region region, ummunotify_region *watched):
     return region._region is NULL or region._region is watched
 
 
-cdef inline object invalidation(Region region, const ummunotify_event *event):
+cdef inline object invalidation(Region region, const ummunotify_event *event, uint64_t now):
     # Not by Invalidation's own __new__, which is Python code: a signal handler could raise in it, and the event would be lost.
     return _new_tuple(
-        Invalidation, (region, region.cookie, event.start, event.end, event.exact, event.thread, event.syscall)
+        Invalidation,
+        (
+            region,
+            region.cookie,
+            event.start,
+            event.end,
+            event.exact,
+            event.thread,
+            event.syscall,
+            stack_of(region._notifier._tracer, region, event, now),
+        ),
     )
+
+
+cdef inline object stack_of(object tracer, Region region, const ummunotify_event *event, uint64_t now):
+    """The stack of what was reported at `now`; None. The event was taken, so nothing is raised."""
+    if tracer is None:
+        return None
+    try:
+        stack = tracer.find(region._since, event.start, event.end, event.thread)
+        # Changes that were reported together have one stack, the first one's.
+        region._since = stack.nanoseconds if stack is not None and event.exact else now
+        return stack
+    except MemoryError:
+        return None
 
 
 # Never cleared by the garbage collector: closing it calls its feeder. Cycles through its regions are cleared at the dictionary.
@@ -578,6 +608,14 @@ cdef class Notifier:
             raise failure()
         return 0
 
+    cdef uint64_t _now(self):
+        """In nanoseconds; 0 where nobody wants to know."""
+        cdef timespec now
+        if self._tracer is None:
+            return 0
+        clock_gettime(CLOCK_MONOTONIC, &now)
+        return <uint64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
+
     cdef int _unwatch(self, Region region) except -1:
         cdef ummunotify_region *watched = region._region
         # In this order: from here on nothing finds it, and no other thread unwatches it.
@@ -593,8 +631,10 @@ cdef class Notifier:
         cdef ptrdiff_t room = 1 if one else ROOM
         cdef ptrdiff_t n = room, i
         cdef list result = []
+        cdef uint64_t now
 
         while n == room and not (one and result):
+            now = self._now()
             with nogil:
                 n = ummunotify_read(self._umn, events, room)
             if n < 0:
@@ -605,7 +645,7 @@ cdef class Notifier:
             for i in range(n):
                 region = self._regions.get(events[i].cookie)
                 if region is not None and is_same(<Region>region, events[i].region):
-                    result.append(invalidation(<Region>region, &events[i]))
+                    result.append(invalidation(<Region>region, &events[i], now))
         if not result:
             raise_pending()
         return result
@@ -683,6 +723,7 @@ cdef class Notifier:
         region.cookie = cookie
         region._start = start
         region._end = end
+        region._since = self._now()
         # Now, as making the region may have run the garbage collector, and finalisers that watch something.
         if cookie in self._regions:
             raise CookieInUseError(number)
@@ -817,6 +858,7 @@ cdef class Notifier:
         with nogil:
             ummunotify_shutdown(self._umn)
         self._regions = {}
+        self._tracer = None
         # They stay there until they have gone themselves: what is interrupted here is done by the next close().
         for wake in list(self._waiters):
             try:
@@ -827,7 +869,11 @@ cdef class Notifier:
         if error is not None:
             raise error
 
-    # ---- for the subclass ----
+    # ---- for the subclass, and for `open` ----
+
+    def _trace(self, tracer):
+        """Events have their stacks from this one (_stacks.Tracer)."""
+        self._tracer = tracer
 
     def _take_one(self):
         """A list of one invalidation, or of none."""

@@ -99,6 +99,10 @@ class SourceUnavailableError(UmmunotifyError, RuntimeError):
         self.reasons = dict(reasons)
 
 
+class StacksUnavailableError(SourceUnavailableError):
+    """No source here gives the stacks of changes: only a BPF program of the process's own does."""
+
+
 class UnavailableError(Exception):
     """A source does not work here. Never seen by users: `SourceUnavailableError` collects them."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
+from ._abi import Probe
 from ._core import Notifier as _Notifier
 from ._core import open_notifier, source_names, why_not
 from .bpf import feeder
-from .errors import ClosedError, SourceUnavailableError
+from .errors import ClosedError, SourceUnavailableError, StacksUnavailableError, UnavailableError
 from .types import Invalidation
 
 
@@ -41,7 +42,9 @@ class Notifier(_Notifier):
                     readable.clear()
 
 
-def open(source: str | None = None, *, probe: str | None = None, max_regions: int | None = None) -> Notifier:
+def open(
+    source: str | None = None, *, probe: str | None = None, max_regions: int | None = None, stacks: bool = False
+) -> Notifier:
     """Open a notifier for this process's memory, fed by the best source that works here.
 
     `source` insists on one: `bpf`, `daemon` or `uffd`, the first two also with a probe, as `bpf:kvm` (or with
@@ -49,11 +52,44 @@ def open(source: str | None = None, *, probe: str | None = None, max_regions: in
     may name one in the same way. `max_regions` limits how many regions can be watched at a time, and so the memory that
     is used; without it memory is the limit.
 
-    Raises SourceUnavailableError, which says of each source why not, and UnknownSourceError.
+    With `stacks` each Invalidation has the stack of its change, if it was not lost. Each change that hits a region then
+    takes some microseconds more. Only the source `bpf` can do this, with the probes `kvm` and `mmu_notifier`.
+
+    Raises SourceUnavailableError, which says of each source why not (StacksUnavailableError with `stacks`), and
+    UnknownSourceError.
     """
     if probe is not None:
         source = f"{source or 'bpf'}:{probe}"
+    if stacks:
+        return _open_with_stacks(source, max_regions)
     return open_notifier(Notifier, source, max_regions, feeder)
+
+
+def _open_with_stacks(source: str | None, max_regions: int | None) -> Notifier:
+    names = source_names(source)
+    reasons: dict[str, str] = {}
+    for name in names:
+        kind, _, probe = name.partition(":")
+        if kind != "bpf":
+            reasons[name] = (
+                "it gives no stacks of changes; use bpf, which needs root or CAP_BPF and CAP_PERFMON, or do without"
+            )
+            continue
+        try:
+            opened = open_notifier(Notifier, name, max_regions, feeder)
+        except SourceUnavailableError as error:
+            reasons |= error.reasons
+            continue
+        try:
+            opened._trace(feeder.trace(Probe[probe.upper()]))
+            return opened
+        except UnavailableError as error:
+            reasons[name] = str(error)
+            opened.close()
+    why = ". ".join(
+        f"{', '.join(n for n in reasons if reasons[n] == each)}: {each}" for each in dict.fromkeys(reasons.values())
+    )
+    raise StacksUnavailableError(f"no source with stacks is available ({why})", reasons)
 
 
 class Finding(NamedTuple):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ._core import Region
+    from ._stacks import Stack
 
 _NUMBERS = {
     "write": (1, 64),
@@ -99,6 +100,9 @@ class Invalidation(NamedTuple):
     (gettid, threading.get_native_id); 0: not known, or it has none there."""
     syscall: int
     """The number of the system call that it was in; -1: a page fault, or not known."""
+    stack: Stack | None = None
+    """Of that change, with the names of its process and thread, and when it was. None: the notifier was not opened with
+    stacks=True, or this one was lost."""
 
     @property
     def cause(self) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import symbols
+from ..symbols import Frame
 from ..types import call_name
-from . import symbols
-from .records import Frame, Process, Record, stack
+from .records import Process, Record, stack
 
 Stack = tuple[Frame, ...]
 

@@ -11,26 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..symbols import Frame
+
 _COUNTS = struct.Struct("=IIQQQQQ")
 _MAGIC = 0x31747561
 _PYTHON_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Of a stack, innermost first. A C frame is a place in a file until it is looked up; see symbols.py."""
-
-    language: str
-    """`c` or `python`."""
-    function: str
-    file: str
-    """Of the source; empty where that is not known."""
-    line: int
-    module: str = ""
-    """The program or library, and where in it."""
-    offset: int = 0
 
 
 @dataclass(slots=True)

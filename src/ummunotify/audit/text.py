@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from rich.text import Text
 
+from ..symbols import Frame
 from .findings import MEANING, Change, Finding, Report, Severity, Stack
-from .records import Frame
 
 _T = TypeVar("_T")
 _FRAMES = 12

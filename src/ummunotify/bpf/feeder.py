@@ -13,12 +13,15 @@ from __future__ import annotations
 import _thread
 import time
 import weakref
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .._abi import Probe
 from .._bpf import Connection, epoch
 from ..errors import DescriptorLostError, UnavailableError
 from .program import Program, attached, why
+
+if TYPE_CHECKING:
+    from .._stacks import Tracer
 
 TABLES = 64
 """Notifiers in one process that have the same probe. Each that can be costs 16 KiB of kernel memory, and no time."""
@@ -134,3 +137,34 @@ def connect(probe: int) -> FeederConnection:
         if error.errno is None:  # a signal handler's TimeoutError
             raise
         raise why(error) from error
+
+
+def trace(probe: Probe) -> Tracer:
+    """Take the stacks of this process's changes, as long as the returned object is there.
+
+    By a thread, for the same reason as above. Raises UnavailableError.
+    """
+    from . import tracing  # here, as few need it, and it takes as long as all else
+
+    program, began = _program(probe), epoch()
+    done: list[Tracer | UnavailableError] = []
+
+    def work() -> None:
+        try:
+            done.append(tracing.trace(program))
+        except UnavailableError as error:
+            done.append(error)
+        except BaseException as error:
+            done.append(UnavailableError(f"{type(error).__name__}: {error}", "please report this"))
+
+    try:
+        _thread.start_new_thread(work, ())
+    except RuntimeError:  # as above
+        work()
+    while not done:
+        time.sleep(_POLL_SECONDS)
+        if epoch() != began:
+            raise UnavailableError("the process was forked while its BPF program was being loaded", "try again")
+    if isinstance(done[0], UnavailableError):
+        raise done[0]
+    return done[0]

@@ -105,6 +105,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map__fd": (_INT, _POINTER),
     "bpf_map__set_map_flags": (_INT, _POINTER, _U32),
     "bpf_map__set_max_entries": (_INT, _POINTER, _U32),
+    "bpf_map__reuse_fd": (_INT, _POINTER, _INT),
     "bpf_map_freeze": (_INT, _INT),
     "bpf_obj_get_info_by_fd": (_INT, _INT, _POINTER, _POINTER),
     "bpf_prog_get_next_id": (_INT, _U32, _POINTER),
@@ -451,6 +452,11 @@ def raw_tracepoint_open(tracepoint: str, program_fd: int) -> int:
     )
 
 
+def trace_open(program_fd: int) -> int:
+    """Attach a program to the kernel function that it names itself (fentry, fexit); else as raw_tracepoint_open."""
+    return _call("attach to a kernel function", "bpf_raw_tracepoint_open", None, program_fd, undo=os.close)
+
+
 _PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
 _PERF_FLAG_FD_CLOEXEC = 8
 _KPROBE_TYPE = "/sys/bus/event_source/devices/kprobe/type"
@@ -678,6 +684,10 @@ class BpfObject:
     def make_mappable(self, name: str) -> None:
         """Let processes that have the map share its values' memory. Raises BpfError: ENOENT, EBUSY after load."""
         _call(f"make map {name!r} mappable", "bpf_map__set_map_flags", self._map(name), _MAPPABLE)
+
+    def reuse_map(self, name: str, fd: int) -> None:
+        """Take the map behind this descriptor, which the caller closes, for the one of this name. Raises BpfError."""
+        _call(f"reuse map {name!r}", "bpf_map__reuse_fd", self._map(name), fd)
 
     def set_autoload(self, name: str, autoload: bool) -> None:
         """Choose whether `load` loads a program. Raises BpfError: ENOENT, EINVAL after load."""

@@ -18,8 +18,8 @@ _GAPS = "probe_gap"
 """The program that notices where the kernel may skip the others."""
 _ENDED, _WAKE = "ended", ("wake_all_due", "wake_all_due_no_reads")
 """Programs that are attached to nothing: for tables whose address space has ended, and for wake-ups that are due."""
-_OBJECT = Path(libbpf.__file__).with_name("watch.bpf.o")
-_TRACEPOINT = "kvm_unmap_hva_range"
+_OBJECTS = Path(libbpf.__file__).parent
+TRACEPOINT = "kvm_unmap_hva_range"
 _FUNCTION = "__mmu_notifier_invalidate_range_start"
 _TABLE_MAPS = ("segments", "rings", "tables", "owners", "handshakes", "control")
 
@@ -78,15 +78,16 @@ def _may_not_read(error: libbpf.BpfError) -> bool:
     return bool(re.search(r"(unknown func|cannot use helper) bpf_probe_read", error.log))
 
 
-def _object() -> bytes:
-    """The BPF object. Raises UnavailableError if it is not of the library that this process has."""
+def read_object(name: str) -> bytes:
+    """A BPF object. Raises UnavailableError if it is not of the library that this process has."""
+    path = _OBJECTS / name
     try:
-        data = _OBJECT.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UnavailableError(str(error), "install ummunotify again, and start the process again") from error
     if OBJECT_VERSION + b"\0" not in data:
         raise UnavailableError(
-            f"{_OBJECT} is of another version of ummunotify than this process", "start the process again"
+            f"{path} is of another version of ummunotify than this process", "start the process again"
         )
     return data
 
@@ -119,7 +120,7 @@ def _paranoid() -> int:
 
 def _why_not_attached(probe: Probe, error: OSError) -> UnavailableError:
     if probe == Probe.KVM and error.errno == errno.ENOENT:
-        return UnavailableError(f"the kernel has no tracepoint {_TRACEPOINT}", "load the kvm module (modprobe kvm)")
+        return UnavailableError(f"the kernel has no tracepoint {TRACEPOINT}", "load the kvm module (modprobe kvm)")
     if probe != Probe.KVM and error.errno == errno.EACCES and (paranoid := _paranoid()) > 2:
         # Debian and Ubuntu have this level.
         return UnavailableError(
@@ -156,7 +157,7 @@ class Program:
         self._ended_code: Descriptor | None = None
         self._wake_code: Descriptor | None = None
         _check_kernel(probe)
-        data = _object()
+        data = read_object("watch.bpf.o")
         try:
             try:
                 maps = self._load(data, tables, probe.label, bounds is not None)
@@ -206,7 +207,7 @@ class Program:
         """Attach the probe. Raises UnavailableError."""
         try:
             if self.probe == Probe.KVM:
-                self._link(_TRACEPOINT, libbpf.raw_tracepoint_open(_TRACEPOINT, self.code.number()))
+                self._link(TRACEPOINT, libbpf.raw_tracepoint_open(TRACEPOINT, self.code.number()))
             else:
                 self._notice_gaps()
                 for function, cookie in self._functions.items():
