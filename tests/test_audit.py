@@ -138,9 +138,15 @@ class TestCircumstances:
 
     @pytest.mark.skipif(os.uname().machine != "x86_64", reason="it makes the system call by an instruction")
     def test_freed_by_a_bare_system_call(self, program: str, audit: Audit) -> None:
-        """It has no stack, and not that of the thread's next call."""
+        """It has the stack that the kernel gives, and not that of the thread's next call."""
         [change] = audit(program, "bare").findings[0]["changes"]
-        assert (change["cause"], change["call"], change["stack"]) == ("munmap", "", [])
+        assert (change["cause"], change["call"]) == ("munmap", "")
+        assert functions(change["stack"])[:2] == ["bare", "main"]
+
+    def test_no_stacks(self, program: str, audit: Audit) -> None:
+        [finding] = audit(program, "stale", options=("--no-stacks",)).findings
+        assert (finding["severity"], finding["changes"][0]["cause"]) == (USED, "munmap")
+        assert (finding["pin"]["stack"], finding["changes"][0]["stack"], finding["uses"][0]["stack"]) == ([], [], [])
 
     def test_child(self, program: str, audit: Audit) -> None:
         """What a child frees is its own; what it pins is in the same report."""
@@ -157,6 +163,7 @@ class TestCircumstances:
         change = finding["changes"][0]
         assert change["other"]
         assert (change["cause"], change["process_name"]) == ("truncate", "cutter")
+        assert functions(change["stack"])[1:3] == ["shrink", "truncated"]
 
     def test_mlock_is_no_pin_unless_asked(self, program: str, audit: Audit) -> None:
         assert audit(program, "truncated").pins == 0
@@ -216,6 +223,11 @@ class TestUnusualPrograms:
         assert result.status == RETURNED, result.text
         assert result.pins
 
+    def test_handler_that_jumps_away(self, program: str, audit: Audit) -> None:
+        """Nothing stays locked, and what comes later is found."""
+        result = audit(program, "jumps")
+        assert (result.status, result.counts) == (RETURNED, (1, 0, 0)), result.text
+
     def test_addresses_that_the_kernel_refuses(self, program: str, audit: Audit) -> None:
         result = audit(program, "asks")
         assert (result.status, result.pins) == (RETURNED, 0), result.text
@@ -273,6 +285,38 @@ def test_ignored_signals_stay_ignored() -> None:
 def test_signals_are_passed_on() -> None:
     script = "trap 'exit 4' USR1; kill -USR1 $PPID; for i in 1 2 3 4 5 6 7 8 9; do sleep 1; done"
     assert subprocess.run([*COMMAND, "audit", "sh", "-c", script], capture_output=True, check=False).returncode == 4
+
+
+def test_signals_to_the_command_alone() -> None:
+    """Ctrl-C is for both, and is not sent on; what is sent to the command is."""
+    script = "trap 'exit 4' INT; echo ready; while :; do sleep 0.1; done"
+    with subprocess.Popen(
+        [*COMMAND, "audit", "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as audit:
+        assert audit.stdout is not None
+        assert audit.stdout.readline() == b"ready\n"
+        audit.send_signal(signal.SIGINT)
+        _, said = audit.communicate()
+    assert audit.returncode == 4
+    assert b"Nothing was pinned" in said
+
+
+@pytest.mark.parametrize("command", ["audit", "run"])
+def test_script_without_an_interpreter(tmp_path: Path, command: str) -> None:
+    """Shells run it by themselves."""
+    script = tmp_path / "script"
+    script.write_text('exit "$1"\n')
+    script.chmod(0o755)
+    words = [*COMMAND, command, "--source", "uffd", str(script), "5"]
+    assert subprocess.run(words, capture_output=True, check=False).returncode == 5
+
+
+def test_address_sanitizer(audit: Audit, tmp_path: Path) -> None:
+    """Its shared library has to be the first that is preloaded."""
+    program = build(HERE / "audit.c", tmp_path / "audit", "-fsanitize=address", "-fno-omit-frame-pointer")
+    result = audit(program, "stale", ASAN_OPTIONS="detect_leaks=0")
+    assert (result.status, result.counts) == (RETURNED, (1, 0, 0)), result.text
+    assert functions(result.findings[0]["pin"]["stack"])[:2] == ["pin_buffer", "stale"]
 
 
 def test_names_that_steer_a_terminal(program: str, audit: Audit, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 #include <limits.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -497,6 +498,39 @@ static void ends(void)
 	}
 }
 
+static sigjmp_buf away;
+
+static void jump(int number)
+{
+	(void)number;
+	siglongjmp(away, 1);
+}
+
+/* A signal handler jumps out of whatever is being done, and the program goes on. */
+static void jumps(void)
+{
+	void *a = map(NULL, PAGE);
+	volatile int left = 200;
+
+	signal(SIGVTALRM, jump);
+	open_ring();
+	while (left-- > 0) {
+		if (!sigsetjmp(away, 1)) {
+			CHECK(!setitimer(ITIMER_VIRTUAL, &(struct itimerval){.it_value.tv_usec = 1 + 37 * left % 3000}, NULL));
+			while (true) {
+				pin_buffer(a, PAGE);
+				unpin_buffer();
+			}
+		}
+		syscall(SYS_io_uring_register, ring.fd, IORING_UNREGISTER_BUFFERS, NULL, 0);
+	}
+	pin_buffer(a, PAGE);
+	free_buffer(a, PAGE);
+	map(a, PAGE);
+	use_buffer(a, PAGE);
+	unpin_buffer();
+}
+
 /* Maps and frees all the time, beside a pin; prints the ns of processor time that each round takes. */
 static void rate(const char *how, long count)
 {
@@ -537,7 +571,7 @@ int main(int argc, char **argv)
 		     {"killed", killed},       {"crash", crash},      {"many", many},		{"descriptors", descriptors},
 		     {"truncated", truncated}, {"exec", executes},    {"cancelled", cancelled}, {"asks", asks},
 		     {"recycled", recycled},   {"vforks", vforks},    {"handler", handler},	{"small_stack", small_stack},
-		     {"full", full},	       {"ends", ends}};
+		     {"full", full},	       {"ends", ends},	      {"jumps", jumps}};
 	const char *mode = argc > 1 ? argv[1] : "";
 
 	for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)

@@ -76,7 +76,9 @@ static uint64_t slot_key(int fd, uint64_t slot)
 
 /* ---- Registering ---- */
 
+/* From `begin` to `end` signals are held back: a handler that jumps away would leave pins of which nobody knows whether they are. */
 struct registering {
+	sigset_t before;
 	unsigned int count;
 	struct pin **pins;
 };
@@ -85,7 +87,7 @@ static void begin(struct registering *registering, const char *call, const struc
 {
 	struct iovec *pieces;
 
-	*registering = (struct registering){0};
+	*registering = (struct registering){.before = pins_hold_signals()};
 	if (pins_inside || !buffers || !count || count > BUFFERS_MAX)
 		return;
 	pieces = calloc(count, sizeof *pieces);
@@ -115,14 +117,19 @@ static void end(struct registering *registering, const char *call, int fd, unsig
 		if (__atomic_compare_exchange_n(&slot_count, &most, first + done, true, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
 			break;
 	free(registering->pins);
+	pins_let_signals(registering->before);
 }
 
 static void drop_all(int fd, const char *call)
 {
+	sigset_t before;
+
 	if (pins_inside)
 		return;
+	before = pins_hold_signals();
 	for (unsigned int slot = 0; slot < __atomic_load_n(&slot_count, __ATOMIC_ACQUIRE); slot++)
 		pins_drop(pins_take(slot_key(fd, slot), call));
+	pins_let_signals(before);
 }
 
 /* struct io_uring_rsrc_register */
@@ -158,12 +165,12 @@ static long register_call(const long a[6], long (*make)(long, ...))
 		buffers = (const void *)(uintptr_t)update.buffers, count = update.count, first = update.first; /* NOLINT */
 	begin(&registering, "io_uring_register", buffers, count);
 	result = make(SYS_io_uring_register, a[0], a[1], a[2], a[3], a[4], a[5]);
+	if (opcode == IORING_UNREGISTER_BUFFERS && result >= 0)
+		drop_all(fd, "io_uring_register");
 	end(&registering, "io_uring_register", fd, first,
 	    result < 0				? 0
 	    : opcode == REGISTER_BUFFERS_UPDATE ? (unsigned int)result
 						: count);
-	if (opcode == IORING_UNREGISTER_BUFFERS && result >= 0)
-		drop_all(fd, "io_uring_register");
 	return result;
 }
 
@@ -204,6 +211,7 @@ static void look_at_queue(const struct ring *ring, unsigned int count)
 
 static void add_ring(int fd, const struct io_uring_params *parameters)
 {
+	sigset_t before = pins_hold_signals();
 	struct ring *ring;
 
 	pthread_mutex_lock(&lock);
@@ -222,6 +230,7 @@ static void add_ring(int fd, const struct io_uring_params *parameters)
 		__atomic_store_n(&ring->fd, fd, __ATOMIC_RELEASE);
 	}
 	pthread_mutex_unlock(&lock);
+	pins_let_signals(before);
 }
 
 void io_uring_mapped(int fd, int64_t offset, void *address)

@@ -71,38 +71,30 @@ static struct {
 struct pins_state pins_state;
 __thread bool pins_inside __attribute__((tls_model("initial-exec")));
 
-/* While a lock is held. A thread is not cancelled meanwhile: free and munmap are no points for that, but reading /proc is. Where memory has
- * changed, which takes long, signals are blocked, too: a handler may jump away for good. Elsewhere that would cost too much. */
+/* While a lock is held. A thread is not cancelled meanwhile: free and munmap are no points for that, but reading /proc is. Signals are
+ * blocked: a handler may jump away for good. */
 struct entry {
 	int kept, cancelling;
-	bool blocked;
 	sigset_t signals;
 };
 
 /* False: this thread is inside already. */
-static bool enter(struct entry *entry, bool block)
+static bool enter(struct entry *entry)
 {
-	sigset_t all;
-
 	if (pins_inside)
 		return false;
-	pins_inside = true;
 	entry->kept = errno;
-	entry->blocked = block;
+	entry->signals = pins_hold_signals();
+	pins_inside = true;
 	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &entry->cancelling);
-	if (block) {
-		sigfillset(&all);
-		pthread_sigmask(SIG_BLOCK, &all, &entry->signals);
-	}
 	return true;
 }
 
 static void leave(const struct entry *entry)
 {
 	pins_inside = false;
-	if (entry->blocked)
-		pthread_sigmask(SIG_SETMASK, &entry->signals, NULL);
 	pthread_setcancelstate(entry->cancelling, NULL);
+	pins_let_signals(entry->signals);
 	errno = entry->kept;
 }
 
@@ -340,7 +332,7 @@ void pins_before(const void *caller)
 {
 	struct entry entry;
 
-	if (stack_is_own(caller) || !enter(&entry, true))
+	if (stack_is_own(caller) || !enter(&entry))
 		return;
 	drain(notifier());
 	take_wanted(this_thread()); /* by a system call, which has no stack */
@@ -353,7 +345,7 @@ void pins_after(const char *call, const void *caller)
 	struct entry entry;
 	uint64_t batch;
 
-	if (stack_is_own(caller) || !enter(&entry, true))
+	if (stack_is_own(caller) || !enter(&entry))
 		return;
 	drain(notifier());
 	batch = take_wanted(this_thread());
@@ -386,17 +378,36 @@ static void in_child(void)
 static void start_reader(struct ummunotify *umn)
 {
 	pthread_attr_t attributes;
-	sigset_t all, before;
 	pthread_t reader;
 
-	sigfillset(&all);
-	pthread_sigmask(SIG_BLOCK, &all, &before);
+	/* It is started by a thread that holds signals back, and so holds them back itself. */
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	if (!pthread_create(&reader, &attributes, read_changes, umn))
 		pthread_setname_np(reader, "ummunotify");
 	pthread_attr_destroy(&attributes);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* What may be executed is where: for stacks that the kernel has taken, should nobody look before this process has ended. */
+static void record_code(void)
+{
+	static char line[4096], path[4096], escaped[4096]; /* under the record's lock */
+	unsigned long long start, end, offset;
+	FILE *file = fopen("/proc/self/maps", "re");
+
+	record_begin("code");
+	record_list("mappings");
+	while (file && fgets(line, sizeof line, file)) {
+		*path = 0;
+		if (sscanf(line, "%llx-%llx %*2cx%*c %llx %*s %*s %4000[^\n]", &start, &end, &offset, path) < 3)
+			continue;
+		record_escape(escaped, sizeof escaped, path);
+		record_item("[%llu,%llu,%llu,\"%s\"]", start, end, offset, escaped);
+	}
+	record_list_end();
+	record_end();
+	if (file)
+		fclose(file);
 }
 
 /* The lock is held. */
@@ -423,12 +434,14 @@ static void open_once(void)
 		record_text("source", ummunotify_source(umn));
 		start_reader(umn);
 		__atomic_store_n(&the.umn, umn, __ATOMIC_RELEASE);
-		if (strncmp(ummunotify_source(umn), "uffd", 4) != 0) {
+		if (stacks_wanted() && strncmp(ummunotify_source(umn), "uffd", 4) != 0) {
 			pins_state.epoch = umn_process_current();
 			__atomic_store_n(&pins_state.generation, umn_generation_of(umn), __ATOMIC_RELEASE);
 		}
 	}
 	record_end();
+	if (stacks_wanted())
+		record_code();
 }
 
 /* ---- Pins ---- */
@@ -487,7 +500,7 @@ struct pin *pins_begin(const char *interface, const char *call, const void *addr
 	struct entry entry;
 	struct pin *pin;
 
-	if (!enter(&entry, false))
+	if (!enter(&entry))
 		return NULL;
 	pin = begin(interface, call, address, length);
 	leave(&entry);
@@ -497,7 +510,7 @@ struct pin *pins_begin(const char *interface, const char *call, const void *addr
 static void link_others(struct pin *pin)
 {
 	struct entry entry;
-	bool entered = enter(&entry, false);
+	bool entered = enter(&entry);
 
 	pthread_mutex_lock(&the.lock);
 	for (enum key kind = KEY_PIN; kind < KEYS; kind++)
@@ -535,7 +548,7 @@ void pins_drop(struct pin *pin)
 
 	if (!pin)
 		return;
-	entered = enter(&entry, false);
+	entered = enter(&entry);
 	if (pin->region && notifier())
 		ummunotify_unwatch(the.umn, pin->region);
 	pthread_mutex_lock(&the.lock);
@@ -570,7 +583,7 @@ struct pin *pins_take(uint64_t key, const char *call)
 	struct pin *pin = NULL;
 	struct entry entry;
 
-	if (!__atomic_load_n(&the.umn, __ATOMIC_ACQUIRE) || !enter(&entry, false))
+	if (!__atomic_load_n(&the.umn, __ATOMIC_ACQUIRE) || !enter(&entry))
 		return NULL;
 	umn = notifier();
 	if (umn) {
@@ -610,12 +623,13 @@ static void record_use(uint64_t id, uint64_t address, uint64_t length, const cha
 
 void pins_use(enum key kind, uint64_t key, uint64_t address, uint64_t length, const char *call)
 {
-	struct ummunotify *umn = __atomic_load_n(&the.umn, __ATOMIC_ACQUIRE);
+	struct ummunotify *umn = notifier();
 	struct entry entry;
 	struct pin *pin;
 	uint64_t id = 0;
 
-	if (!umn || !enter(&entry, false))
+	/* Mostly nothing has ever changed. In this order: what changed before is counted before `changed` is false. */
+	if (!umn || (!ummunotify_changed(umn) && !__atomic_load_n(&the.counts->changed, __ATOMIC_ACQUIRE)) || !enter(&entry))
 		return;
 	drain(notifier());
 	pthread_mutex_lock(&the.lock);
@@ -643,8 +657,10 @@ __attribute__((destructor)) static void at_exit(void)
 	struct entry entry;
 
 	/* A signal handler that calls exit may have come while this thread held a lock. */
-	if (enter(&entry, true)) {
+	if (enter(&entry)) {
 		drain(notifier());
+		if (the.umn && stacks_wanted() && __atomic_load_n(&the.counts->changed, __ATOMIC_ACQUIRE))
+			record_code(); /* with what was loaded since */
 		leave(&entry);
 	}
 	if (the.counts)

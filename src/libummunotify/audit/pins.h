@@ -4,6 +4,8 @@
 #ifndef UMN_AUDIT_PINS_H
 #define UMN_AUDIT_PINS_H
 
+#include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -50,7 +52,7 @@ void pins_after(const char *call, const void *caller);
 
 /* What pins_quiet reads. */
 extern struct pins_state {
-	const uint64_t *generation; /* NULL: nothing is pinned, or the source does not tell which thread made a change */
+	const uint64_t *generation; /* NULL: nothing is pinned, or changes get no stacks from here */
 	uint64_t seen;		    /* the generation when all was read; with several threads perhaps an earlier one */
 	uint32_t epoch;		    /* the process's: in a child the generation is not mapped */
 	uint32_t wanted;	    /* stacks */
@@ -65,6 +67,21 @@ static inline bool pins_quiet(void)
 	       (umn_process_is(pins_state.epoch) &&
 		__atomic_load_n(generation, __ATOMIC_ACQUIRE) == __atomic_load_n(&pins_state.seen, __ATOMIC_RELAXED) &&
 		!__atomic_load_n(&pins_state.wanted, __ATOMIC_ACQUIRE));
+}
+
+/* While something of the audit's own is half done, in a call that the program may leave by a jump out of a signal handler. */
+static inline sigset_t pins_hold_signals(void)
+{
+	sigset_t all, before;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &before);
+	return before;
+}
+
+static inline void pins_let_signals(sigset_t before)
+{
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 /* While the program's calls are not to be looked at in this thread: inside a call that pins. */

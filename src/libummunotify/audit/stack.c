@@ -148,11 +148,27 @@ static char *python_frames(void)
 
 /* ---- Both ---- */
 
+bool stacks_wanted(void)
+{
+	static int answer; /* 1: no, 2: yes */
+
+	if (!answer)
+		answer = getenv("UMMUNOTIFY_AUDIT_NO_STACKS") ? 1 : 2;
+	return answer == 2;
+}
+
 void stack_take(struct stack *stack)
 {
 	void *all[STACK_FRAMES + 8];
-	int count = backtrace(all, STACK_FRAMES + 8), first = 0;
+	int count, first = 0;
 
+	*stack = (struct stack){0};
+	if (!stacks_wanted())
+		return;
+	count = backtrace(all, STACK_FRAMES + 8);
+	/* A sanitizer's own backtrace is further in. */
+	while (first < count && !stack_is_own(all[first]))
+		first++;
 	while (first < count && stack_is_own(all[first]))
 		first++;
 	stack->count = count - first < STACK_FRAMES ? count - first : STACK_FRAMES;

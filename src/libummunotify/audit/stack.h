@@ -18,6 +18,9 @@ struct stack {
 /* Is this address in the library that all of this is in? */
 bool stack_is_own(const void *address);
 
+/* The user can do without. */
+bool stacks_wanted(void);
+
 /* Of the calling thread, from the program's call into this library on. */
 void stack_take(struct stack *stack);
 void stack_free(struct stack *stack);

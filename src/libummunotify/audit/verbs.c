@@ -106,6 +106,7 @@ static int post_srq_recv(struct verbs_queue *queue, struct verbs_receive *reques
 
 static void replace(struct verbs_device *context)
 {
+	sigset_t before = pins_hold_signals();
 	struct table *table;
 
 	pthread_mutex_lock(&lock);
@@ -117,6 +118,7 @@ static void replace(struct verbs_device *context)
 		__atomic_store_n(&context->post_srq_recv, post_srq_recv, __ATOMIC_RELEASE);
 	}
 	pthread_mutex_unlock(&lock);
+	pins_let_signals(before);
 }
 
 /* ---- Registrations ---- */

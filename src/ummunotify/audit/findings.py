@@ -6,14 +6,15 @@ import enum
 import fnmatch
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import symbols
 from ..symbols import Frame
 from ..types import call_name
-from .records import Process, Record, stack
+from .records import Process, Record, code, stack
+from .traced import Assigned, Traced, assign
 
 Stack = tuple[Frame, ...]
 
@@ -61,7 +62,7 @@ class Pin:
 @dataclass(frozen=True, slots=True)
 class Change:
     time: float
-    """When it was noticed."""
+    """When it was made, or noticed where the kernel has not told more."""
     start: int
     end: int
     exact: bool
@@ -206,24 +207,28 @@ def _pin(record: Record, known: symbols.Known) -> Pin:
     )
 
 
-def _change(record: Record, process: Process, by: Record | None, source: str, known: symbols.Known) -> Change:
+def _change(
+    record: Record, process: Process, by: Record | None, assigned: Assigned | None, source: str, known: symbols.Known
+) -> Change:
+    traced = assigned.traced if assigned else None
     thread = record.get("thread", 0)
-    owner = record.get("process", 0)
+    owner = record.get("process", 0) or (traced.process if traced else 0)
     unknown = source.startswith("uffd")
+    places = stack(by) if by else assigned.places if assigned else ()
     return Change(
-        record["time"],
+        traced.time if traced else record["time"],
         record["start"],
         record["end"],
         bool(record["exact"]),
         "not known" if unknown else call_name(record.get("syscall", -1)),
         thread,
-        record.get("thread_name", ""),
+        record.get("thread_name", "") or (traced.thread_name if traced else ""),
         owner,
-        record.get("process_name", ""),
+        record.get("process_name", "") or (traced.process_name if traced else ""),
         bool(owner) and owner != process.pid,
         record["now"],
         by["call"] if by else "",
-        symbols.resolve(stack(by), known) if by else (),
+        symbols.resolve(places, known),
     )
 
 
@@ -240,7 +245,9 @@ def _use(record: Record, known: symbols.Known) -> Use:
     )
 
 
-def _of_process(process: Process, source: str, known: symbols.Known) -> Iterable[Finding]:
+def _of_process(
+    process: Process, source: str, traced: Mapping[int, Assigned], known: symbols.Known
+) -> Iterable[Finding]:
     batches = {record["batch"]: record for record in process.records if record["record"] == "stack"}
     of_pin: dict[int, list[Record]] = defaultdict(list)
     for record in process.records:
@@ -257,7 +264,10 @@ def _of_process(process: Process, source: str, known: symbols.Known) -> Iterable
             process.pid,
             process.command,
             _pin(changes[0], known),
-            [_change(each, process, batches.get(each["batch"]), source, known) for each in changes],
+            [
+                _change(each, process, batches.get(each["batch"]), traced.get(id(each)), source, known)
+                for each in changes
+            ],
             [_use(each, known) for each in uses],
             ends[0]["uses"] if ends else len(uses),
             Unpin(ends[0]["time"], ends[0]["call"], ends[0]["thread"], symbols.resolve(stack(ends[0]), known))
@@ -267,13 +277,23 @@ def _of_process(process: Process, source: str, known: symbols.Known) -> Iterable
 
 
 def judge(
-    command: list[str], status: int, began: float, ended: float, processes: list[Process], suppressions: Suppressions
+    command: list[str],
+    status: int,
+    began: float,
+    ended: float,
+    processes: list[Process],
+    suppressions: Suppressions,
+    traced: list[Traced],
 ) -> Report:
     """The worst findings first, in the order of the first change."""
+    of_changes = assign(processes, traced, code(processes))
     report = Report(command, status, began, ended, processes, [], [])
     all_records = [record for process in processes for record in process.records]
     known = symbols.look_up(
-        frame for record in all_records for prefix in ("", "pinned_") for frame in stack(record, prefix)
+        [
+            *(frame for record in all_records for prefix in ("", "pinned_") for frame in stack(record, prefix)),
+            *(frame for each in of_changes.values() for frame in each.places),
+        ]
     )
     for process in processes:
         for record in process.records:
@@ -283,7 +303,7 @@ def judge(
                 report.failures[process.pid] = record["error"]
             elif record["record"] == "unwatched":
                 report.unwatched.append(Unwatched(process.pid, _pin(record, known), record["error"]))
-        report.findings += _of_process(process, report.sources.get(process.pid, ""), known)
+        report.findings += _of_process(process, report.sources.get(process.pid, ""), of_changes, known)
     for finding in report.findings:
         finding.suppressed = suppressions.match(finding)
     order = list(Severity)

@@ -6,12 +6,12 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..symbols import Frame
+from ..symbols import Code, Frame
 
 _COUNTS = struct.Struct("=IIQQQQQ")
 _MAGIC = 0x31747561
@@ -93,6 +93,16 @@ def read(directory: Path) -> list[Process]:
     """In the order in which they began."""
     found = (_read(path) for path in directory.iterdir() if re.fullmatch(r"\d+\.\d+", path.name))
     return sorted((each for each in found if each), key=lambda each: each.started)
+
+
+def code(processes: Iterable[Process]) -> dict[int, list[Code]]:
+    """What each had mapped that may be executed, as it last said."""
+    return {
+        process.pid: [Code(*each) for each in record["mappings"]]
+        for process in processes
+        for record in process.records
+        if record["record"] == "code"
+    }
 
 
 def stack(record: Record, prefix: str = "") -> tuple[Frame, ...]:

@@ -15,27 +15,47 @@ from typing import IO
 import click
 from rich.console import Console
 
-from ..audit import page, records, report, text
+from .._stacks import create_ring
+from ..audit import page, records, report, text, traced
 from ..audit.findings import Report, SuppressionError, Suppressions, judge, read_suppressions
 from . import programs
 
-_PASSED_ON = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_OF_THE_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
-"""The program gets them from the terminal."""
+_PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _start(path: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, executable=path, env=environment, close_fds=False)
+    except OSError as error:
+        if not programs.is_script(path, error):
+            raise programs.why_not_executed(path, error) from None
+    return subprocess.Popen([programs.SHELL, path, *command[1:]], env=environment, close_fds=False)
 
 
 def _run(path: str, command: list[str], environment: dict[str, str]) -> int:
     """Its exit status; negative: the signal that ended it."""
-    for each in _OF_THE_TERMINAL:
-        if signal.getsignal(each) is not signal.SIG_IGN:  # the program inherits that
-            signal.signal(each, lambda *_: None)
+    # What is ignored stays so, for the program too.
+    passed_on = {each for each in _PASSED_ON if signal.getsignal(each) is not signal.SIG_IGN}
+    for each in passed_on:
+        signal.signal(each, lambda *_: None)
+    process = _start(path, command, environment)
+    waited_for = {*passed_on, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
+    while process.poll() is None:
+        came = signal.sigwaitinfo(waited_for)
+        # What the kernel sends comes from the terminal, and the program gets that, too.
+        if came.si_signo in passed_on and came.si_code <= 0:
+            process.send_signal(came.si_signo)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, waited_for)
+    return process.returncode
+
+
+def _ring() -> int | None:
+    """A ring buffer for the stacks of changes; None where this user may not have one."""
     try:
-        process = subprocess.Popen(command, executable=path, env=environment, close_fds=False)
-    except OSError as error:
-        raise programs.why_not_executed(path, error) from None
-    for each in _PASSED_ON:
-        signal.signal(each, lambda number, _: process.send_signal(number))
-    return process.wait()
+        return create_ring()
+    except OSError:
+        return None
 
 
 def _print(result: Report, every: bool) -> None:
@@ -83,6 +103,7 @@ def _output(context: click.Context, _: click.Parameter, path: str | None) -> IO[
 @click.option(
     "--suppressions", type=click.Path(exists=True, dir_okay=False), help="Findings that are known; see below."
 )
+@click.option("--no-stacks", is_flag=True, help="Take no stacks: then pinning costs less.")
 @click.option("--mlock", is_flag=True, help="Take what mlock locks for pinned.")
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -93,6 +114,7 @@ def audit(
     every: bool,
     error_exitcode: int | None,
     suppressions: str | None,
+    no_stacks: bool,
     mlock: bool,
     program: str,
     arguments: tuple[str, ...],
@@ -123,7 +145,16 @@ def audit(
     programs.preload(["audit"], environment)
     if mlock:
         environment["UMMUNOTIFY_AUDIT_MLOCK"] = "1"
-    programs.choose(source, environment)
+    if sanitizer := programs.needs_sanitizer(path):
+        environment["LD_PRELOAD"] = f"{sanitizer}:{environment['LD_PRELOAD']}"
+    if no_stacks:
+        environment["UMMUNOTIFY_AUDIT_NO_STACKS"] = "1"
+    ring = None if no_stacks else _ring()
+    programs.choose(source, environment, ring)
+    listener = None
+    if ring is not None:
+        listener = traced.Listener(ring)  # a thread: now that a daemon was forked
+        os.close(ring)
     command = [program, *arguments]
     with tempfile.TemporaryDirectory(
         prefix="ummunotify-audit-",
@@ -132,7 +163,9 @@ def audit(
         environment["UMMUNOTIFY_AUDIT_DIRECTORY"] = directory
         began = time.time()
         status = _run(path, command, environment)
-        result = judge(command, status, began, time.time(), records.read(Path(directory)), known)
+        ended = time.time()
+        stacks = listener.end() if listener else []
+        result = judge(command, status, began, ended, records.read(Path(directory)), known, stacks)
     if not result.processes:
         click.echo(
             f"Warning: {program} was not audited: nothing could be preloaded into it, or it could not write a file of "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
+import re
 import shutil
 import stat
 import struct
@@ -66,13 +68,23 @@ def deaf(path: str) -> str | None:
     return None
 
 
-def _start_private(probe: str | None = None) -> str:
+def _start_private(probe: str | None, ring: int | None) -> str:
     from ..daemon import private  # a quarter of this command's time, and where a daemon runs nothing of it is used
 
-    return private.start(probe)
+    return private.start(probe, ring)
 
 
-def _choose(source: str | None, environment: dict[str, str]) -> None:
+def needs_sanitizer(path: str) -> str | None:
+    """The shared library of AddressSanitizer that this program has: it insists on being preloaded first."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = re.search(rb"\0(libasan\.so\.\d+)\0", data)
+            return found[1].decode() if found else None
+    except (OSError, ValueError):  # ValueError: it is empty
+        return None
+
+
+def _choose(source: str | None, environment: dict[str, str], ring: int | None) -> None:
     """See to it that there is a source, if it is up to us.
 
     UnavailableError, SourceUnavailableError: what was insisted on does not work. UnknownSourceError.
@@ -84,7 +96,7 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
         source_names(source)
         kind, _, probe = source.partition(":")
         if kind == "bpf":
-            environment[SOCKET_ENVIRONMENT] = _start_private(probe or None)
+            environment[SOCKET_ENVIRONMENT] = _start_private(probe or None, ring)
             source = "daemon"
         elif kind == "daemon":
             os.close(connect_to_daemon())
@@ -97,13 +109,16 @@ def _choose(source: str | None, environment: dict[str, str]) -> None:
         except SourceUnavailableError:
             # If neither works the program's open() says why.
             with contextlib.suppress(UnavailableError):
-                environment[SOCKET_ENVIRONMENT] = _start_private()
+                environment[SOCKET_ENVIRONMENT] = _start_private(None, ring)
 
 
-def choose(source: str | None, environment: dict[str, str]) -> None:
-    """See to it that the program has a source, if it is up to us; a mistake ends the command."""
+def choose(source: str | None, environment: dict[str, str], ring: int | None = None) -> None:
+    """See to it that the program has a source, if it is up to us; a mistake ends the command.
+
+    `ring`: for the stacks of changes, if a BPF program is loaded for this (see private.start).
+    """
     try:
-        _choose(source, environment)
+        _choose(source, environment, ring)
     except UnknownSourceError as error:
         raise click.BadParameter(str(error), param_hint="--source" if source else SOURCE_ENVIRONMENT) from None
     except (UnavailableError, SourceUnavailableError) as error:
@@ -118,6 +133,17 @@ def preload(names: list[str], environment: dict[str, str]) -> None:
             f"{libraries[0]} cannot be preloaded: a blank, a colon or a dollar sign is in its path"
         )
     environment["LD_PRELOAD"] = ":".join(filter(None, [*libraries, environment.get("LD_PRELOAD")]))
+
+
+SHELL = "/bin/sh"
+
+
+def is_script(path: str, error: OSError) -> bool:
+    """A script without `#!`, which shells run by themselves?"""
+    if error.errno != errno.ENOEXEC:
+        return False
+    with open(path, "rb") as file:
+        return b"\0" not in file.read(128)
 
 
 def why_not_executed(path: str, error: OSError) -> NotExecutable:

@@ -56,4 +56,6 @@ def run(source: str | None, quiet: bool, libfabric: bool, ucx: bool, program: st
     try:
         os.execve(path, [program, *arguments], environment)
     except OSError as error:
-        raise programs.why_not_executed(path, error) from None
+        if not programs.is_script(path, error):
+            raise programs.why_not_executed(path, error) from None
+        os.execve(programs.SHELL, [programs.SHELL, path, *arguments], environment)

@@ -22,10 +22,11 @@ _LIMITS = Limits(clients=1024, clients_per_user=1024)
 _READY = 2
 
 
-def start(probe: str | None = None) -> str:
+def start(probe: str | None = None, ring: int | None = None) -> str:
     """Start it, for the program that takes this process's place. Its socket, which only this user can connect to.
 
-    `probe`: this one, or else the first that works.
+    `probe`: this one, or else the first that works. `ring`: a ring buffer into which the stacks of changes go, if that
+    is possible with this probe (_stacks.create_ring).
 
     Raises UnavailableError.
     """
@@ -40,7 +41,7 @@ def start(probe: str | None = None) -> str:
         try:
             signal.signal(signal.SIGCHLD, handler)
             if not os.fork():
-                _serve(program, say, probe)
+                _serve(program, say, probe, ring)
         finally:
             os._exit(0)
     os.close(program)
@@ -55,7 +56,7 @@ def start(probe: str | None = None) -> str:
     raise UnavailableError(*why) if len(why) == 2 else UnavailableError("the program's own daemon has failed", "")
 
 
-def _serve(program: int, say: int, probe: str | None) -> None:
+def _serve(program: int, say: int, probe: str | None, ring: int | None) -> None:
     """Until the program ends. Says its path; or three lines: nothing, what is missing, and what to do about it."""
     os.setsid()  # no Ctrl-C
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -70,11 +71,17 @@ def _serve(program: int, say: int, probe: str | None) -> None:
             refuse_descriptors(listener)
             listener.bind(path)
             listener.listen(socket.SOMAXCONN)
-            _keep_only({program, say, listener.fileno()})
+            _keep_only({program, say, listener.fileno(), *(() if ring is None else (ring,))})
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             loaded = load(probe, True, _LIMITS.clients + _READY)
             undo.callback(loaded.program.close)
+            if ring is not None:
+                from ..bpf import tracing  # here, as only an audit needs it
+
+                with contextlib.suppress(UnavailableError):
+                    undo.callback(tracing.attach(loaded.program, ring).close)
+                os.close(ring)
             privileges.drop(None)
             server = Server(listener, loaded.program, loaded.kvm, _LIMITS, _READY)
             undo.callback(server.close)
