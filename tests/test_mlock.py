@@ -57,6 +57,17 @@ def test_pages_are_counted(memory: int) -> None:
     assert locked(memory) == [False] * 8
 
 
+def test_a_length_that_is_far_too_great(memory: int) -> None:
+    """It fails at once, not after billions of pages, and what was locked before stays so."""
+    registrar = MlockRegistrar()
+    kept = registrar.register(memory + 2 * PAGE, PAGE)
+    with pytest.raises(RegistrationError):
+        registrar.register(memory, 1 << 46)
+    assert locked(memory) == [False, False, True] + [False] * 5
+    registrar.deregister(kept)
+    assert locked(memory) == [False] * 8
+
+
 def test_any_order(memory: int) -> None:
     registrar = MlockRegistrar()
     live: list[LockedRange] = []

@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from . import RegistrarError, RegistrationError, RegistrationLimitError
@@ -65,7 +65,7 @@ class MlockRegistrar:
                 # Those that are locked already too: other memory may have been mapped there since.
                 _call("mlock", address, length)
             except OSError as error:
-                for start, end in _runs(page for page in pages if page not in self._count):
+                for start, end in _others(pages, self._count):
                     _unlock(start, end)
                 raise _registration_error(address, length, error) from error
             for page in pages:
@@ -117,6 +117,17 @@ def _runs(pages: Iterator[int]) -> Iterator[tuple[int, int]]:
         last = page
     if first >= 0:
         yield first * _PAGE, (last + 1) * _PAGE
+
+
+def _others(pages: range, counted: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Those that are not counted, as ranges of addresses. A length by mistake may be that of billions of pages."""
+    start = pages.start
+    for page in sorted(page for page in counted if page in pages):
+        if start < page:
+            yield start * _PAGE, page * _PAGE
+        start = page + 1
+    if start < pages.stop:
+        yield start * _PAGE, pages.stop * _PAGE
 
 
 def _unlock(start: int, end: int) -> None:
