@@ -82,6 +82,7 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 
 # Large wheels for one test. Without what they name: for NIXL that is PyTorch, which its API does not need.
 $(VENV)/engines: $(VENV)/tools
+	tools/debian-packages libcurl4 libibverbs1 libnuma1
 	$(PYTHON) tools/requirements.py engines | xargs -d '\n' $(RUN)pip install -q --disable-pip-version-check --no-deps
 	touch $@
 

@@ -325,9 +325,9 @@ def test_mistakes(arguments: list[str], status: int, says: str) -> None:
 
 
 def test_not_a_program(tmp_path: Path) -> None:
-    for text in ("nonsense", "#!/nowhere/interpreter\n"):
+    for contents in (b"\0nonsense", b"#!/nowhere/interpreter\n"):
         program = tmp_path / "program"
-        program.write_text(text)
+        program.write_bytes(contents)
         program.chmod(0o755)
         result = call(*RUN, str(program))
         assert result.returncode == 126
