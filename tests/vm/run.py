@@ -225,7 +225,7 @@ def main() -> int:
         "--only", metavar="KERNEL[/PREEMPT]", help=f"of {', '.join(each.name for each in guests(True))}"
     )
     parser.add_argument("--arch", choices=KERNELS, default="amd64", help="of all (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=1500, metavar="S", help="for each guest (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=3000, metavar="S", help="for each guest (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="guests at a time (%(default)s)")
     parser.add_argument("--threads", choices=("single", "multi"), default="single", help="do its CPUs take turns?")
     parser.add_argument("command", nargs="*", help="instead of suite.sh")
