@@ -36,11 +36,14 @@ def _run(path: str, command: list[str], environment: dict[str, str]) -> int:
     """Its exit status; negative: the signal that ended it."""
     # What is ignored stays so, for the program too.
     passed_on = {each for each in _PASSED_ON if signal.getsignal(each) is not signal.SIG_IGN}
+    early: list[int] = []
     for each in passed_on:
-        signal.signal(each, lambda *_: None)
+        signal.signal(each, lambda number, _: early.append(number))
     process = _start(path, command, environment)
     waited_for = {*passed_on, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
+    for number in early:
+        process.send_signal(number)
     while process.poll() is None:
         came = signal.sigwaitinfo(waited_for)
         # What the kernel sends comes from the terminal, and the program gets that, too.
