@@ -6,12 +6,19 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import ummunotify
+from ummunotify.registrars import Registrar
 
 PIECE = 256 << 10
 LENGTHS = (PIECE, PIECE, 2 * PIECE)
 
 NOTHING = 0  # PROT_NONE
 MAP_FIXED = 0x10
+
+Handle = TypeVar("Handle")
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -24,6 +31,34 @@ def new_buffer(length: int, place: int | None = None, access: int = mmap.PROT_RE
     if buffer == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return int(buffer)
+
+
+def compare(registrar: AbstractContextManager[Registrar[Handle]], transfer: Callable[[int, int], bytes]) -> bool:
+    """Send with registrations kept by address, as programs do, and with the cache. Is only the first wrong?
+
+    `transfer` gets the address and the length of registered memory, and returns what arrived.
+    """
+    with registrar as engine:
+        print("Registrations kept by address")
+        kept: dict[int, Handle] = {}
+
+        def by_address(address: int, length: int) -> bytes:
+            if address not in kept:
+                kept[address] = engine.register(address, length)
+            return transfer(address, length)
+
+        wrong = not send_recycled(by_address)
+        for handle in kept.values():
+            engine.deregister(handle)
+
+        print("Registrations in ummunotify's cache")
+        with ummunotify.RegistrationCache(engine) as cache:
+
+            def by_cache(address: int, length: int) -> bytes:
+                with cache.acquire((address, length)):
+                    return transfer(address, length)
+
+            return send_recycled(by_cache) and wrong
 
 
 def send_recycled(send: Callable[[int, int], bytes]) -> bool:

@@ -5,13 +5,11 @@ It imports nothing of Mooncake's: it takes the program's engine.
 
 from __future__ import annotations
 
-import os
-import threading
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from . import RegistrarError, RegistrationError, RegistrationLimitError
+from ._owned import OwnedRegistrations
 
 __all__ = ["Engine", "EngineMemory", "MooncakeRegistrar"]
 
@@ -35,7 +33,7 @@ class EngineMemory:
     length: int
 
 
-class MooncakeRegistrar:
+class MooncakeRegistrar(OwnedRegistrations[EngineMemory]):
     """Registers the host's memory with `engine`.
 
     A transfer names memory by its address, and the engine finds the registration. It keeps one of each byte, and
@@ -46,14 +44,11 @@ class MooncakeRegistrar:
     this registrar, and deregisters nothing.
     """
 
-    # For the cache; see Registrar.
-    overlap = False
+    _FORKED = "Mooncake's engine does not work in a forked child; make one there"
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__()
         self._engine = engine
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._live: set[EngineMemory] = set()
 
     def register(self, address: int, length: int) -> EngineMemory:
         """Register `length` bytes at `address`.
@@ -74,37 +69,6 @@ class MooncakeRegistrar:
             self._live.add(registered)
             return registered
 
-    def deregister(self, handle: EngineMemory) -> None:
-        """Undo it. No transfer may use the memory.
-
-        Raises RegistrarError if `handle` is not registered here or Mooncake refuses; then it still is registered.
-        """
-        with self._ours():
-            if handle not in self._live:
-                raise RegistrarError(f"{handle} is not registered here (was it deregistered before?)")
-            if code := self._engine.unregister_memory(handle.address):
-                raise RegistrarError(f"Mooncake cannot deregister {handle}: error {code}")
-            self._live.remove(handle)
-
-    def close(self) -> None:
-        """Deregister everything. The engine stays. Closing again is harmless."""
-        if self._pid != os.getpid():
-            return
-        for handle in list(self._live):
-            self.deregister(handle)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _ours(self) -> threading.Lock:
-        if self._pid != os.getpid():
-            raise RegistrarError("Mooncake's engine does not work in a forked child; make one there")
-        return self._lock
+    def _undo(self, handle: EngineMemory) -> None:
+        if code := self._engine.unregister_memory(handle.address):
+            raise RegistrarError(f"Mooncake cannot deregister {handle}: error {code}")

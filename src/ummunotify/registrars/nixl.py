@@ -5,14 +5,12 @@ It imports nothing of NIXL's: it takes the program's agent.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from . import RegistrarError, RegistrationLimitError
+from ._owned import OwnedRegistrations
 
 __all__ = ["Agent", "AgentMemory", "NixlRegistrar"]
 
@@ -34,11 +32,12 @@ class AgentMemory:
     descriptors: Any
 
 
-class NixlRegistrar:
+class NixlRegistrar(OwnedRegistrations[AgentMemory]):
     """Registers the host's memory ("DRAM") with `agent`, for `backends`, or for all that the agent has for such memory.
 
     A transfer names memory by its address, and NIXL finds the registration: `get_xfer_descs([(address, length, 0)],
-    "DRAM")`. So there is one registration of each byte at a time, in one cache for each agent.
+    "DRAM")`. NIXL accepts memory twice, and then may find the registration that is stale. So there is one registration
+    of each byte at a time, in one cache for each agent.
 
     Agents on other hosts reach the memory by metadata that they were sent. They have to be sent it again after each
     registration, and to forget the old first (`remove_remote_agent`): NIXL keeps what it has for an address.
@@ -48,15 +47,12 @@ class NixlRegistrar:
     parent's; the child registers nothing with this registrar, and deregisters nothing.
     """
 
-    # For the cache; see Registrar. NIXL accepts memory twice, and then may find the registration that is stale.
-    overlap = False
+    _FORKED = "a NIXL agent does not work in a forked child; make one there"
 
     def __init__(self, agent: Agent, *, backends: Iterable[str] = ()) -> None:
+        super().__init__()
         self._agent = agent
         self._backends = list(backends)
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._live: set[AgentMemory] = set()
 
     def register(self, address: int, length: int) -> AgentMemory:
         """Register `length` bytes at `address`.
@@ -75,39 +71,8 @@ class NixlRegistrar:
             self._live.add(registered)
             return registered
 
-    def deregister(self, handle: AgentMemory) -> None:
-        """Undo it. No transfer may use the memory.
-
-        Raises RegistrarError if `handle` is not registered here or NIXL refuses; then it still is registered.
-        """
-        with self._ours():
-            if handle not in self._live:
-                raise RegistrarError(f"{handle} is not registered here (was it deregistered before?)")
-            try:
-                self._agent.deregister_memory(handle.descriptors, self._backends)
-            except Exception as error:
-                raise RegistrarError(f"NIXL cannot deregister {handle}: {error!r}") from error
-            self._live.remove(handle)
-
-    def close(self) -> None:
-        """Deregister everything. The agent stays. Closing again is harmless."""
-        if self._pid != os.getpid():
-            return
-        for handle in list(self._live):
-            self.deregister(handle)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _ours(self) -> threading.Lock:
-        if self._pid != os.getpid():
-            raise RegistrarError("a NIXL agent does not work in a forked child; make one there")
-        return self._lock
+    def _undo(self, handle: AgentMemory) -> None:
+        try:
+            self._agent.deregister_memory(handle.descriptors, self._backends)
+        except Exception as error:
+            raise RegistrarError(f"NIXL cannot deregister {handle}: {error!r}") from error
