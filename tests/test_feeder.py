@@ -516,7 +516,7 @@ def test_a_program_is_loaded_although_the_call_was_interrupted() -> None:
     """A second call waits for what the first has begun."""
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code is feeder._Loading.wait.__code__ and event == "line" and feeder._loading:
+        if frame.f_code is feeder._wait_for_thread.__code__ and event == "line" and feeder._loading:
             (loading,) = feeder._loading.values()
             if loading._claim.locked():
                 raise Interruption

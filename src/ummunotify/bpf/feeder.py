@@ -13,6 +13,7 @@ from __future__ import annotations
 import _thread
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from .._abi import Probe
@@ -50,6 +51,16 @@ class FeederConnection(Protocol):
         """The end of the connection. May be called more than once; in the child of a fork it only lets go."""
 
 
+def _wait_for_thread(done: Callable[[], bool], began: int) -> None:
+    """Raises UnavailableError if the process is no longer of that epoch."""
+    # No event and no join: a handler that raises inside them would leave their locks locked.
+    while not done():
+        time.sleep(_POLL_SECONDS)
+        if epoch() != began:
+            # A signal handler has forked, and the child has no such thread.
+            raise UnavailableError("the process was forked while its BPF program was being loaded", "try again")
+
+
 class _Loading:
     """A program that is being loaded, by one thread for all that want it."""
 
@@ -68,12 +79,7 @@ class _Loading:
             _thread.start_new_thread(self._work, ())
         except RuntimeError:  # no more threads for this user, or the interpreter is ending
             return self._load()
-        # No event and no join: a handler that raises inside them would leave their locks locked.
-        while not self._done:
-            time.sleep(_POLL_SECONDS)
-            if epoch() != self._key[0]:
-                # A signal handler has forked, and the child has no such thread.
-                raise UnavailableError("the process was forked while its BPF program was being loaded", "try again")
+        _wait_for_thread(lambda: self._done, self._key[0])
         if self._program is not None:
             return self._program
         assert self._error is not None
@@ -161,10 +167,7 @@ def trace(probe: Probe) -> Tracer:
         _thread.start_new_thread(work, ())
     except RuntimeError:  # as above
         work()
-    while not done:
-        time.sleep(_POLL_SECONDS)
-        if epoch() != began:
-            raise UnavailableError("the process was forked while its BPF program was being loaded", "try again")
+    _wait_for_thread(lambda: bool(done), began)
     if isinstance(done[0], UnavailableError):
         raise done[0]
     return done[0]
