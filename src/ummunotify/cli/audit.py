@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,34 +22,43 @@ from . import programs
 _PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def _start(path: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(path: str, command: list[str], environment: dict[str, str], mask: set[int]) -> int:
+    """A process's number. `mask`: the signals that the program has blocked."""
+
+    def spawn(program: str, arguments: list[str]) -> int:
+        # Python ignores these two, which the program would inherit.
+        return os.posix_spawn(
+            program, arguments, environment, setsigmask=mask, setsigdef=(signal.SIGPIPE, signal.SIGXFSZ)
+        )
+
     try:
-        return subprocess.Popen(command, executable=path, env=environment, close_fds=False)
+        return spawn(path, command)
     except OSError as error:
         if not programs.is_script(path, error):
             raise programs.why_not_executed(path, error) from None
-    return subprocess.Popen([programs.SHELL, path, *command[1:]], env=environment, close_fds=False)
+    return spawn(programs.SHELL, [programs.SHELL, path, *command[1:]])
 
 
 def _run(path: str, command: list[str], environment: dict[str, str]) -> int:
     """Its exit status; negative: the signal that ended it."""
     # What is ignored stays so, for the program too.
     passed_on = {each for each in _PASSED_ON if signal.getsignal(each) is not signal.SIG_IGN}
-    early: list[int] = []
     for each in passed_on:
-        signal.signal(each, lambda number, _: early.append(number))
-    process = _start(path, command, environment)
+        signal.signal(each, lambda *_: None)  # what comes after the program has ended
     waited_for = {*passed_on, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
-    for number in early:
-        process.send_signal(number)
-    while process.poll() is None:
-        came = signal.sigwaitinfo(waited_for)
-        # What the kernel sends comes from the terminal, and the program gets that, too.
-        if came.si_signo in passed_on and came.si_code <= 0:
-            process.send_signal(came.si_signo)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, waited_for)
-    return process.returncode
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
+    try:
+        pid = _start(path, command, environment, before)
+        while True:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            came = signal.sigwaitinfo(waited_for)
+            # What the kernel sends comes from the terminal, and the program gets that, too.
+            if came.si_signo in passed_on and came.si_code <= 0:
+                os.kill(pid, came.si_signo)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ring() -> int | None:
