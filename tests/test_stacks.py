@@ -347,7 +347,7 @@ def test_signals(source: str) -> None:
     [("uffd", "uffd: it gives no stacks"), ("daemon", "daemon:.*it gives no stacks"), ("bpf:zap", "bpf:zap")],
 )
 def test_what_cannot(source: str, says: str) -> None:
-    """It is said what, why and what to do; who can do without takes another source."""
+    """The error says what, why and what to do, and the other sources work without stacks."""
     with pytest.raises(StacksUnavailableError, match=says) as caught:
         ummunotify.open(source, stacks=True)
     assert isinstance(caught.value, SourceUnavailableError)

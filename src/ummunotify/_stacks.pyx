@@ -76,7 +76,7 @@ cdef str name_in(const char *name):
 @cython.final
 @cython.no_gc
 cdef class Stack:
-    """Who made a change, when and where.
+    """The thread that made a change, its names, the time, and the frames.
 
     Functions, files and lines are looked up when they are first asked for, in the files of the process that made the
     change; that process has to be there still.

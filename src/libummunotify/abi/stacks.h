@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
-/* What the BPF program that takes the stacks of changes (bpf/stacks.bpf.c) writes into its ring buffer, for whoever reads it. */
+/* The records in the ring buffer of the BPF program that takes the stacks of changes (bpf/stacks.bpf.c). */
 #ifndef UMN_STACKS_H
 #define UMN_STACKS_H
 

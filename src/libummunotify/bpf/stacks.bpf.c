@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only
 /*
- * Who made a change, and where: a stack for each change that the feeder (watch.bpf.c) has found to hit a region.
+ * Records the thread and the stack of each change that the feeder (watch.bpf.c) has found to hit a region.
  *
- * Attached behind the feeder, at the same place, while somebody wants stacks. It has the feeder's maps and only reads them. Nothing
+ * Attached behind the feeder, at the same place, while a notifier has stacks. It has the feeder's maps and only reads them. Nothing
  * depends on it: where it is skipped, or its ring buffer is full, a change has no stack.
  *
  * The feeder counts a table's `generation` up for each change that hits. So the change that is being made has hit if the number is
  * not the one that was there when this program last ran on this CPU. If a change on another CPU has counted it up meanwhile, a
- * change that hit nothing gets a stack, too. Who reads it compares addresses and threads.
+ * change that hit nothing gets a stack, too. The reader compares addresses and threads.
  */
 #include "bpf/types.h"
 #define BPF_MAP_TYPE_ARRAY 2
