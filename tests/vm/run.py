@@ -3,6 +3,7 @@
     python tests/vm/run.py                               # all of kernels.toml, suite.sh in each
     python tests/vm/run.py --only debian-6.1/full -- python -m pytest tests/test_changes.py
     python tests/vm/run.py --arch arm64                  # those of arm64
+    python tests/vm/run.py --fetch                       # only download and compile what it takes
 
 The guests have the host's files, at the same paths. What they write is gone afterwards. Kernels are downloaded from
 Debian's archive when they are missing, also those of other releases of Debian, and unpacked into a cache
@@ -228,6 +229,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=3000, metavar="S", help="for each guest (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="guests at a time (%(default)s)")
     parser.add_argument("--threads", choices=("single", "multi"), default="single", help="do its CPUs take turns?")
+    parser.add_argument("--fetch", action="store_true", help="boot none: only download and compile what it takes")
     parser.add_argument("command", nargs="*", help="instead of suite.sh")
     options = parser.parse_args()
     os.environ["PATH"] = PATH  # vng and depmod
@@ -250,6 +252,8 @@ def main() -> int:
         arm64.build(TREE)
     else:
         build()
+    if options.fetch:
+        return 0
     command = options.command or ["sh", str(HERE / "suite.sh")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
     with ThreadPoolExecutor(options.jobs) as pool:
