@@ -179,9 +179,14 @@ before = os.listdir("/proc/self/fd")
 try:
     ummunotify.open("bpf")
 except ummunotify.SourceUnavailableError as error:
-    print(error.reasons)
+    print(error)
+    print(*error.reasons)
 assert os.listdir("/proc/self/fd") == before
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.stderr, result.returncode) == ("", 0)
-    assert "CAP_BPF" in result.stdout
+    message, sources = result.stdout.splitlines()
+    assert "run as root or with CAP_BPF" in message
+    assert sources == "bpf:mmu_notifier bpf:kvm bpf:zap"
+    assert f"({sources.replace(' ', ', ')}: " in message
+    assert message.count("CAP_PERFMON") == 1  # a reason is said once

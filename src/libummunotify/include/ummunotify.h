@@ -194,15 +194,15 @@ struct ummunotify_failure {
 /* Of this thread's last call that failed. Good until the thread's next call. */
 const struct ummunotify_failure *ummunotify_failure(void);
 
+/* The same in a line of text: "what: why; remedy". */
+const char *ummunotify_error(void);
+
 /* What this thread's last ummunotify_open tried in vain, in that order. NULL: no more. */
 struct ummunotify_tried {
 	const char *source;
 	const char *why, *remedy;
 };
 const struct ummunotify_tried *ummunotify_tried(size_t i);
-
-/* The same in a line of text: "what: why; remedy". */
-const char *ummunotify_error(void);
 
 /* The library's version, "1.2.3". */
 const char *ummunotify_version(void);

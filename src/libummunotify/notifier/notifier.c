@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -269,22 +270,57 @@ static struct ummunotify *try_source(const struct umn_candidate *candidate, cons
 	return NULL;
 }
 
-/* Adds "source: why; remedy" to what is said if none works. */
-static void note_reason(char **reasons, const char *name)
+/* Adds to a text that was allocated, if there is memory for it. */
+__attribute__((format(printf, 2, 3))) static void append(char **text, const char *format, ...)
 {
-	char *longer = NULL;
+	char *added = NULL, *longer = NULL;
+	va_list arguments;
+	int length;
 
-	if (asprintf(&longer, "%s%s%s: %s", *reasons ? *reasons : "", *reasons ? ". " : "", name, ummunotify_error()) < 0)
+	va_start(arguments, format);
+	length = vasprintf(&added, format, arguments);
+	va_end(arguments);
+	if (length < 0)
 		return;
-	free(*reasons);
-	*reasons = longer;
+	length = asprintf(&longer, "%s%s", *text ? *text : "", added);
+	free(added);
+	if (length < 0)
+		return;
+	free(*text);
+	*text = longer;
+}
+
+static bool same_reason(const struct ummunotify_tried *a, const struct ummunotify_tried *b)
+{
+	return !strcmp(a->why, b->why) && !strcmp(a->remedy, b->remedy);
+}
+
+/* "source, source: why; remedy. source: why" of all that were tried: each reason once. NULL without memory. */
+static char *reasons(void)
+{
+	const struct ummunotify_tried *first, *other;
+	char *text = NULL;
+
+	for (size_t i = 0; (first = ummunotify_tried(i)); i++) {
+		size_t j = 0;
+
+		while (j < i && !same_reason(ummunotify_tried(j), first))
+			j++;
+		if (j < i)
+			continue;
+		append(&text, "%s%s", i ? ". " : "", first->source);
+		while ((other = ummunotify_tried(++j)))
+			if (same_reason(first, other))
+				append(&text, ", %s", other->source);
+		append(&text, ": %s%s%s", first->why, *first->remedy ? "; " : "", first->remedy);
+	}
+	return text;
 }
 
 static int open_notifier(struct ummunotify **result, const struct ummunotify_options *options, int epoll)
 {
 	const struct umn_candidate *candidates[UMN_CANDIDATES_MAX];
 	int error = start_once(), count = error ? error : umn_candidates(options->source, candidates);
-	char *reasons = NULL;
 
 	*result = NULL;
 	umn_forget_tried();
@@ -305,12 +341,14 @@ static int open_notifier(struct ummunotify **result, const struct ummunotify_opt
 			umn_fail_what("%s", candidates[i]->name);
 			break;
 		}
-		note_reason(&reasons, candidates[i]->name);
 	}
-	if (!*result && !error)
+	if (!*result && !error) {
+		char *why = reasons();
+
 		error = umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "", "no source of invalidations is available (%s)",
-				 reasons ? reasons : "no memory");
-	free(reasons);
+				 why ? why : "no memory");
+		free(why);
+	}
 	return error;
 }
 
