@@ -188,13 +188,21 @@ def test_directories_that_no_other_user_can_write_to(folder: Path) -> None:
     (folder / "sticky" / "ours").mkdir()
     (folder / "link").symlink_to(folder / "sticky" / "..")
     check_directory(folder / "link" / "sticky" / "ours")
-    for parents in (0o000, 0o077):  # also those that it makes itself
-        mask = os.umask(parents)
+    for umask in (0o000, 0o077):  # also one that it makes itself
+        before = os.umask(umask)
         try:
-            with listening(str(folder / f"{parents:o}" / "more" / "socket"), socket.SOCK_STREAM):
-                assert stat.S_IMODE((folder / f"{parents:o}").stat().st_mode) & 0o022 == 0
+            with listening(str(folder / f"{umask:o}" / "socket"), socket.SOCK_STREAM):
+                assert stat.S_IMODE((folder / f"{umask:o}").stat().st_mode) & 0o022 == 0
         finally:
-            os.umask(mask)
+            os.umask(before)
+
+
+def test_directories_above_the_sockets_are_not_made(folder: Path, kind: socket.SocketKind) -> None:
+    """A mistyped path leaves nothing behind."""
+    assert f"there is no {folder}/typo/more" in refused(folder / "typo" / "more" / "below" / "socket", kind)
+    assert not list(folder.iterdir())
+    (folder / "file").touch()
+    assert f"{folder}/file is no directory" in refused(folder / "file" / "socket", kind)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])

@@ -105,10 +105,19 @@ def check_directory(directory: Path, owners: Collection[int] = ()) -> None:
 
 
 def _make(directory: Path) -> None:
-    """With the directories above it, which no other user can write to. OSError."""
+    """No other user can write to it. Those above it have to be there: a mistyped path makes nothing.
+
+    UnavailableError, OSError.
+    """
     mask = os.umask(0o022)
     try:
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o755, exist_ok=True)
+    except FileNotFoundError:
+        raise UnavailableError(
+            f"{directory} cannot be made: there is no {directory.parent}", "make that, or choose another path"
+        ) from None
+    except FileExistsError:
+        raise UnavailableError(f"{directory} is no directory", "choose another path") from None
     finally:
         os.umask(mask)
 
