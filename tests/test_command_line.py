@@ -43,7 +43,7 @@ def test_similar_command() -> None:
 def test_lines_stay_whole_in_a_pipe(daemon: Daemon) -> None:
     """A sentence is never cut by a line's end, and no line is filled up with blanks."""
     found = run(COMMAND, "doctor", UMMUNOTIFY_SOCKET="/nowhere/socket").stdout
-    assert "no daemon runs here: there is no /nowhere/socket\n" in found
+    assert "no daemon runs here: there is no /nowhere/socket (from UMMUNOTIFY_SOCKET)\n" in found
     assert not [line for line in found.splitlines() if line != line.rstrip()]
     assert "tables ready" in run(COMMAND, "status", UMMUNOTIFY_SOCKET=daemon.path).stdout.splitlines()[0]
 

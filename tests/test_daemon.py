@@ -224,12 +224,25 @@ def test_the_child_of_a_fork_lets_go(daemon: Daemon) -> None:
     daemon.settled()
 
 
-def test_without_a_daemon_it_says_so(directory: Path) -> None:
-    with pytest.raises(ummunotify.SourceUnavailableError, match="no daemon runs here"):
+def test_without_a_daemon_it_says_so(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ummunotify.SourceUnavailableError,
+        match=r"no daemon runs here: there is no /.*/socket \(from UMMUNOTIFY_SOCKET\); set UMMUNOTIFY_SOCKET",
+    ):
         ummunotify.open(source="daemon")
     (directory / "socket").touch()
     with pytest.raises(ummunotify.SourceUnavailableError, match="is no socket"):
         ummunotify.open(source="daemon")
+    monkeypatch.setenv(_abi.SOCKET_ENVIRONMENT, str(directory / "socket" / "below"))
+    with pytest.raises(ummunotify.SourceUnavailableError, match=r"no socket can be at .*: Not a directory"):
+        ummunotify.open(source="daemon")
+    monkeypatch.setenv(_abi.SOCKET_ENVIRONMENT, str(directory / "socket"))
+    (directory / "socket").unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.bind(str(directory / "socket"))
+        other.listen()
+        with pytest.raises(ummunotify.SourceUnavailableError, match="is the socket of another program"):
+            ummunotify.open(source="daemon")
     (directory / "socket").unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(directory / "socket"))
@@ -238,6 +251,9 @@ def test_without_a_daemon_it_says_so(directory: Path) -> None:
         os.chmod(directory / "socket", 0o600)
         listener.listen()
         with pytest.raises(RuntimeError, match="not for this user"):
+            as_nobody(lambda _: ummunotify.open(source="daemon"))
+        os.chmod(directory, 0o700)
+        with pytest.raises(RuntimeError, match="may not enter a directory on the way"):
             as_nobody(lambda _: ummunotify.open(source="daemon"))
 
 
@@ -1049,6 +1065,21 @@ def test_status_without_a_daemon(directory: Path) -> None:
     assert said.returncode == 1
     assert "no daemon runs here" in said.stderr
     assert "Traceback" not in said.stderr
+
+
+def test_status_of_another_programs_socket(directory: Path) -> None:
+    """Or of a daemon of another version, whose summary has another size."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(directory / "socket"))
+        listener.listen()
+        for command in ("status", "top"):
+            asking = subprocess.Popen([*COMMAND, command], stderr=subprocess.PIPE, text=True)
+            with listener.accept()[0] as connection:
+                connection.send(Reply(Status.VERSION, value=_abi.PROTOCOL_VERSION + 1).pack())
+                _, said = asking.communicate()
+            assert asking.returncode == 1
+            assert f"what answers at {directory}/socket is no daemon of this version" in said
+            assert "Traceback" not in said
 
 
 def opened(pipe: Connection) -> None:

@@ -169,23 +169,57 @@ int ummunotify_failed(const char *why, const char *remedy)
 	return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, remedy, "%s", why);
 }
 
+#define NAME_SOCKET "set " UMN_SOCKET_ENVIRONMENT " to the daemon's socket"
+
+/* Why connect() failed. */
+static int unreachable(const char *path, bool named, int error)
+{
+	const enum ummunotify_code code = UMMUNOTIFY_UNAVAILABLE;
+	const char *origin = named ? " (from " UMN_SOCKET_ENVIRONMENT ")" : "";
+	struct stat status;
+
+	switch (error) {
+	case ENOENT:
+		return umn_fail(code, ENODEV, named ? NAME_SOCKET ", or unset it" : "have an administrator run `ummunotify daemon`",
+				"no daemon runs here: there is no %s%s", path, origin);
+	case ENOTDIR:
+	case ELOOP:
+		return umn_fail(code, ENODEV, NAME_SOCKET, "no socket can be at %s%s: %s", path, origin, strerror(error));
+	case EPROTOTYPE:
+		return umn_fail(code, ENODEV, NAME_SOCKET, "%s%s is the socket of another program", path, origin);
+	case ECONNREFUSED: /* also of what is no socket */
+		if (!stat(path, &status) && !S_ISSOCK(status.st_mode))
+			return umn_fail(code, ENODEV, NAME_SOCKET, "%s%s is no socket", path, origin);
+		return umn_fail(code, ENODEV, "have an administrator start it again", "no daemon listens at %s: it has ended",
+				path);
+	case EACCES:
+		if (stat(path, &status) && errno == EACCES)
+			return umn_fail(code, ENODEV, NAME_SOCKET, "this user may not enter a directory on the way to %s%s", path,
+					origin);
+		return umn_fail(code, ENODEV, "become a member of its group", "the daemon's socket %s is not for this user", path);
+	case EAGAIN:
+		return umn_fail(code, ENODEV, LOOK_AT_LOG, "the daemon at %s does not answer", path);
+	}
+	return umn_fail(code, ENODEV, LOOK_AT_LOG, "cannot connect to the daemon at %s (%s)", path, strerror(error));
+}
+
 static int connect_to_daemon(struct umn_descriptor *result)
 {
 	const char *path = secure_getenv(UMN_SOCKET_ENVIRONMENT);
 	const struct timeval timeout = {.tv_sec = TIMEOUT};
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	const enum ummunotify_code code = UMMUNOTIFY_UNAVAILABLE;
+	const bool named = path && *path;
 	int fd, failed, error;
-	struct stat status;
 
-	path = path && *path ? path : UMN_SOCKET_PATH;
+	if (!named)
+		path = UMN_SOCKET_PATH;
 	if (strlen(path) >= sizeof address.sun_path)
-		return umn_fail(code, ENODEV, "set " UMN_SOCKET_ENVIRONMENT " to a shorter one",
+		return umn_fail(UMMUNOTIFY_UNAVAILABLE, ENODEV, "set " UMN_SOCKET_ENVIRONMENT " to a shorter one",
 				"the daemon's socket cannot be at %s: this is too long", path);
 	strcpy(address.sun_path, path);
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (fd < 0)
-		return umn_fail_errno(code, errno, "a socket cannot be made");
+		return umn_fail_errno(UMMUNOTIFY_UNAVAILABLE, errno, "a socket cannot be made");
 	/* Blocking: without it connect() fails at once where other clients wait in line. */
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
 	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
@@ -198,22 +232,7 @@ static int connect_to_daemon(struct umn_descriptor *result)
 	}
 	error = errno;
 	close(fd);
-	switch (error) {
-	case ENOENT:
-		return umn_fail(code, ENODEV, "have an administrator run `ummunotify daemon`",
-				"no daemon runs here: there is no %s", path);
-	case ECONNREFUSED: /* also of what is no socket */
-		if (!stat(path, &status) && !S_ISSOCK(status.st_mode))
-			return umn_fail(code, ENODEV, "set " UMN_SOCKET_ENVIRONMENT " to the daemon's socket", "%s is no socket",
-					path);
-		return umn_fail(code, ENODEV, "have an administrator start it again", "no daemon listens at %s: it has ended",
-				path);
-	case EACCES:
-		return umn_fail(code, ENODEV, "become a member of its group", "the daemon's socket %s is not for this user", path);
-	case EAGAIN:
-		return umn_fail(code, ENODEV, LOOK_AT_LOG, "the daemon at %s does not answer", path);
-	}
-	return umn_fail(code, ENODEV, LOOK_AT_LOG, "cannot connect to the daemon at %s (%s)", path, strerror(error));
+	return unreachable(path, named, error);
 }
 
 int ummunotify_daemon_socket(void)

@@ -11,7 +11,17 @@ import click
 from rich.console import RenderableType
 from rich.table import Table
 
-from .._abi import RECORD_SIZE, STATUS_SUMMARY, SUMMARY_SIZE, Op, Record, Request, Summary
+from .._abi import (
+    RECORD_SIZE,
+    SOCKET_ENVIRONMENT,
+    STATUS_SUMMARY,
+    SUMMARY_SIZE,
+    Op,
+    Record,
+    Request,
+    Summary,
+    socket_path,
+)
 from .._core import connect_to_daemon
 from ..errors import SourceUnavailableError
 from .output import show
@@ -39,7 +49,15 @@ def _records(connection: socket.socket) -> Iterator[Record]:
 def ask_daemon() -> tuple[Summary, list[Record]]:
     """What it says of itself, and of the clients that this user may see. SourceUnavailableError, OSError."""
     with socket.socket(fileno=connect_to_daemon()) as connection:
-        return Summary.unpack(_ask(connection, STATUS_SUMMARY, SUMMARY_SIZE)), list(_records(connection))
+        try:
+            summary = Summary.unpack(_ask(connection, STATUS_SUMMARY, SUMMARY_SIZE))
+        except ValueError:
+            why = (
+                f"what answers at {socket_path()} is no daemon of this version of ummunotify; install the same version "
+                f"on both sides, or set {SOCKET_ENVIRONMENT} to the daemon's socket"
+            )
+            raise SourceUnavailableError(why, {"daemon": why}) from None
+        return summary, list(_records(connection))
 
 
 def no_daemon(error: SourceUnavailableError | OSError) -> str:
