@@ -365,13 +365,30 @@ def test_suppressions(program: str, audit: Audit, tmp_path: Path, line: str, sup
     assert ("1 suppressed" in result.text) == suppressed
 
 
-def test_suppressions_that_are_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"race:free_buffer\n", ":1: a line is pin:, change:, use: or any: and a pattern, not 'race:free_buffer'"),
+        (b"# none\npin:\n", ":2: a line is pin:, change:, use: or any: and a pattern, not 'pin:'"),
+        (b"pin:\xff\n", " is not text in UTF-8"),
+    ],
+)
+def test_suppressions_that_are_wrong(tmp_path: Path, content: bytes, says: str) -> None:
     known = tmp_path / "known"
-    known.write_text("race:free_buffer\n")
+    known.write_bytes(content)
     command = [*COMMAND, "audit", "--suppressions", str(known), "true"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert f"{known}:1: not pin, change, use, any and a pattern: race:free_buffer" in result.stderr
+    assert f"Invalid value for --suppressions: {known}{says}\n" in result.stderr
+
+
+def test_no_directory_for_the_records() -> None:
+    """Nothing can be written, so tempfile finds none."""
+    command = f"ulimit -f 0; exec {' '.join(COMMAND)} audit true"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: the audit needs a temporary directory: No usable temporary directory")
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--json", "--html"])

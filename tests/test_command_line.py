@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 from daemons import Daemon
-from support import require_module, require_source
+from support import require_module, require_root, require_source
 
 from ummunotify import cli
 
@@ -94,6 +95,17 @@ def test_doctor_knows_what_the_environment_insists_on() -> None:
     found = run(COMMAND, "doctor", UMMUNOTIFY_SOURCE="daemon", UMMUNOTIFY_SOCKET="/nowhere/socket")
     assert found.returncode == 1
     assert "does not work here with UMMUNOTIFY_SOURCE=daemon; without it, " in found.stdout
+
+
+def test_doctor_without_proc_and_sys() -> None:
+    require_root("the test mounts file systems")
+    hide = "mount -t tmpfs none /proc && mount -t tmpfs none /sys && exec"
+    found = run("unshare", "--mount", "sh", "-c", f"{hide} {COMMAND} doctor")
+    assert "capabilities not known: /proc is not mounted\n" in found.stdout
+    assert "not available: no /sys/kernel/btf/vmlinux\n" in found.stdout
+    assert re.search(r"bpf:kvm +not available: /sys is not mounted\n +-> mount -t sysfs sysfs /sys\n", found.stdout)
+    assert "kprobes" not in found.stdout
+    assert found.stderr == ""
 
 
 @pytest.mark.parametrize("address", ["localhost", "127.0.0.1:65536", "127.0.0.1:", "0.0.0.0:9401", "unix:"])

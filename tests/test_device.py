@@ -293,6 +293,15 @@ def test_no_advice_on_kvm_where_bpf_is_forbidden(programs: dict[str, str]) -> No
     assert "kvm" not in result.stderr
 
 
+def test_no_process_for_a_daemon(programs: dict[str, str]) -> None:
+    limited = ("prlimit", "--nproc=0", *RUN)
+    result = call(*limited, "--source", "bpf", programs["open"], user=NOBODY)
+    assert result.returncode == 1
+    why = "no process can be started for it (Resource temporarily unavailable); raise `ulimit -u`"
+    assert f"bpf does not work here: {why}\n" in result.stderr
+    assert call(*limited, "true", user=NOBODY, environment={SOCKET: "/nowhere/socket"}).returncode == 0
+
+
 def test_the_environment_insists_on_bpf(privileged: None, programs: dict[str, str]) -> None:
     """The program cannot load it by itself, so it gets a daemon, as with --source."""
     assert call(*RUN, programs["open"], environment={"UMMUNOTIFY_SOURCE": "bpf:kvm"}).returncode == 0

@@ -43,7 +43,7 @@ def test_tracepoints_that_are_preempted(tmp_path: Path, monkeypatch: pytest.Monk
         require("btf", "the kernel's types are not there")
     assert libbpf.tracepoints_preemptible() == (int(os.uname().release.partition(".")[0]) >= 7)
     types = tmp_path / "vmlinux"
-    monkeypatch.setattr(libbpf, "_BTF_PATH", str(types))
+    monkeypatch.setattr(libbpf, "BTF_PATH", str(types))
     types.write_bytes(b"\0pid_t\0class_srcu_fast_notrace_t\0int\0")  # in an older kernel, too
     libbpf.tracepoints_preemptible.cache_clear()
     try:

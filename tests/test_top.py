@@ -231,6 +231,10 @@ def test_errors(directory: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert f"there is no process {gone.pid}" in top("--pid", str(gone.pid)).stderr
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        said = top("--pid", str(other.pid))
+        other.kill()
+    assert said.stdout.startswith(f"process {other.pid} (sleep) has no notifier that can be seen from outside: ")
     for options in (["--interval", "0"], ["--sort", "nothing"], ["--pid", "-1"], ["--count", "0"]):
         assert top(*options).returncode == 2
 

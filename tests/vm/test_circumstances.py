@@ -159,7 +159,7 @@ def test_no_module(no_module: None) -> None:
 
 def test_no_types() -> None:
     found = doctor("mount -t tmpfs tmpfs /sys/kernel/btf")
-    assert set(found.values()) == {"the kernel's types (BTF) are not available"}
+    assert set(found.values()) == {"the kernel's types (BTF) are not available: there is no /sys/kernel/btf/vmlinux"}
 
 
 def test_no_kprobes() -> None:

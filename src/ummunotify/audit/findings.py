@@ -152,7 +152,7 @@ class Report:
 
 
 class SuppressionError(Exception):
-    """A line that is not understood."""
+    """The file cannot be read, or a line is not understood."""
 
 
 class Suppressions:
@@ -170,7 +170,9 @@ class Suppressions:
                 continue
             kind, colon, pattern = words.partition(":")
             if kind not in self._KINDS or not colon or not pattern.strip():
-                raise SuppressionError(f"{name}:{number}: not {', '.join(self._KINDS)} and a pattern: {words}")
+                raise SuppressionError(
+                    f"{name}:{number}: a line is pin:, change:, use: or any: and a pattern, not {words!r}"
+                )
             self._patterns.append((kind, pattern.strip()))
 
     def match(self, finding: Finding) -> bool:
@@ -312,5 +314,10 @@ def judge(
 
 
 def read_suppressions(path: Path) -> Suppressions:
-    """OSError, SuppressionError."""
-    return Suppressions(path.read_text(encoding="utf-8"), str(path))
+    """SuppressionError."""
+    try:
+        return Suppressions(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise SuppressionError(f"{path} is not text in UTF-8") from None
+    except OSError as error:
+        raise SuppressionError(f"{path} cannot be read: {error.strerror}") from None

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Self
 
 # Version 1 of the ABI. Versions 0.x report errors differently and are not supported.
 _SONAME = "libbpf.so.1"
-_BTF_PATH = "/sys/kernel/btf/vmlinux"
+BTF_PATH = "/sys/kernel/btf/vmlinux"
 
 _LOG_LIMIT = 64 * 1024  # bytes of log that an exception carries; a verifier log can be 16 MiB
 _LOG_LINES = 12  # lines of it in the exception's message
@@ -539,7 +539,7 @@ def btf_available() -> bool:
 
     Does not need libbpf. Raises nothing; thread-safe and fork-safe.
     """
-    return os.access(_BTF_PATH, os.R_OK)
+    return os.access(BTF_PATH, os.R_OK)
 
 
 @functools.cache  # megabytes are searched, which takes milliseconds
@@ -550,7 +550,7 @@ def tracepoints_preemptible() -> bool:
     """
     if int(os.uname().release.partition(".")[0]) >= 7:
         return True
-    with open(_BTF_PATH, "rb") as types:
+    with open(BTF_PATH, "rb") as types:
         return b"\0class_srcu_fast_notrace_t\0" in types.read()  # the tracepoints of Linux 7 use it
 
 

@@ -27,20 +27,26 @@ _PROGRAM_TYPES = (2, 17)
 """BPF_PROG_TYPE_KPROBE, BPF_PROG_TYPE_RAW_TRACEPOINT."""
 
 _CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
+_SYS = Path("/sys/kernel")
 _LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 
 
-def _may_load() -> bool:
-    """False if the kernel would refuse in any case: known without loading libbpf, which takes milliseconds."""
+def capabilities() -> int | None:
+    """The effective ones of this process, as bits. None: /proc is not mounted."""
     try:
         with open("/proc/self/status") as status:
-            capabilities = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
-    except OSError:  # no /proc: the kernel will say
-        return True
-    return bool(
-        capabilities >> _CAP_SYS_ADMIN & 1 or (capabilities >> _CAP_BPF & 1 and capabilities >> _CAP_PERFMON & 1)
+            return next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    except OSError:
+        return None
+
+
+def _may_load() -> bool:
+    """False if the kernel would refuse in any case: known without loading libbpf, which takes milliseconds."""
+    effective = capabilities()
+    return effective is None or bool(  # None: the kernel will say
+        effective >> _CAP_SYS_ADMIN & 1 or (effective >> _CAP_BPF & 1 and effective >> _CAP_PERFMON & 1)
     )
 
 
@@ -104,6 +110,8 @@ def why(error: OSError) -> UnavailableError:
         )
     if error.errno in (errno.EPERM, errno.EACCES):
         return _not_permitted()
+    if error.errno == errno.EMFILE:
+        return UnavailableError("this process may not open more descriptors", "raise `ulimit -n`")
     if isinstance(error, libbpf.BpfError) and _may_not_read(error):
         return UnavailableError(
             "the kernel does not let BPF read its memory", "use bpf:kvm, or boot with lockdown=integrity"
@@ -291,6 +299,8 @@ def count_on_host() -> int | None:
 def _check_kernel(probe: Probe) -> None:
     """Raises UnavailableError for what is known without trying."""
     check_permitted()
+    if not _SYS.is_dir():  # what is looked for below is there
+        raise UnavailableError("/sys is not mounted", "mount -t sysfs sysfs /sys")
     if probe != Probe.KVM:
         if not libbpf.kprobes_available():
             raise UnavailableError("the kernel has no kprobes", "use one that is built with CONFIG_KPROBE_EVENTS")
@@ -303,7 +313,8 @@ def _check_kernel(probe: Probe) -> None:
             raise UnavailableError(f"kprobes are switched off ({_KPROBES})", "write 1 to that file, or use bpf:kvm")
     if not libbpf.btf_available():
         raise UnavailableError(
-            "the kernel's types (BTF) are not available", "use a kernel that is built with CONFIG_DEBUG_INFO_BTF"
+            f"the kernel's types (BTF) are not available: there is no {libbpf.BTF_PATH}",
+            "use a kernel that is built with CONFIG_DEBUG_INFO_BTF",
         )
     if probe == Probe.KVM and libbpf.tracepoints_preemptible():
         raise UnavailableError(

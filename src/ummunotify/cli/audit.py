@@ -69,6 +69,17 @@ def _ring() -> int | None:
         return None
 
 
+def _directory() -> tempfile.TemporaryDirectory[str]:
+    """For the records of the processes."""
+    try:
+        return tempfile.TemporaryDirectory(
+            prefix="ummunotify-audit-",
+            ignore_cleanup_errors=True,  # what goes on in the background may put another file there
+        )
+    except OSError as error:
+        raise click.ClickException(f"the audit needs a temporary directory: {error.strerror}") from None
+
+
 def _print(result: Report, every: bool) -> None:
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print()
@@ -150,7 +161,7 @@ def audit(
         raise click.ClickException(f"{why}: it cannot be audited")
     try:
         known = read_suppressions(Path(suppressions)) if suppressions else Suppressions()
-    except (OSError, UnicodeDecodeError, SuppressionError) as error:
+    except SuppressionError as error:
         raise click.BadParameter(str(error), param_hint="--suppressions") from None
     environment = dict(os.environ)
     programs.preload(["audit"], environment)
@@ -167,10 +178,7 @@ def audit(
         listener = traced.Listener(ring)  # a thread: now that a daemon was forked
         os.close(ring)
     command = [program, *arguments]
-    with tempfile.TemporaryDirectory(
-        prefix="ummunotify-audit-",
-        ignore_cleanup_errors=True,  # what goes on in the background may put another file there
-    ) as directory:
+    with _directory() as directory:
         environment["UMMUNOTIFY_AUDIT_DIRECTORY"] = directory
         began = time.time()
         status = _run(path, command, environment)

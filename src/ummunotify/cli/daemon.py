@@ -276,8 +276,8 @@ def _errors_said() -> Iterator[None]:
         raise _fail(str(error)) from None
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        permitted = error.errno not in (errno.EPERM, errno.EACCES)
-        raise _fail(what + ("" if permitted else "; run this as root, or with CAP_BPF and CAP_PERFMON")) from None
+        as_root = os.geteuid() != 0 and error.errno in (errno.EPERM, errno.EACCES)
+        raise _fail(what + ("; run this as root, or with CAP_BPF and CAP_PERFMON" if as_root else "")) from None
     except ValueError as error:
         raise _fail(str(error)) from None
 
@@ -373,8 +373,9 @@ def install(directory: str, group: str, mode: int) -> None:
             target.write_text(text)
             click.echo(f"wrote {target}")
     except OSError as error:
+        as_root = "run this as root, or " if error.errno in (errno.EPERM, errno.EACCES) else ""
         raise _fail(
-            f"cannot write the units: {error.filename}: {error.strerror}; run this as root, or choose a --directory"
+            f"cannot write the units: {error.filename}: {error.strerror}; {as_root}choose another --directory"
         ) from None
     for needed in (program, os.path.realpath(sys.executable), __file__):
         if (folder := closed_folder(needed)) is not None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .._core import SOURCE_ENVIRONMENT, source_names, subscribed_by
 from ..bpf import libbpf
-from ..bpf.program import count_on_host
+from ..bpf.program import capabilities, count_on_host
 from ..errors import UnknownSourceError
 from ..notifier import Finding, survey
 from .output import show
@@ -20,12 +20,14 @@ from .output import show
 _CAP_PERFMON, _CAP_BPF, _CAP_SYS_ADMIN = 38, 39, 21
 
 
-def _capabilities() -> list[str]:
+def _capabilities() -> str:
     """Those of this process that matter here."""
-    with open("/proc/self/status") as status:
-        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    effective = capabilities()
+    if effective is None:
+        return "capabilities not known: /proc is not mounted"
     names = {_CAP_BPF: "CAP_BPF", _CAP_PERFMON: "CAP_PERFMON", _CAP_SYS_ADMIN: "CAP_SYS_ADMIN"}
-    return [name for number, name in names.items() if effective >> number & 1]
+    held = [name for number, name in names.items() if effective >> number & 1]
+    return ", ".join(held) or "no capability that matters here"
 
 
 def _libbpf() -> str:
@@ -38,7 +40,7 @@ def _libbpf() -> str:
 def _programs(count: int | None) -> str:
     """Before any source is opened here."""
     if count is None:
-        return "not known: only root can count them"
+        return "not known: counting them takes CAP_SYS_ADMIN and libbpf"
     return f"{count} attached, of all processes"
 
 
@@ -56,9 +58,9 @@ def _advice(findings: list[Finding], programs: int | None) -> str:
 def _machine(programs: int | None) -> dict[str, str]:
     return {
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "user": f"uid {os.geteuid()}, {', '.join(_capabilities()) or 'no capability that matters here'}",
+        "user": f"uid {os.geteuid()}, {_capabilities()}",
         "libbpf": _libbpf(),
-        "kernel types (BTF)": "available" if libbpf.btf_available() else "not available: CONFIG_DEBUG_INFO_BTF is off",
+        "kernel types (BTF)": "available" if libbpf.btf_available() else f"not available: no {libbpf.BTF_PATH}",
         "/dev/kvm": ("usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "not permitted")
         if os.path.exists("/dev/kvm")
         else "not there",

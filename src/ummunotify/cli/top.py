@@ -186,8 +186,9 @@ def _without_a_daemon(pid: int) -> str:
         mapped = Path(f"/proc/{pid}/maps").read_text()
     except FileNotFoundError:
         raise click.ClickException(f"there is no process {pid}") from None
-    except PermissionError:
-        raise click.ClickException(f"process {pid} is another user's: run this as root") from None
+    except PermissionError as error:
+        why = "is another user's: run this as root" if os.geteuid() else f"cannot be looked at: {error.strerror}"
+        raise click.ClickException(f"process {pid} {why}") from None
     tables = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*anon_inode:bpf-map$", mapped, re.M)
     size = sum(int(end, 16) - int(start, 16) for start, end in tables)
     found = []
@@ -195,9 +196,11 @@ def _without_a_daemon(pid: int) -> str:
         found.append(f"BPF: {mib(size)} of tables")
     if "anon_inode:[userfaultfd]" in files:
         found.append("userfaultfd")
-    sources = " and ".join(found) or "neither BPF nor userfaultfd"
+    process = f"process {pid} ({ascii(name)[1:-1]})"
+    if not found:
+        return f"{process} has no notifier that can be seen from outside: it uses neither BPF nor userfaultfd"
     return (
-        f"process {pid} ({ascii(name)[1:-1]}) uses {sources}. How many regions it watches and what hit them is in "
+        f"{process} uses {' and '.join(found)}. How many regions it watches and what hit them is in "
         "memory of its own: ask it there (Notifier.stats, RegistrationCache.explain, ummunotify.metrics)"
     )
 

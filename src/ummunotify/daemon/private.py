@@ -36,7 +36,13 @@ def start(probe: str | None = None, ring: int | None = None) -> str:
     # While SIGCHLD is ignored, the kernel does not count it in getrusage(RUSAGE_CHILDREN) either. There the library
     # that is preloaded for libfabric sees whether the program has waited for children.
     handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    between = os.fork()
+    try:
+        between = os.fork()
+    except OSError as error:
+        signal.signal(signal.SIGCHLD, handler)
+        for fd in (hear, say, program):
+            os.close(fd)
+        raise UnavailableError(f"no process can be started for it ({error.strerror})", "raise `ulimit -u`") from None
     if not between:
         try:
             signal.signal(signal.SIGCHLD, handler)
