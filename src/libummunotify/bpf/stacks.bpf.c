@@ -27,8 +27,9 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 const char version[] SEC("ummunotify") = UMN_OBJECT_VERSION;
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+/* x86-64's. arm64's has a field sp, too. */
 struct pt_regs {
-	unsigned long sp; /* x86-64's */
+	unsigned long orig_ax, sp;
 };
 struct pt_regs___arm64 {
 	unsigned long regs[31];
@@ -145,9 +146,9 @@ static __always_inline uint64_t caller_of(struct task_struct *task)
 	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	uint64_t caller = 0;
 
-	if (bpf_core_field_exists(regs->sp))
+	if (bpf_core_field_exists(regs->orig_ax))
 		bpf_probe_read_user(&caller, sizeof caller, (void *)regs->sp);
-	else if (bpf_core_type_exists(struct pt_regs___arm64))
+	else if (bpf_core_field_exists(((struct pt_regs___arm64 *)regs)->regs))
 		caller = ((struct pt_regs___arm64 *)regs)->regs[30];
 	return caller;
 }
