@@ -16,7 +16,7 @@ BPF_COMPILE = cd src/libummunotify/$(1) && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test selftest lint docs bpf check-bpf bench vmtest vmtest-arm64 vmtest-packages support wheels packages-test clean packages
+.PHONY: demo test selftest lint docs bpf check-bpf bench vmtest vmtest-arm64 vmtest-packages support wheels wheels-arm64-test packages-test clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -100,10 +100,15 @@ check-bpf: $(VENV)/tools
 	cmp $(VENV)/stacks.bpf.o src/ummunotify/bpf/stacks.bpf.o
 	cmp $(VENV)/peers.bpf.o src/ummunotify/bpf/peers.bpf.o
 
-# What is committed, as dist/*.tar.gz, and a wheel for each of PYTHONS.
+# What is committed, as dist/*.tar.gz, and wheels for each of PYTHONS: for this machine's architecture and arm64.
 wheels:
 	tools/debian-packages gcc libc6-dev python3-dev python3-venv git
 	tools/wheels $(PYTHONS)
+
+# Those for arm64, each by itself in an emulated guest.
+wheels-arm64-test: vmtest-packages
+	tools/debian-packages $(ARM64_PACKAGES)
+	$(RUN)python tests/vm/wheels.py
 
 # The Debian packages: built, installed, used, upgraded and purged in a minimal Debian 13.
 packages-test:

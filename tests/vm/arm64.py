@@ -23,21 +23,22 @@ CORE = VENV / "core"
 """Where tests/core is compiled."""
 BUILT = VENV / "built"
 CROSS_FILE = ROOT / "tools/aarch64.ini"
-# Debian's, for the guest itself and what virtme-ng starts in it; what the tests run; and Python's headers.
-PACKAGES = (
-    "base-passwd,bash,busybox-static,coreutils,dash,e2fsprogs,findutils,gcc,grep,hostname,iproute2,kmod,libbpf1,"
-    "libc-bin,libc6-dev,libpython3-dev,mawk,mount,procps,python3,sed,util-linux"
+SUITE = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+# Debian's: for the guest itself and what virtme-ng starts in it; what the tests run; and Python's headers.
+GUEST_PACKAGES = (
+    "base-passwd,bash,busybox-static,coreutils,dash,e2fsprogs,findutils,grep,hostname,iproute2,kmod,libbpf1,libc-bin,"
+    "mawk,mount,procps,python3,sed,util-linux"
 )
+PACKAGES = f"{GUEST_PACKAGES},gcc,libc6-dev,libpython3-dev"
 FROM_PYPI = ("click", "hypothesis", "meson", "numpy", "pytest", "rich")
 
 
-def make_tree(tree: Path, mirror: str) -> None:
+def make_tree(tree: Path, mirror: str, suite: str = SUITE, packages: str = PACKAGES) -> None:
     """Unpacked, not installed: nothing of it needs to run for that."""
     tree.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tree.parent, prefix=".tree-") as scratch:
         made = Path(scratch, "root")
-        suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-        command = ["mmdebstrap", "--quiet", "--variant=extract", "--architecture=arm64", f"--include={PACKAGES}"]
+        command = ["mmdebstrap", "--quiet", "--variant=extract", "--architecture=arm64", f"--include={packages}"]
         subprocess.run([*command, suite, made, f"deb {mirror} {suite} main"], check=True)
         for name in ("passwd", "group"):
             shutil.copy(made / f"usr/share/base-passwd/{name}.master", made / f"etc/{name}")
@@ -48,7 +49,8 @@ def make_tree(tree: Path, mirror: str) -> None:
             (made / name).mkdir(exist_ok=True)
         # The kernel's own would be compiled at each start of Python.
         library = made / f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
-        subprocess.run([sys.executable, "-m", "compileall", "-q", "-s", made, library], check=False)
+        if library.exists():
+            subprocess.run([sys.executable, "-m", "compileall", "-q", "-s", made, library], check=False)
         made.rename(tree)
 
 

@@ -38,7 +38,7 @@ mkdir root/run/old && cd root && pivot_root . run/old # a mere chroot would forb
 
 cd "$directory"
 # The way to the interpreter and to the checkout, for users other than root. It is the overlay that changes.
-for path in "$PWD" "$(readlink -f "$(command -v python)")" "$VIRTUAL_ENV"; do
+for path in "$PWD" "$(readlink -f "$(command -v python3)")" ${VIRTUAL_ENV:+"$VIRTUAL_ENV"}; do
     while [ "$path" != / ]; do path=$(dirname "$path"); chmod o+x "$path"; done
 done
 mount -t bpf bpf /sys/fs/bpf

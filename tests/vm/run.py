@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import tomllib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -147,29 +148,39 @@ def fetch(guest: Guest) -> None:
             (TREE / "lib/modules" / modules.name).symlink_to(f"/{modules.relative_to(TREE)}")
 
 
-def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: str) -> int:
+def run(
+    guest: Guest,
+    command: list[str],
+    timeout: float,
+    prefix: str,
+    threads: str,
+    shares: Mapping[Path, Path] | None = None,
+) -> int:
     """Boot the guest, run the command there and pass on what it prints; the command's exit status.
+
+    `shares`: what the guest has of the host's files, and where, its root first; without them, what the tests need.
 
     `threads`: with a single one its CPUs take turns. With several they run at once, but QEMU before 8.1 may translate
     code while it is patched by another CPU, and the kernel dies of a breakpoint that is there no more ("Oops: int3").
     """
     kept = {name: value for name, value in os.environ.items() if name.startswith(("UMMUNOTIFY_", "PYTEST_"))}
-    kept |= {"PATH": PATH, "HOME": "/root", "VIRTUAL_ENV": sys.prefix, "UMMUNOTIFY_VM": guest.name}
+    kept |= {"PATH": PATH, "HOME": "/root", "UMMUNOTIFY_VM": guest.name}
     kept["UMMUNOTIFY_VM_TESTS"] = " ".join(f"tests/{each}" for each in guest.tests)
     kept["UMMUNOTIFY_VM_SOURCES"] = " ".join(guest.sources)
-    # What the guest has of the host's files, and where.
-    shares = {Path("/"): Path("/")}
-    if guest.arch == "arm64":
-        # Meson has tests/core at the place where it was compiled.
-        shares = {TREE: Path("/"), arm64.ROOT: arm64.ROOT, arm64.VENV: Path(sys.prefix), arm64.CORE: arm64.CORE}
-        kept["UMMUNOTIFY_VM_CORE"] = str(arm64.CORE)
+    directory = "/"
+    if shares is None:
+        directory, kept["VIRTUAL_ENV"], shares = os.getcwd(), sys.prefix, {Path("/"): Path("/")}
+        if guest.arch == "arm64":
+            # Meson has tests/core at the place where it was compiled.
+            shares = {TREE: Path("/"), arm64.ROOT: arm64.ROOT, arm64.VENV: Path(sys.prefix), arm64.CORE: arm64.CORE}
+            kept["UMMUNOTIFY_VM_CORE"] = str(arm64.CORE)
     kept["UMMUNOTIFY_VM_SHARES"] = " ".join(map(str, shares.values()))
     settings = [f"{name}={value}" for name, value in kept.items()]
     started = time.monotonic()
     root = next(iter(shares))
     with tempfile.NamedTemporaryFile("w", prefix="ummunotify-vm-", suffix=".sh", dir=root / "tmp") as script:
         # The kernel's command line, where virtme-ng puts the command, is short.
-        script.write(f"export {shlex.join(settings)}\nset -- {shlex.join([os.getcwd(), *command])}\n")
+        script.write(f"export {shlex.join(settings)}\nset -- {shlex.join([directory, *command])}\n")
         script.write((HERE / "guest.sh").read_text())
         script.flush()
         arguments = ["vng", "--verbose", "--run", str(image(guest))]
@@ -178,7 +189,7 @@ def run(guest: Guest, command: list[str], timeout: float, prefix: str, threads: 
         arguments += ["--exec", f"bash /tmp/{Path(script.name).name}"]
         hardware = f"-accel tcg,thread={threads}"
         if guest.arch == "arm64":
-            arguments += ["--arch", "arm64", "--root", str(TREE), "--busybox", str(TREE / "bin/busybox")]
+            arguments += ["--arch", "arm64", "--root", str(root), "--busybox", str(root / "bin/busybox")]
             # With KVM in the guest. To emulate the authentication of pointers takes most of the time.
             hardware += " -machine virt,virtualization=on -cpu max,pauth=off"
         for number, share in enumerate(shares):
