@@ -33,11 +33,14 @@ struct table {
 static struct table *tables;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* The newest of this context. */
+/* The newest of this context. `replace` adds it before it puts its functions in, so the caller of one of these has to find it. The fence
+ * is for Arm: the program loads the function's address as ordinary data, and without the fence the load of `tables` may come first. */
 static const struct table *table_of(const struct verbs_device *context)
 {
-	const struct table *table = __atomic_load_n(&tables, __ATOMIC_ACQUIRE);
+	const struct table *table;
 
+	__atomic_thread_fence(__ATOMIC_ACQUIRE);
+	table = __atomic_load_n(&tables, __ATOMIC_ACQUIRE);
 	while (table && table->context != context)
 		table = table->next;
 	return table;
