@@ -183,6 +183,7 @@ static void look_at(int fd, const struct io_uring_sqe *sqe, const char *call)
 		pins_use(KEY_PIN, slot_key(fd, sqe->buf_index), sqe->addr, sqe->len, call);
 }
 
+/* Acquire, as add_ring() releases: a ring that is found by its descriptor is complete. */
 static struct ring *ring_of(int fd)
 {
 	for (unsigned int i = 0; i < __atomic_load_n(&ring_count, __ATOMIC_ACQUIRE); i++)

@@ -58,7 +58,9 @@ extern struct pins_state {
 	uint32_t wanted;	    /* stacks */
 } pins_state;
 
-/* Nothing has changed that was not looked at. */
+/* Nothing has changed that was not looked at. The opening of a notifier releases `generation`, which is acquired here: the epoch is
+ * there before it. What this thread has changed is in the generation that it loads. `seen` may be loaded sooner or later: what equals
+ * that generation was stored after all changes up to it were read. */
 static inline bool pins_quiet(void)
 {
 	const uint64_t *generation = __atomic_load_n(&pins_state.generation, __ATOMIC_ACQUIRE);

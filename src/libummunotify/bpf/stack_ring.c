@@ -46,7 +46,10 @@ void umn_stack_ring_unmap(struct umn_stack_ring *ring)
 	ring->consumed = NULL;
 }
 
-/* The kernel's layout (kernel/bpf/ringbuf.c): before each record 8 bytes, of which the first 4 are its length and two flags. */
+/* The kernel's layout (kernel/bpf/ringbuf.c): before each record 8 bytes, of which the first 4 are its length and two flags. The kernel
+ * releases the producer's position after it has marked the record as busy, and the length without the mark after the record is
+ * written. So both are acquired here; without that an Arm processor might read the record before it is there. What is consumed
+ * is released after it was copied: then the kernel may write there again. */
 int umn_stack_ring_take(struct umn_stack_ring *ring, struct umn_stack *stack)
 {
 	const uint64_t at = *ring->consumed; /* nobody else writes it */

@@ -393,9 +393,9 @@ static void unsubscribe(struct fid_mem_monitor *fid, const void *address, size_t
 
 /* No registration is stale: so a range need not be looked for. The caller holds libfabric's lock.
  *
- * `known` comes first, as in the cache (umn_entry_unchanged). The registrations of what had changed up to it were dropped, under libfabric's
- * lock, before it was stored: so the one that is asked about is none of these. Not near the limit, where it counts what is in use; nor,
- * though it would be right, while a range is there that has changed. */
+ * `known` comes first, by an acquire, as in the cache (umn_entry_unchanged). The registrations of what had changed up to it were
+ * dropped, under libfabric's lock, before it was stored (by a release): so the one that is asked about is none of these. Not near the
+ * limit, where it counts what is in use; nor, though it would be right, while a range is there that has changed. */
 static bool none_stale(const struct monitor *m)
 {
 	uint64_t known = __atomic_load_n(&m->known, __ATOMIC_ACQUIRE);

@@ -21,7 +21,7 @@ struct next_route {
 	struct next_route *next;
 };
 
-/* NULL: not found yet. */
+/* NULL: not found yet. Acquire, as add_route() releases: what is in the list is complete. */
 static inline void *next_known(struct next_route *const *routes, const void *caller)
 {
 	for (const struct next_route *route = __atomic_load_n(routes, __ATOMIC_ACQUIRE); route; route = route->next)

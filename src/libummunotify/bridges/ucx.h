@@ -24,9 +24,9 @@ struct ucx_told {
 extern struct ucx_told *ucx_told __attribute__((visibility("hidden"))); /* NULL: only ucx_drain can know */
 extern size_t ucx_unwatched __attribute__((visibility("hidden")));	/* registrations now that the source refused */
 
-/* Is there nothing that ucx_drain would do? A few loads. The epoch comes first: in a child the generation is not mapped. `up_to` comes
- * before the generation: a change that the caller can know of has been counted, so if the two are equal, the caches have been
- * told of it before `up_to` was stored. */
+/* Is there nothing that ucx_drain would do? A few loads, in this order, also on Arm, as each acquires. The epoch comes first: in a child
+ * the generation is not mapped. `up_to` comes before the generation: a change that the caller can know of has been counted, so
+ * if the two are equal, the caches have been told of it before `up_to` was stored (by a release). */
 static inline bool ucx_all_told(void)
 {
 	const struct ucx_told *told = __atomic_load_n(&ucx_told, __ATOMIC_ACQUIRE);

@@ -159,7 +159,9 @@ static int fail_closed(void)
 	return umn_fail(UMMUNOTIFY_CLOSED, ESHUTDOWN, "", "this notifier is closed");
 }
 
-/* 0: nothing that the call needs is released before `leave`. */
+/* 0: nothing that the call needs is released before `leave`. Each side stores first and then loads, sequentially consistent: this counts
+ * itself in and then looks at `closed`; ummunotify_shutdown, which is counted in itself, closes and then looks at the count. So either
+ * this sees that it is closed, or the last to leave does. */
 static int enter(struct ummunotify *umn)
 {
 	if (!umn_process_is(umn->epoch)) {
