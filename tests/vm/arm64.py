@@ -22,7 +22,7 @@ VENV = Path(sys.prefix, "arm64")
 CORE = VENV / "core"
 """Where tests/core is compiled."""
 BUILT = VENV / "built"
-CROSS_FILE = ROOT / "tools/aarch64.ini"
+SETUP = (f"--cross-file={ROOT / 'tools/aarch64.ini'}", "-Dwerror=true")
 SUITE = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
 # Debian's: for the guest itself and what virtme-ng starts in it; what the tests run; and Python's headers.
 GUEST_PACKAGES = (
@@ -55,7 +55,7 @@ def make_tree(tree: Path, mirror: str, suite: str = SUITE, packages: str = PACKA
 
 
 def build(tree: Path) -> None:
-    """Compile the package, the programs of tests/core and those of random_changes.py."""
+    """Compile the package, the programs of tests/core and those of random_changes.py. Warnings are errors."""
 
     def run(command: list[str | Path], **more: str) -> None:
         done = subprocess.run(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -77,7 +77,7 @@ def build(tree: Path) -> None:
         shutil.copy(next(tree.glob(f"usr/lib/python3*/{name}.py")), scratch)
         pretend = {"_PYTHON_HOST_PLATFORM": "linux-aarch64", "_PYTHON_SYSCONFIGDATA_NAME": name, "PYTHONPATH": scratch}
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-build-isolation"]
-        options = [f"--target={packages}", "--upgrade", f"-Csetup-args=--cross-file={CROSS_FILE}"]
+        options = [f"--target={packages}", "--upgrade", *(f"-Csetup-args={each}" for each in SETUP)]
         run([*pip, *options, f"-Cbuild-dir={VENV / 'build'}", ROOT, *FROM_PYPI], **pretend)
     # What pip has as scripts runs at the same path in the guest.
     shutil.copytree(packages / "bin", VENV / "bin", dirs_exist_ok=True)
@@ -86,7 +86,7 @@ def build(tree: Path) -> None:
         (VENV / "bin" / name).symlink_to("/usr/bin/python3")
     meson = [Path(sys.prefix, "bin/meson")]
     if not CORE.exists():
-        run([*meson, "setup", CORE, ROOT, f"--cross-file={CROSS_FILE}", "-Dpython=disabled", "-Dtests=true"])
+        run([*meson, "setup", CORE, ROOT, *SETUP, "-Dpython=disabled", "-Dtests=true"])
     run([*meson, "compile", "-C", CORE])
     suffix = f".cpython-{sys.version_info.major}{sys.version_info.minor}-aarch64-linux-gnu.so"
     random_changes.build(packages / "ummunotify", ["aarch64-linux-gnu-gcc", "-idirafter", tree / "usr/include"], suffix)
