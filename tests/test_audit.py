@@ -184,6 +184,14 @@ class TestCircumstances:
         first, *others = sorted(finding["pin"]["address"] for finding in result.findings)
         assert [address - first for address in others] == [4096, 8192, 12288, 16384, 8990 * 4096]
 
+    def test_told_by_two_machines(self, program: str, audit: Audit) -> None:
+        """The kernel tells each virtual machine of a process, and so the audit twice; it is one change all the same."""
+        require_source("bpf:kvm")
+        result = audit(program, "machine")
+        assert result.counts == (0, 0, 200)
+        for finding in result.findings:
+            assert [change["cause"] for change in finding["changes"]] == ["munmap", "mmap"]
+
     def test_exec(self, program: str, audit: Audit) -> None:
         result = audit(program, "exec")
         assert result.status == 0

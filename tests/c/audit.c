@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/io_uring.h>
+#include <linux/kvm.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -13,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -321,6 +323,48 @@ static void executes(void)
 	CHECK(!execl("/proc/self/exe", "audit", "nothing", (char *)NULL));
 }
 
+static bool end_of_looks;
+
+/* Reads changes all the time, as each function does that may change memory. */
+static void *looks(void *unused)
+{
+	while (!__atomic_load_n(&end_of_looks, __ATOMIC_RELAXED))
+		madvise(NULL, 0, MADV_NORMAL);
+	return unused;
+}
+
+/* The program has a virtual machine of its own beside the audit's. The kernel tells both of a change, and so BPF. It tells the newer
+ * one first, which takes its time if it has the memory often: the audit may read the first report before the second comes. */
+static void machine(void)
+{
+	enum { COPIES = 100, ROUNDS = 200 };
+	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), own;
+	void *a = map(NULL, PAGE);
+	pthread_t thread;
+
+	open_ring();
+	pin_buffer(a, PAGE); /* now the audit has its machine */
+	unpin_buffer();
+	own = ioctl(kvm, KVM_CREATE_VM, 0);
+	CHECK(kvm >= 0 && own >= 0);
+	for (unsigned int i = 0; i < COPIES; i++) {
+		struct kvm_userspace_memory_region copy = {
+			.slot = i, .guest_phys_addr = 2 * i * PAGE, .memory_size = PAGE, .userspace_addr = (uintptr_t)a};
+
+		CHECK(!ioctl(own, KVM_SET_USER_MEMORY_REGION, &copy));
+	}
+	CHECK(!pthread_create(&thread, NULL, looks, NULL));
+	for (int i = 0; i < ROUNDS; i++) {
+		pin_buffer(a, PAGE);
+		free_buffer(a, PAGE);
+		map(a, PAGE);
+		map(a, PAGE); /* another change */
+		unpin_buffer();
+	}
+	__atomic_store_n(&end_of_looks, true, __ATOMIC_RELAXED);
+	pthread_join(thread, NULL);
+}
+
 /* ---- Programs that are right, if unusual: each ends as it does without the audit ---- */
 
 static pthread_barrier_t barrier;
@@ -571,7 +615,7 @@ int main(int argc, char **argv)
 		     {"killed", killed},       {"crash", crash},      {"many", many},		{"descriptors", descriptors},
 		     {"truncated", truncated}, {"exec", executes},    {"cancelled", cancelled}, {"asks", asks},
 		     {"recycled", recycled},   {"vforks", vforks},    {"handler", handler},	{"small_stack", small_stack},
-		     {"full", full},	       {"ends", ends},	      {"jumps", jumps}};
+		     {"full", full},	       {"ends", ends},	      {"jumps", jumps},		{"machine", machine}};
 	const char *mode = argc > 1 ? argv[1] : "";
 
 	for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)

@@ -6,7 +6,7 @@ import enum
 import fnmatch
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -247,6 +247,27 @@ def _use(record: Record, known: symbols.Known) -> Use:
     )
 
 
+def _once(changes: list[Record], calls: Mapping[int, Record]) -> Iterator[Record]:
+    """Each change, though it may have been reported more than once: the kernel tells each virtual machine of a process.
+
+    The changes of a batch that has a stack were made in one call (libummunotify/audit/pins.c). An event that is not
+    exact may be two changes, and the other one may be another thread's.
+    """
+    found: list[Record] = []
+    for change in changes:
+        if not any(
+            change["exact"]
+            and change["batch"] in calls
+            and change["batch"] == each["batch"]
+            and change.get("syscall") == each.get("syscall")
+            and each["start"] <= change["start"]
+            and change["end"] <= each["end"]
+            for each in found
+        ):
+            found.append(change)
+            yield change
+
+
 def _of_process(
     process: Process, source: str, traced: Mapping[int, Assigned], known: symbols.Known
 ) -> Iterable[Finding]:
@@ -256,7 +277,7 @@ def _of_process(
         if "pin" in record:
             of_pin[record["pin"]].append(record)
     for records in of_pin.values():
-        changes = [record for record in records if record["record"] == "change"]
+        changes = list(_once([record for record in records if record["record"] == "change"], batches))
         if not changes:
             continue
         uses = [record for record in records if record["record"] == "use"]
