@@ -50,9 +50,9 @@ def place(frame: Frame) -> str:
 
 def cause(change: Change) -> str:
     """What made the change, in a line."""
-    words = change.cause
+    words = change.cause if change.cause != "not known" else "a call that is not known"
     if change.call and change.call != change.cause:
-        words += f", called by {change.call}" if change.cause != "not known" else f" (in a call of {change.call})"
+        words += f", called by {change.call}"
     if change.other:
         return f"{words} by process {change.process} ({change.process_name})"
     if change.thread:
