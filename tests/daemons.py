@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 from other_users import require_another_user
-from support import SYS, map_memory, require, unmap_memory
+from support import LONG, SYS, map_memory, require, unmap_memory
 
 import ummunotify
 from ummunotify import _abi, _core
@@ -37,8 +37,6 @@ from ummunotify.errors import UnavailableError
 PAGE = mmap.PAGESIZE
 NOBODY = 65534
 COMMAND = [sys.executable, "-m", "ummunotify"]
-PATIENCE = 30.0
-"""Seconds after which something will never happen."""
 
 
 def connect() -> socket.socket:
@@ -62,7 +60,7 @@ class Daemon:
                 os.unlink(address)
             ready.bind(address)
             os.chmod(address, 0o777)
-            ready.settimeout(PATIENCE)
+            ready.settimeout(LONG)
             self.process = subprocess.Popen(
                 [*COMMAND, "daemon", "--socket", self.path, "--user", "nobody", *self.options],
                 env=os.environ | {"NOTIFY_SOCKET": address},
@@ -77,7 +75,7 @@ class Daemon:
     def end(self, number: int = signal.SIGTERM) -> int:
         assert self.process
         self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(LONG)
 
     @property
     def pid(self) -> int:
@@ -113,7 +111,7 @@ class Daemon:
 
     def settled(self, clients: int = 0) -> Summary:
         """When it has so many clients, and nothing to do."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONG
         while True:
             summary = self.summary()
             if summary.clients == clients and summary.ready == 16 and summary.memory == (16 + clients) * TABLE:
@@ -153,7 +151,7 @@ def inner_maps(number: int, tables: int = 64) -> Iterator[int]:
 
 def left_of(objects: set[tuple[str, int]]) -> set[tuple[str, int]]:
     """Those that there still are, when none is left or it has been given time enough."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LONG
     left = set(objects)
     while left and time.monotonic() < deadline:
         for kind, number in sorted(left):
@@ -222,11 +220,11 @@ class Child:
                 os._exit(0)
         theirs.close()
 
-    def hear(self, patience: float | None = PATIENCE) -> Any:
+    def hear(self, patience: float | None = LONG) -> Any:
         assert self.pipe.poll(patience)
         return self.pipe.recv()
 
-    def result(self, patience: float | None = PATIENCE) -> Any:
+    def result(self, patience: float | None = LONG) -> Any:
         try:
             good, value = self.hear(patience)
         finally:

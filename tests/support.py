@@ -30,8 +30,8 @@ SYS = {
 DUMPS_FRAMES = any(hasattr(ctypes.pythonapi, name) for name in ("PyUnstable_DumpTraceback", "_Py_DumpTraceback"))
 """This Python exports what shows a thread's frames without the GIL: 3.13 does not."""
 
-LONG = 60.0
-"""Seconds in which everything has happened that is going to."""
+LONG = 2000.0 if "UMMUNOTIFY_VM" in os.environ else 240.0
+"""Seconds in which everything has happened that is going to, on a busy machine too, and in an emulated one."""
 
 SLOW = "UMMUNOTIFY_SLOW" in os.environ
 """Long modes: hours, not seconds."""

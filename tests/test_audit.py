@@ -16,8 +16,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from daemons import COMMAND, PATIENCE
-from support import DUMPS_FRAMES, require, require_root, require_source
+from daemons import COMMAND
+from support import DUMPS_FRAMES, LONG, require, require_root, require_source
 from test_c import HERE, build, source
 
 from ummunotify.audit.report import SCHEMA
@@ -62,7 +62,7 @@ def audit(tmp_path: Path) -> Audit:
         path = tmp_path / "report.json"
         words = [*COMMAND, "audit", "--json", str(path), *options, "--", *command]
         result = subprocess.run(
-            words, env=os.environ | environment, capture_output=True, text=True, timeout=4 * PATIENCE, check=False
+            words, env=os.environ | environment, capture_output=True, text=True, timeout=LONG, check=False
         )
         report = json.loads(path.read_text())
         jsonschema.validate(report, json.loads(SCHEMA.read_text()))
@@ -298,7 +298,7 @@ class TestUnusualPrograms:
             program,
             "full",
         ]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False)
         assert result.returncode == RETURNED, result.stderr
         [process] = json.loads(result.stdout)["processes"]
         assert process["pins"] == 50

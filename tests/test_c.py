@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from daemons import COMMAND, NOBODY, PATIENCE, Daemon
-from support import SLOW, require, require_source
+from daemons import COMMAND, NOBODY, Daemon
+from support import LONG, SLOW, require, require_source
 
 import ummunotify
 
@@ -60,7 +60,7 @@ def run(*command: str, user: int | None = None, **environment: str) -> str:
         user=user,
         group=user,
         extra_groups=None if user is None else [],
-        timeout=None if SLOW else 4 * PATIENCE,
+        timeout=None if SLOW else LONG,
     )
     assert result.returncode == 0, result.stdout
     return result.stdout

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from cache_check import wrong
 from registrar import Recorder
-from support import SYS, in_child, map_memory, remap, require_module, require_source, unmap_memory
+from support import LONG, SYS, in_child, map_memory, remap, require_module, require_source, unmap_memory
 
 import ummunotify
 from ummunotify import (
@@ -827,7 +827,7 @@ def test_a_thread_that_waited_in_vain_registers_itself(
 
 
 def test_other_memory_is_registered_meanwhile(cache: RegistrationCache[int], registrar: Recorder, memory: int) -> None:
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=LONG)
     registrar.before = lambda _address, _length: void(both.wait())
     run_threads(lambda: void(use(cache, memory)), lambda: void(use(cache, memory + PAGE)))
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import require, require_root
+from support import LONG, require, require_root
 
 from ummunotify import Notifier
 from ummunotify.selftest import Watched, units
@@ -221,6 +221,6 @@ def test_a_huge_page_taken_from_a_child(keeper: Notifier, how: str) -> None:
     if reserved:
         require("changes", "huge pages are reserved on this machine, which the test would use up")
     result = subprocess.run(
-        [sys.executable, "-c", TAKE_FROM_CHILD, how], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", TAKE_FROM_CHILD, how], capture_output=True, text=True, check=False, timeout=LONG
     )
     assert result.stdout.split() == ["False", "False"], result.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 from daemons import Daemon
-from support import require_module, require_root, require_source
+from support import LONG, require_module, require_root, require_source
 
 from ummunotify import cli
 
@@ -29,7 +29,7 @@ EXAMPLES = sorted(
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
     return subprocess.run(
-        command, env=inherited | environment, capture_output=True, text=True, timeout=120, check=False
+        command, env=inherited | environment, capture_output=True, text=True, timeout=LONG, check=False
     )
 
 

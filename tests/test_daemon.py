@@ -34,7 +34,6 @@ from daemons import (
     COMMAND,
     NOBODY,
     PAGE,
-    PATIENCE,
     Child,
     Daemon,
     as_nobody,
@@ -45,7 +44,7 @@ from daemons import (
     object_fd,
     stress,
 )
-from support import SYS, map_memory, require_module, show_secret, unmap_memory
+from support import LONG, SYS, map_memory, require_module, show_secret, unmap_memory
 
 import ummunotify
 from ummunotify import _abi, _peers
@@ -143,7 +142,7 @@ def test_waiting_and_growing(daemon: Daemon) -> None:
             for i in range(0, 20_000, 2):
                 ctypes.c_ubyte.from_address(address + i * PAGE).value = 1
             unmap_memory(address, 20_000 * PAGE)
-            assert poll.poll(PATIENCE * 1000)
+            assert poll.poll(LONG * 1000)
             events = umn.read(timeout=None)
             assert len(events) == 20_000
             return umn.stats.segments, sum(region.valid for region in regions), quiet
@@ -431,7 +430,7 @@ def test_socket_activation(directory: Path) -> None:
             process = activated(listener)
             child.result()
             process.terminate()
-            assert process.wait(PATIENCE) == 0
+            assert process.wait(LONG) == 0
 
 
 def test_it_keeps_only_what_it_needs(daemon: Daemon) -> None:
@@ -636,7 +635,7 @@ def test_descriptors_that_came_before_the_daemon(directory: Path) -> None:
         undo.callback(process.kill)
         as_nobody(lambda _: change(ummunotify.open(source="daemon")))
         process.terminate()
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(LONG) == 0
 
 
 def test_a_child_closes_what_takes_long(directory: Path) -> None:
@@ -652,7 +651,7 @@ def test_a_child_closes_what_takes_long(directory: Path) -> None:
         _peers.close(fd)
         assert theirs.recv(1) == b""
         os.fstat(fd)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONG
         while _peers.close_held():
             assert time.monotonic() < deadline
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
@@ -918,7 +917,7 @@ def test_the_kernel_has_no_memory_for_a_while(monkeypatch: pytest.MonkeyPatch) -
     tables = Poor()
     updater = batches.MapUpdater(tables)
     updater.begin([(1, 2, 3)], [(4, 5)])
-    assert select.select([updater.fd], [], [], PATIENCE)[0]
+    assert select.select([updater.fd], [], [], LONG)[0]
     updater.end()
     assert tables.put == [[(1, 2, 3)]] * 3 + [[(4, 5)]]
     tables.failures = 1 << 30
@@ -960,7 +959,7 @@ def test_what_cannot_be_allowed_is_not_left_behind() -> None:
             while (shortage := stock.prepare()) is None:
                 assert stock.preparing
             assert (shortage.error, shortage.growing, shortage.made) == (errno.ENOMEM, growing, 0)
-            assert select.select([stock.fd], [], [], PATIENCE)[0]
+            assert select.select([stock.fd], [], [], LONG)[0]
             stock.end()
         assert held() == before
         assert tables.taken == 0
@@ -1113,7 +1112,7 @@ def test_metrics(directory: Path) -> None:
         assert "\nummunotify_clients 1.0\n" in text
         assert "\nummunotify_clients_served_total 1.0\n" in text
         child.kill()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONG
         while "\nummunotify_clients 0.0\n" not in scrape(path):
             assert time.monotonic() < deadline
     finally:
@@ -1136,7 +1135,7 @@ def test_figures_are_not_made_for_each_that_asks(monkeypatch: pytest.MonkeyPatch
         texts = [endpoint.text() for _ in range(1000)]
         assert len(made) < 1000
         assert texts[0] == b"1"
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONG
         while endpoint.text() == texts[-1]:
             assert time.monotonic() < deadline
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from daemons import COMMAND, PATIENCE
-from support import require
+from daemons import COMMAND
+from support import LONG, require
 
 from ummunotify.bpf import libbpf
 
@@ -98,7 +98,7 @@ def cgroup() -> Iterator[Path]:
     except (StopIteration, OSError) as error:
         require("systemd", f"no cgroup can be made: {error!r}")
     yield cgroup
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LONG
     for path, _, _ in os.walk(cgroup, topdown=False):
         while True:
             try:
@@ -168,7 +168,7 @@ def run(tmp_path: Path, units: Path, cgroup: Path) -> Run:
                 stderr=subprocess.STDOUT,
             )
         try:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + LONG
             while process.poll() is None and not (tmp_path / "done").exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
         finally:

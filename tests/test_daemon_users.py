@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from daemons import NOBODY, PAGE, PATIENCE, Child, Daemon, change, connect
+from daemons import NOBODY, PAGE, Child, Daemon, change, connect
+from support import LONG
 
 import ummunotify
 from ummunotify import _abi
@@ -163,7 +164,7 @@ def test_connections_are_shared_out_too(daemon: Daemon) -> None:
         # Those that were refused are closed, when the daemon has come to it.
         poll = select.poll()
         poll.register(connections[-1], select.POLLHUP)
-        assert poll.poll(PATIENCE * 1000)
+        assert poll.poll(LONG * 1000)
         pipe.send("full")
         pipe.recv()
 
@@ -272,7 +273,7 @@ def test_one_with_many_requests_delays_itself(listener: socket.socket) -> None:
         for child in (greedy, modest):
             assert child.hear() == "sent"
         clients.listen()
-        loop.run(lambda: None, lambda: 0 if clients.late else PATIENCE, lambda _: clients.next_turn())
+        loop.run(lambda: None, lambda: 0 if clients.late else LONG, lambda _: clients.next_turn())
     finally:
         clients.close()
         loop.close()
@@ -326,7 +327,7 @@ def test_a_fork_does_not_wait_for_a_table_to_grow(daemon: Daemon, directory: Pat
             while data := theirs.recv(100):
                 if Request.unpack(data).op == Op.GROW:
                     asked.set()
-                    done.wait(PATIENCE)
+                    done.wait(LONG)
                     return
                 ours.send(data)
                 answer, fds, _, _ = socket.recv_fds(ours, 100, 64)
@@ -353,7 +354,7 @@ def test_a_fork_does_not_wait_for_a_table_to_grow(daemon: Daemon, directory: Pat
         with ummunotify.open("daemon") as umn:
             growing = threading.Thread(target=fill, args=(umn,))
             growing.start()
-            assert asked.wait(PATIENCE)
+            assert asked.wait(LONG)
             pid = os.fork()
             if not pid:
                 os._exit(0)

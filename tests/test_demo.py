@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 
 import pytest
-from support import require
+from support import LONG, require
 
 ADDRESS = re.compile(r"0x[0-9a-f]+")
 ZEROS = "00 00 00 00 00 00 00 00  ........"
@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-m", "ummunotify", "demo"]
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=plain(environment), capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=plain(environment), capture_output=True, text=True, timeout=LONG, check=False)
 
 
 def plain(more: Mapping[str, str]) -> dict[str, str]:

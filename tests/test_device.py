@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from benchmarks import device as benchmark
-from daemons import COMMAND, NOBODY, PATIENCE, Daemon
+from daemons import COMMAND, NOBODY, Daemon
 from other_users import require_another_user
-from support import require_source
+from support import LONG, require_source
 from test_c import HERE, build, output, sanitizing
 
 from ummunotify._abi import SOCKET_ENVIRONMENT as SOCKET
@@ -39,7 +39,7 @@ def private_daemons() -> list[str]:
 def none_stays() -> Iterator[None]:
     """A program's own daemon ends with it."""
     yield
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LONG
     while private_daemons():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -125,7 +125,7 @@ def call(
         user=user,
         group=user,
         extra_groups=None if user is None else [],
-        timeout=4 * PATIENCE,
+        timeout=LONG,
     )
 
 
@@ -372,7 +372,7 @@ def test_signals(privileged: None, programs: dict[str, str], arguments: list[str
         assert process.stdout.readline() == "3\n"  # no descriptor of this command's is left in the program
         assert len(private_daemons()) == 1
         os.kill(process.pid, number)
-        assert process.wait(PATIENCE) == status
+        assert process.wait(LONG) == status
 
 
 def test_terminal_signals(privileged: None, programs: dict[str, str]) -> None:
@@ -382,7 +382,7 @@ def test_terminal_signals(privileged: None, programs: dict[str, str]) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(PATIENCE) == -signal.SIGINT
+        assert process.wait(LONG) == -signal.SIGINT
         assert process.stdout.read() == ""  # nobody else has it open
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import in_child, map_memory, remap, require, require_source, unmap_memory
+from support import LONG, in_child, map_memory, remap, require, require_source, unmap_memory
 
 from ummunotify import RegistrarError, RegistrationCache, RegistrationError, RegistrationLimitError
 from ummunotify.registrars.mooncake import MooncakeRegistrar
@@ -58,7 +58,7 @@ def test_recycled_memory(engine: str) -> None:
         [sys.executable, EXAMPLES / f"{engine}_stale.py"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG,
         env=os.environ | QUIET,
         check=False,
     )

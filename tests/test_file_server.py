@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import require
+from support import LONG, require
 
 EXAMPLE = Path(__file__).parent.parent / "examples/file_server.py"
 
@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples/file_server.py"
 @pytest.mark.parametrize(("mode", "right"), [((), True), (("--no-cache",), True), (("--naive",), False)])
 def test_file_server(keeper: object, mode: tuple[str, ...], right: bool) -> None:
     command = [sys.executable, str(EXAMPLE), *mode, "--connections=5"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False)
     if result.returncode == 2:
         require("io_uring", result.stderr.strip())
     assert result.stderr == ""

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from daemons import COMMAND, Daemon
-from support import require, require_source
+from support import LONG, require, require_source
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mpi_ranks.py"
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
@@ -24,7 +24,7 @@ def test_ranks(daemon: Daemon) -> None:
         ["setpriv", "--bounding-set=-all", MPIEXEC, "-n", "4", sys.executable, EXAMPLE, "200"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG,
         env=os.environ | {"HYDRA_LAUNCHER": "fork"},
         check=False,
     )
@@ -51,7 +51,7 @@ def test_mpi_that_uses_ucx() -> None:
             [*COMMAND, "run", "--libfabric", "--source", "uffd", "--", MPIEXEC, "-n", "2", *rank],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=LONG,
             env=os.environ | {"HYDRA_LAUNCHER": "fork"} | environment,
             check=False,
         )

@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from daemons import NOBODY, PAGE, PATIENCE, Child, Daemon, change, connect
+from daemons import NOBODY, PAGE, Child, Daemon, change, connect
 from hostile import PLACE, CraftedTable, subscribe
-from support import map_memory, show_secret, unmap_memory
+from support import LONG, map_memory, show_secret, unmap_memory
 
 import ummunotify
 from ummunotify import _abi
@@ -122,7 +122,7 @@ def test_a_table_whose_address_space_has_ended_is_found(program: Program) -> Non
     bound = Bound(program, change_something)
     assert list(program.ended()) == []
     bound.go_on()
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LONG
     while list(program.ended()) != [bound.number]:
         assert time.monotonic() < deadline
     program.tables.drop(bound.number, 1)
@@ -245,7 +245,7 @@ def test_what_an_ended_process_leaves_open_is_closed(daemon: Daemon) -> None:
         daemon.settled(1)
         child.pipe.send("end")
         child.result()
-        connection.settimeout(PATIENCE)
+        connection.settimeout(LONG)
         assert connection.recv(_abi.REPLY_SIZE) == b""
         for fd in fds:
             os.close(fd)
@@ -360,14 +360,14 @@ def test_who_waits_for_a_wakeup_does_not_delay_others(daemon: Daemon, nested: bo
             assert not client.table.armed
             assert not client.woken(0.1), "the change has woken up too many"
             os.kill(daemon.pid, signal.SIGCONT)
-            assert client.woken(PATIENCE), "the daemon has not sent the wake-up"
-            assert all(epoll.poll(PATIENCE) for epoll in client.epolls)
+            assert client.woken(LONG), "the daemon has not sent the wake-up"
+            assert all(epoll.poll(LONG) for epoll in client.epolls)
 
             if not nested:  # the kernel's own limit is 500
                 client.wait_with(2 * BOUNDS.waiters_relay, nested=nested)
                 client.arm()
                 assert tell("change") == "changed"
-                deadline = time.monotonic() + PATIENCE
+                deadline = time.monotonic() + LONG
                 while not client.table.armed:
                     assert time.monotonic() < deadline
                 assert not client.woken(0)
@@ -419,7 +419,7 @@ def test_more_wakeups_than_a_change_pays_for(daemon: Daemon) -> None:
             poll = select.poll()
             poll.register(umn.fileno(), select.POLLIN)
             pipe.send("waiting")
-            woken = poll.poll(PATIENCE * 1000)
+            woken = poll.poll(LONG * 1000)
             pipe.send((True, bool(woken)))
             os._exit(0)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from daemons import COMMAND, NOBODY, PAGE, PATIENCE, Child, Daemon
-from support import map_memory, unmap_memory
+from daemons import COMMAND, NOBODY, PAGE, Child, Daemon
+from support import LONG, map_memory, unmap_memory
 
 import ummunotify
 from ummunotify._abi import Record, Summary
@@ -101,7 +101,7 @@ class Screen:
     def read_until(self, *wanted: str) -> str:
         """What is printed from here on, without colours."""
         text = ""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONG
         while not all(each in text for each in wanted):
             assert time.monotonic() < deadline, text
             assert self.process.poll() is None, text
@@ -122,7 +122,7 @@ class Screen:
         os.close(self.slave)
 
     def end(self) -> int:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONG
         while self.process.poll() is None:  # it has to be read, or it waits for room
             assert time.monotonic() < deadline
             if select.select([self.master], [], [], 0.05)[0]:
