@@ -10,6 +10,7 @@ from typing import Any
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 import ummunotify
 
@@ -18,6 +19,7 @@ version = release = ummunotify.__version__
 html_title = f"ummunotify {version}"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click"]
 html_theme = "furo"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"sidebar_hide_name": False}
@@ -54,7 +56,16 @@ def _link_files(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((\.\./[^)#]+)\)", r"](path:\1)", source[0])
 
 
+def _see_that_fields_are_described(
+    app: Sphinx, what: str, name: str, _: object, options: object, lines: list[str]
+) -> None:
+    """Those of a NamedTuple have a docstring that says nothing."""
+    if lines and lines[0].startswith("Alias for field number"):
+        logging.getLogger(__name__).warning("%s has no description", name)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("manual-page", ManualPage)
     app.connect("source-read", _link_files)
+    app.connect("autodoc-process-docstring", _see_that_fields_are_described)
     return {"parallel_read_safe": True}

@@ -50,6 +50,7 @@ class NotifierStats(NamedTuple):
     free_bytes: int
     """Of these not in use."""
     segments: int
+    """The parts of 256 KiB that it consists of."""
     levels: int
     """Of the index."""
     overflows: int
@@ -78,9 +79,11 @@ class CacheStats(NamedTuple):
     registrations: int
     """Registered now, or being registered."""
     registered_bytes: int
+    """Of these registrations."""
     in_use: int
     """Of the registrations."""
     in_use_bytes: int
+    """Of the registrations in use."""
     not_deregistered: int
     """Of the registrations: those that the registrar failed to deregister."""
 
@@ -89,10 +92,13 @@ class Invalidation(NamedTuple):
     """One region that was hit since it was last reported."""
 
     region: Region
+    """The one that was hit."""
     cookie: int
+    """The region's."""
     start: int
     """What was invalidated, in bytes, clipped to the region: exactly that, or the whole region."""
     end: int
+    """The first address after it."""
     exact: bool
     """Just one change hit the region, and `start` and `end` are its range."""
     thread: int
