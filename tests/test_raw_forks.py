@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from support import LONG, SLOW, SYS, hit, meanwhile, probes, require, watch
@@ -43,11 +44,26 @@ if os.uname().machine == "x86_64":  # others have only clone
     FORKS["syscall fork"] = lambda: int(_libc.syscall(57))
 
 
+patience = LONG
+"""Seconds that a child may take; less in a child, so that of those that hang the youngest is reported."""
+
+
+def where(pid: int) -> str:
+    """What the kernel knows of a process that hangs."""
+    found = [f"process {pid} hangs"]
+    for name in ("wchan", "syscall", "stack"):
+        with contextlib.suppress(OSError):
+            found.append(f"{name}: {Path(f'/proc/{pid}/{name}').read_text().strip()}")
+    return "\n".join(found)
+
+
 def run_child(fork: Callable[[], int], function: Callable[[], object]) -> None:
     """In a child that is made like this; it must not raise."""
+    global patience
     pid = fork()
     if pid == 0:
         status = 1
+        patience *= 0.75
         try:
             function()
             status = 0
@@ -56,12 +72,14 @@ def run_child(fork: Callable[[], int], function: Callable[[], object]) -> None:
         finally:
             os._exit(status)
     # It may hang with all signals blocked: then only SIGKILL ends it.
-    deadline = time.monotonic() + LONG
+    deadline = time.monotonic() + patience
+    hung = ""
     while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and not hung:
+            hung = where(pid)
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
-    assert os.waitstatus_to_exitcode(ended[1]) == 0
+    assert os.waitstatus_to_exitcode(ended[1]) == 0, hung
 
 
 @pytest.fixture(params=SOURCES)
