@@ -933,18 +933,55 @@ def refused(number: int, *arguments: Callable[[Memory], int]) -> Act:
     return run
 
 
-class _Registers(ctypes.Structure):
-    """struct user_regs_struct."""
+class _Vector(ctypes.Structure):
+    """struct iovec."""
 
-    _fields_ = (
-        ("others", ctypes.c_uint64 * 8),
-        *((name, ctypes.c_uint64) for name in ("r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi", "orig_rax")),
-        ("rest", ctypes.c_uint64 * 11),
-    )
+    _fields_ = (("address", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-PTRACE_CONT, PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_SYSCALL = 7, 12, 13, 24
+class _Registers:
+    """Those of a thread that is stopped at a system call, as its debugger reads and writes them."""
+
+    # Where struct user_regs_struct, or arm64's user_pt_regs, has the result, and the first, second and last argument.
+    _COUNT, _RESULT, _FIRST, _SECOND, _SIXTH = (27, 10, 14, 13, 8) if _X86 else (34, 0, 0, 1, 5)
+    _ORIG_RAX = 15
+    """On x86-64 the call's number is among them."""
+
+    def __init__(self, thread: int) -> None:
+        self._thread = thread
+        self._values = (ctypes.c_uint64 * self._COUNT)()
+        self._transfer(PTRACE_GETREGSET, NT_PRSTATUS, self._values)
+
+    def _transfer(
+        self, request: int, which: int, values: ctypes.Array[ctypes.c_uint64] | ctypes.Array[ctypes.c_int]
+    ) -> None:
+        vector = _Vector(ctypes.addressof(values), ctypes.sizeof(values))
+        call("ptrace", request, self._thread, which, ctypes.addressof(vector))
+
+    def _write(self, number: int) -> None:
+        if _X86:
+            self._values[self._ORIG_RAX] = number
+        else:
+            self._transfer(PTRACE_SETREGSET, NT_ARM_SYSTEM_CALL, (ctypes.c_int * 1)(number))
+        self._transfer(PTRACE_SETREGSET, NT_PRSTATUS, self._values)
+
+    @property
+    def sixth(self) -> int:
+        return int(self._values[self._SIXTH])
+
+    def make_call(self, number: int, first: int, second: int) -> None:
+        self._values[self._FIRST], self._values[self._SECOND] = first, second
+        self._write(number)
+
+    def make_result(self, number: int, result: int) -> None:
+        """Of that call."""
+        self._values[self._RESULT] = result & (1 << 64) - 1
+        self._write(number)
+
+
+PTRACE_CONT, PTRACE_SYSCALL, PTRACE_GETREGSET, PTRACE_SETREGSET = 7, 24, 0x4204, 0x4205
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_O_TRACESYSGOOD = 0x4206, 0x4207, 1
+NT_PRSTATUS, NT_ARM_SYSTEM_CALL = 1, 0x404
 PR_SET_PTRACER, WAIT_ALL = 0x59616D61, 0x40000000
 
 
@@ -952,14 +989,9 @@ def debug(
     thread: int, ready: int, enter: Callable[[_Registers], None], leave: Callable[[_Registers], None] | None
 ) -> None:
     """Trace a thread until its marked call; `enter` and `leave` change its registers. Then it gets a signal."""
-    registers = _Registers()
 
     def trace(request: int, data: int = 0) -> None:
         call("ptrace", request, thread, 0, data)
-
-    def mend(change: Callable[[_Registers], None]) -> None:
-        change(registers)
-        trace(PTRACE_SETREGS, ctypes.addressof(registers))
 
     signal.alarm(60)
     with missing_if(errno.EPERM):
@@ -972,15 +1004,15 @@ def debug(
     while True:
         stop = os.WSTOPSIG(os.waitpid(thread, WAIT_ALL)[1])
         if stop == signal.SIGTRAP | 0x80:
-            trace(PTRACE_GETREGS, ctypes.addressof(registers))
-            if registers.r9 == MARK and not entered:
+            registers = _Registers(thread)
+            if registers.sixth == MARK and not entered:
                 entered = True
-                mend(enter)
+                enter(registers)
                 if leave is None:
                     break
             elif entered:
                 assert leave is not None
-                mend(leave)
+                leave(registers)
                 syscall(NR_TGKILL, os.getppid(), thread, signal.SIGURG)
         trace(PTRACE_SYSCALL, stop if stop == signal.SIGURG else 0)
         if stop == signal.SIGURG:
@@ -994,8 +1026,8 @@ def debugged(
     """A system call that a debugger makes another one, or gives another result."""
 
     def run(m: Memory) -> None:
-        if not _X86:
-            raise MissingError("the registers are x86-64's")
+        if platform.machine() not in ("x86_64", "aarch64"):
+            raise MissingError("the registers are not known here")
         thread = threading.get_native_id()
         ready, theirs = os.pipe()
         run_code(RETURN)  # maps the code before a source is asked
@@ -1007,7 +1039,7 @@ def debugged(
         try:
             with signal_stack(m) if leave else contextlib.nullcontext():
                 if os.read(ready, 1):
-                    machine_code(MARKED_CALL)(NR_GETPPID)
+                    machine_code(MARKED_CALL)(NR_GETPPID, CLONE_FLAGS)
         finally:
             os.close(ready)
             check_end(pid)
@@ -1016,11 +1048,16 @@ def debugged(
 
 
 def become_munmap(m: Memory, registers: _Registers) -> None:
-    registers.orig_rax, registers.rdi, registers.rsi = NR_MUNMAP, m.at(2), 2 * m.unit
+    registers.make_call(NR_MUNMAP, m.at(2), 2 * m.unit)
+
+
+CLONE_FLAGS = CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | signal.SIGCHLD
+"""The first argument that libc forks with."""
 
 
 def refuse_fork(m: Memory, registers: _Registers) -> None:
-    registers.orig_rax, registers.rax = NR_FORK, -errno.ENOSYS & (1 << 64) - 1
+    """What the registers are inside a call: on arm64 the first argument stays until the result takes its place."""
+    registers.make_result(NR_FORK, -errno.ENOSYS if _X86 else CLONE_FLAGS)
 
 
 def in_child(act: Act) -> Act:
