@@ -472,6 +472,28 @@ def test_structures_of_libibverbs(tmp_path: Path) -> None:
     build(HERE / "audit_abi.c", tmp_path / "abi", f"-I{ROOT}/src/libummunotify")
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("outer", ["audit", "run"])
+def test_with_another_preloaded_library(audit: Audit, tmp_path: Path, outer: str) -> None:
+    """Which stands before the same functions. Each plugin gets those of its own library, which no other code sees."""
+    program = build(HERE / "audit_verbs.c", tmp_path / "verbs")
+    plugins = []
+    for number in "12":
+        library = build(HERE / "audit_verbs.c", tmp_path / f"library{number}.so", "-DVERBS", "-shared", "-fPIC")
+        flags = ("-DPLUGIN", "-shared", "-fPIC", library, f"-Wl,-rpath,{tmp_path}")
+        plugins.append(build(HERE / "audit_verbs.c", tmp_path / f"plugin{number}.so", *flags))
+    run = [*COMMAND, "run", "--ucx", "--quiet", "--"]
+    if outer == "audit":
+        result = audit(*run, program, *plugins)
+        assert (result.status, result.counts) == (0, (0, 0, 2)), result.text
+        assert "stale" in functions(result.findings[0]["pin"]["stack"])
+    else:
+        inner = [*COMMAND, "audit", "--all", "--", program, *plugins]
+        done = subprocess.run([*run, *inner], capture_output=True, text=True, timeout=LONG, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "2 changed and deregistered without a use" in done.stderr
+
+
 def test_cuda(audit: Audit, tmp_path: Path) -> None:
     """A library of these names in place of CUDA's: no GPU is needed to see which calls pass by."""
     driver = build(HERE / "audit_cuda.c", tmp_path / "libcuda.so", "-shared", "-fPIC", "-DDRIVER")

@@ -48,6 +48,7 @@ TESTS = {
         "process 4711": OUTPUT,
         "ummunotify audit -- PROGRAM": FORM,
         "mpiexec -n 64": FORM,
+        "ummunotify audit -- ummunotify run": "test_audit.py: test_with_another_preloaded_library",
         "# freed at the end": "test_audit.py: test_suppressions",
         "import mmap, ummunotify": "test_stacks.py: test_example",
     },

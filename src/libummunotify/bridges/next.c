@@ -31,26 +31,64 @@ static void *find(const void *caller, const char *name)
 	return found;
 }
 
-static void *add_route(struct next_route **routes, const void *caller, const char *name)
+static __thread const void *last_caller __attribute__((tls_model("initial-exec")));
+
+__attribute__((visibility("default"))) const void *ummunotify_next_caller(void)
+{
+	return last_caller;
+}
+
+/* NULL: the caller is no preloaded library. */
+static const void *(*caller_of(const void *caller))(void)
+{
+	const void *(*function)(void) = NULL;
+	void *handle = next_keep(caller);
+	Dl_info callers, found;
+
+	if (handle) {
+		*(void **)&function = dlsym(handle, "ummunotify_next_caller");
+		dlclose(handle);
+	}
+	/* The program's handle finds what is preloaded, too. */
+	if (!function || !dladdr(caller, &callers) || !dladdr(*(void **)&function, &found) || callers.dli_fbase != found.dli_fbase)
+		return NULL;
+	return function;
+}
+
+/* NULL: not found, or no memory. */
+static const struct next_route *add_route(struct next_route **routes, const void *caller, const char *name)
 {
 	struct next_route *route = malloc(sizeof *route);
-	void *found = find(caller, name);
 
-	if (!route || !found) {
+	if (!route)
+		return NULL;
+	*route = (struct next_route){.caller = caller, .caller_of = caller_of(caller)};
+	if (!route->caller_of)
+		route->found = find(caller, name);
+	if (!route->caller_of && !route->found) {
 		free(route);
-		return found;
+		return NULL;
 	}
-	*route = (struct next_route){.caller = caller, .found = found};
 	pthread_mutex_lock(&lock);
 	route->next = *routes;
 	__atomic_store_n(routes, route, __ATOMIC_RELEASE);
 	pthread_mutex_unlock(&lock);
-	return found;
+	return route;
 }
 
 void *next_for(struct next_route **routes, const void *caller, const char *name)
 {
-	void *found = next_known(routes, caller);
+	const struct next_route *route = NULL;
 
-	return found ? found : add_route(routes, caller, name);
+	/* As many as there are preloaded libraries before this one, and the caller itself. */
+	for (int i = 0; i < 8 && caller; i++) {
+		route = next_route(routes, caller);
+		if (!route)
+			route = add_route(routes, caller, name);
+		if (!route || !route->caller_of)
+			break;
+		caller = route->caller_of();
+	}
+	last_caller = caller;
+	return route ? route->found : find(caller, name);
 }

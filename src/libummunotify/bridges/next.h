@@ -17,20 +17,34 @@
 /* Found for a caller. Never removed: there are as many as calls in the program's code. */
 struct next_route {
 	const void *caller;
-	void *found;
+	void *found;			/* NULL: see next */
+	const void *(*caller_of)(void); /* the caller is another preloaded library: this tells for which caller it calls */
 	struct next_route *next;
 };
 
-/* NULL: not found yet. Acquire, as add_route() releases: what is in the list is complete. */
+/* Acquire, as add_route() releases: what is in the list is complete. */
+static inline const struct next_route *next_route(struct next_route *const *routes, const void *caller)
+{
+	const struct next_route *route = __atomic_load_n(routes, __ATOMIC_ACQUIRE);
+
+	while (route && route->caller != caller)
+		route = route->next;
+	return route;
+}
+
+/* NULL: not found yet. */
 static inline void *next_known(struct next_route *const *routes, const void *caller)
 {
-	for (const struct next_route *route = __atomic_load_n(routes, __ATOMIC_ACQUIRE); route; route = route->next)
-		if (route->caller == caller)
-			return route->found;
-	return NULL;
+	const struct next_route *route = next_route(routes, caller);
+
+	return route ? route->found : NULL;
 }
 
 void *next_for(struct next_route **routes, const void *caller, const char *name);
+
+/* Exported: for which caller this library's function is at work that this thread has called last. The preloaded library behind it asks;
+ * what the dynamic linker would find for this library as a caller is this library again. */
+const void *ummunotify_next_caller(void);
 
 /* The library with this address, as dlopen returns it; never unloaded from now on. NULL: none. */
 void *next_keep(const void *address);
