@@ -25,6 +25,21 @@ from ummunotify.audit.report import SCHEMA
 __all__ = ["source"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+MPI = {
+    "wheel": (BIN / "mpicc", BIN / "mpiexec", {"HYDRA_LAUNCHER": "fork"}, "pip install mpich"),
+    "openmpi": (
+        Path("/usr/bin/mpicc.openmpi"),
+        Path("/usr/bin/mpirun.openmpi"),
+        {
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "OMPI_MCA_rmaps_base_oversubscribe": "1",
+            "OMPI_MCA_plm": "isolated",
+        },
+        "apt-get install libopenmpi-dev",
+    ),
+}
 USED, KEPT, RELEASED = "used", "kept", "released"
 RETURNED = 7
 
@@ -178,6 +193,21 @@ class TestCircumstances:
         assert [each["severity"] for each in result.findings] == [KEPT if mode == "killed" else USED]
         assert not result.report["processes"][0]["ended"]
 
+    def test_rank_that_is_killed(self, program: str, audit: Audit, tmp_path: Path) -> None:
+        """Then mpiexec ends the other one. What both did is in the report."""
+        _, mpiexec, settings, needs = MPI["wheel"]
+        if not mpiexec.exists():
+            require("mpi", needs)
+        script = (
+            'if [ "$PMI_RANK" = 1 ]; then "$0" kept; touch "$1"; exec sleep 1000; fi; '
+            'while [ ! -e "$1" ]; do sleep 0.1; done; exec "$0" killed'
+        )
+        ranks = [str(mpiexec), "-n", "2", "sh", "-c", script, program, str(tmp_path / "ready")]
+        result = audit(*ranks, **settings)
+        assert result.status not in (0, RETURNED)
+        assert sorted(finding["command"] for finding in result.findings) == [f"{program} kept", f"{program} killed"]
+        assert result.counts == (0, 2, 0)
+
     def test_ten_thousand_pins(self, program: str, audit: Audit) -> None:
         result = audit(program, "many")
         assert result.pins == 10_000
@@ -223,21 +253,6 @@ class TestCircumstances:
         assert audit(*command, "--naive").counts[0] > 0
 
 
-BIN = Path(sys.executable).parent
-MPI = {
-    "wheel": (BIN / "mpicc", BIN / "mpiexec", {"HYDRA_LAUNCHER": "fork"}, "pip install mpich"),
-    "openmpi": (
-        Path("/usr/bin/mpicc.openmpi"),
-        Path("/usr/bin/mpirun.openmpi"),
-        {
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "OMPI_MCA_rmaps_base_oversubscribe": "1",
-            "OMPI_MCA_plm": "isolated",
-        },
-        "apt-get install libopenmpi-dev",
-    ),
-}
 UCX = {"OMPI_MCA_pml": "ucx", "OMPI_MCA_osc": "ucx", "OMPI_MCA_pml_ucx_tls": "any", "OMPI_MCA_pml_ucx_devices": "any"}
 
 
