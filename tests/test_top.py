@@ -46,10 +46,10 @@ def client(daemon: Daemon) -> Iterator[Child]:
     child.result()
 
 
-def top(*options: str) -> subprocess.CompletedProcess[str]:
-    wide = os.environ | {"COLUMNS": "200"}
+def top(*options: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
+    width = os.environ | {"COLUMNS": str(columns)}
     return subprocess.run(
-        [*COMMAND, "top", *options], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=wide
+        [*COMMAND, "top", *options], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=width
     )
 
 
@@ -74,6 +74,15 @@ def test_batch(client: Child) -> None:
         assert row[:2] == [str(client.pid), str(NOBODY)]
         assert int(row[3]) > 0
         assert len(lines) == 4
+
+
+def test_narrow_terminal(client: Child) -> None:
+    """What there is no room for is on the right; no number is shortened."""
+    said = top("--batch", columns=40)
+    *_, titles, row = said.stdout.splitlines()
+    assert titles.split()[:4] == ["pid", "uid", "regions", "changes/s"]
+    assert row.split()[:2] == [str(client.pid), str(NOBODY)]
+    assert "…" not in row[: titles.index("changes/s")]
 
 
 def test_not_a_client(client: Child) -> None:

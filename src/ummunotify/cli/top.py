@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -98,7 +98,10 @@ def _render(before: _Snapshot | None, now: _Snapshot, by: _Column, most: int | N
     for column in _COLUMNS:
         last = column is _COLUMNS[-1]
         title = Text(column.title, "reverse" if column is by else "bold")
-        table.add_column(title, justify="left" if last else "right", no_wrap=True, overflow="ellipsis")
+        # Numbers are never shortened: what a narrow terminal has no room for is cut off on the right.
+        room = None if last else max(len(text) for text in (column.title, *map(column.text, rows[:most])))
+        justify: JustifyMethod = "left" if last else "right"
+        table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis", min_width=room)
     for row in rows[:most]:
         table.add_row(*(column.text(row) for column in _COLUMNS))
     head = (
