@@ -72,6 +72,7 @@ def test_causes(source: str, memory: int) -> None:
         assert [line.partition(":")[0] for line in others[1 : 1 + len(causes)]] == [
             f"  {count} by {cause}" for cause, count in causes.items()
         ]
+        assert ("userfaultfd" in others[1]) == (source == "uffd")
         assert others[1 + len(causes) :] == [
             "at least 1 were of memory that was not registered before, or not all of it",
             "most registrations were made at:",

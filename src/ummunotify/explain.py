@@ -19,7 +19,8 @@ _CURES = {
     "truncate": _FILE,
     "ftruncate": _FILE,
     "fallocate": _FILE,
-    NO_CALL: "mostly copies on write after a fork: MADV_DONTFORK keeps the buffers out of children",
+    NO_CALL: "with userfaultfd mostly munmap, which it cannot tell (another source can); else copies on write after a "
+    "fork: MADV_DONTFORK keeps the buffers out of children",
 }
 _SITES = 5
 
