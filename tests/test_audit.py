@@ -245,6 +245,17 @@ class TestCircumstances:
         assert ("new_buffer" in functions(finding["changes"][0]["stack"], "python")) == DUMPS_FRAMES
         assert ("read_fixed" in functions(finding["uses"][0]["stack"], "python")) == DUMPS_FRAMES
 
+    def test_demo(self, audit: Audit) -> None:
+        """The error that its first half shows, a read and a write through a stale buffer; its second half has none."""
+        result = audit(*COMMAND, "demo")
+        assert result.status == 0, result.text
+        assert result.counts[:2] == (1, 0)
+        finding = result.findings[0]
+        assert finding["use_count"] == len(finding["uses"]) == 2
+        stacks = [finding["pin"]["stack"], finding["changes"][0]["stack"], *(use["stack"] for use in finding["uses"])]
+        assert all(stacks)
+        assert all(("_without" in functions(stack, "python")) == DUMPS_FRAMES for stack in stacks)
+
     def test_file_server(self, audit: Audit) -> None:
         """It maps a buffer for each connection. The cache deregisters what has changed before it uses the address."""
         command = [sys.executable, str(ROOT / "examples/file_server.py"), "--connections", "20"]
