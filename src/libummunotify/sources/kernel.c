@@ -171,8 +171,7 @@ int ummunotify_failed(const char *why, const char *remedy)
 
 #define NAME_SOCKET "set " UMN_SOCKET_ENVIRONMENT " to the daemon's socket"
 
-/* Why connect() failed. */
-static int unreachable(const char *path, bool named, int error)
+static int why_not_connected(const char *path, bool named, int error)
 {
 	const enum ummunotify_code code = UMMUNOTIFY_UNAVAILABLE;
 	const char *origin = named ? " (from " UMN_SOCKET_ENVIRONMENT ")" : "";
@@ -232,7 +231,7 @@ static int connect_to_daemon(struct umn_descriptor *result)
 	}
 	error = errno;
 	close(fd);
-	return unreachable(path, named, error);
+	return why_not_connected(path, named, error);
 }
 
 int ummunotify_daemon_socket(void)
