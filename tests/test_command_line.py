@@ -53,6 +53,11 @@ def test_a_narrow_terminal_keeps_names_whole() -> None:
     assert "bpf:mmu_notifier" in run(COMMAND, "doctor", COLUMNS="40").stdout
 
 
+def test_a_width_that_is_not_known() -> None:
+    for command, word in (("doctor", "bpf:mmu_notifier"), ("demo", "munmap(a)")):
+        assert word in run(COMMAND, command, COLUMNS="0").stdout
+
+
 @pytest.mark.parametrize("arguments", [["doctor"], ["config", "--cflags"], ["demo"], ["selftest", "--source", "uffd"]])
 def test_full_disk(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:

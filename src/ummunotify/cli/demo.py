@@ -15,6 +15,7 @@ from rich.table import Table
 import ummunotify
 
 from ..registrars.io_uring import FixedBuffer, IoUringRegistrar
+from .output import console
 
 _PAGE = mmap.PAGESIZE
 _DATA = b"new data"
@@ -34,7 +35,6 @@ def demo() -> None:
     Exits with 0 if both halves turn out as told, with 1 if one does not, and with 2 if something
     is missing.
     """
-    console = Console(highlight=False, markup=False, emoji=False)
     try:
         with (
             IoUringRegistrar(slots=1) as registrar,
@@ -43,7 +43,7 @@ def demo() -> None:
         ):
             file.write(_DATA)
             file.flush()
-            told = _Demo(console, registrar, file.fileno()).run(umn)
+            told = _Demo(console(), registrar, file.fileno()).run(umn)
     except ummunotify.SourceUnavailableError as error:
         raise _MissingError(f"{_one_line(error)} (`ummunotify doctor` says more)") from error
     except ummunotify.UmmunotifyError as error:
@@ -55,8 +55,8 @@ def demo() -> None:
 
 
 class _Demo:
-    def __init__(self, console: Console, registrar: IoUringRegistrar, file: int) -> None:
-        self._console = console
+    def __init__(self, printer: Console, registrar: IoUringRegistrar, file: int) -> None:
+        self._console = printer
         self._registrar = registrar
         self._file = file
 

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from .._abi import Record, Summary
 from ..errors import SourceUnavailableError
-from .output import show
+from .output import console, show
 from .status import as_dict, ask_daemon, command_of, mib, no_daemon
 
 
@@ -150,7 +150,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
 
 
 def _live(by: _Column, interval: float, pid: int | None, first: _Snapshot) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)
+    printer = console()
     pairs = [("sort by:", ""), *((column.key, column.title) for column in _COLUMNS), ("q", "quit")]
     hint = Text("  ").join(Text.assemble((key, "bold"), " " + what) for key, what in pairs)
     before: _Snapshot | None = None
@@ -159,11 +159,11 @@ def _live(by: _Column, interval: float, pid: int | None, first: _Snapshot) -> No
     with (
         _ended_by_exit(signal.SIGTERM, signal.SIGHUP),
         _keys() as key,
-        Live(console=console, screen=True, auto_refresh=False) as live,
+        Live(console=printer, screen=True, auto_refresh=False) as live,
     ):
         due = time.monotonic() + interval
         while True:
-            room = max(console.size.height - 7, 1)
+            room = max(printer.size.height - 7, 1)
             live.update(Group(*_render(before, now, by, room), "", said or hint), refresh=True)
             pressed = key(max(due - time.monotonic(), 0))
             if pressed in ("q", "Q", "\x04"):
