@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -42,6 +43,7 @@ MPI = {
 }
 USED, KEPT, RELEASED = "used", "kept", "released"
 RETURNED = 7
+PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +99,11 @@ def test_stale_pin(program: str, audit: Audit, source: str) -> None:
     assert result.counts == (1, 0, 0)
     [finding] = result.findings
     pin, [change], [use] = finding["pin"], finding["changes"], finding["uses"]
-    assert (pin["interface"], pin["call"], pin["length"]) == ("io_uring", "io_uring_register", 4096)
+    assert (pin["interface"], pin["call"], pin["length"]) == ("io_uring", "io_uring_register", PAGE)
     assert functions(pin["stack"])[:3] == ["pin_buffer", "stale", "main"]
     assert (change["start"], change["end"]) == (pin["address"], pin["address"] + pin["length"])
     assert functions(use["stack"])[:2] == ["use_buffer", "stale"]
-    assert (use["address"], use["length"], use["now"]) == (pin["address"], 4096, "memory")
+    assert (use["address"], use["length"], use["now"]) == (pin["address"], PAGE, "memory")
     assert finding["unpin"]["call"] == "io_uring_register"
     assert pin["time"] <= change["time"] <= use["time"] <= finding["unpin"]["time"]
     place = pin["stack"][0]
@@ -213,7 +215,7 @@ class TestCircumstances:
         assert result.pins == 10_000
         assert result.counts == (0, 0, 6)
         first, *others = sorted(finding["pin"]["address"] for finding in result.findings)
-        assert [address - first for address in others] == [4096, 8192, 12288, 16384, 8990 * 4096]
+        assert [address - first for address in others] == [PAGE, 2 * PAGE, 3 * PAGE, 4 * PAGE, 8990 * PAGE]
 
     def test_told_by_two_machines(self, program: str, audit: Audit) -> None:
         """The kernel tells each virtual machine of a process, and so the audit twice; it is one change all the same."""

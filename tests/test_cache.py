@@ -422,7 +422,7 @@ def test_limit_of_bytes(registrar: Recorder, memory: int) -> None:
 def test_limits_hold_for_what_is_in_use(registrar: Recorder, memory: int) -> None:
     with RegistrationCache(registrar, max_registrations=2, max_bytes=3 * PAGE) as cache:
         with cache.acquire((memory, PAGE)), cache.acquire((memory + PAGE, PAGE)):
-            with pytest.raises(RegistrationLimitError, match="2 registrations with 8192 bytes are in use"):
+            with pytest.raises(RegistrationLimitError, match=f"2 registrations with {2 * PAGE} bytes are in use"):
                 cache.acquire((memory + 2 * PAGE, PAGE))
             assert len(registrar.live) == 2
         use(cache, memory + 2 * PAGE)

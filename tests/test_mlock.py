@@ -130,7 +130,7 @@ def test_the_limit(memory: int) -> None:
         os.setuid(65534)  # root has no limit
         registrar = MlockRegistrar()
         registrar.register(memory, 2 * PAGE)
-        with pytest.raises(RegistrationLimitError, match=r"cannot lock 8192 bytes.*RLIMIT_MEMLOCK \(ulimit -l\)"):
+        with pytest.raises(RegistrationLimitError, match=rf"lock {2 * PAGE} bytes.*RLIMIT_MEMLOCK \(ulimit -l\)"):
             registrar.register(memory + 4 * PAGE, 2 * PAGE)
         assert locked(memory) == [True] * 2 + [False] * 6
 

@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE ((size_t)4096)
+#define PAGE ((size_t)sysconf(_SC_PAGESIZE))
 #define LARGE ((size_t)4 << 20) /* malloc maps it by itself */
 
 static void check(bool fine, const char *what)

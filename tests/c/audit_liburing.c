@@ -10,7 +10,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define PAGE ((size_t)4096)
+#define PAGE ((size_t)sysconf(_SC_PAGESIZE))
 
 struct io_uring {
 	unsigned int *head, *tail, *mask, *entries, *flags, *dropped, *array;
