@@ -16,7 +16,8 @@ BPF_COMPILE = cd src/libummunotify/$(1) && \
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') meson.build pyproject.toml
 
-.PHONY: demo test selftest lint docs bpf check-bpf bench vmtest vmtest-arm64 vmtest-packages support wheels wheels-arm64-test packages-test clean packages
+.PHONY: demo test selftest lint docs bpf check-bpf bench vmtest vmtest-arm64 vmtest-arm64-short vmtest-packages support wheels \
+	wheels-arm64-test packages-test clean packages
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -45,6 +46,11 @@ vmtest: vmtest-packages
 vmtest-arm64: vmtest-packages
 	tools/debian-packages $(ARM64_PACKAGES)
 	UMMUNOTIFY_CHANGES=$${UMMUNOTIFY_CHANGES:-100000} $(RUN)python tests/vm/run.py --arch arm64 --jobs 1 --timeout 28800
+
+# The part that each change has to pass: compiled for arm64, where warnings are errors, and a few tests with pages of 16 KiB.
+vmtest-arm64-short: vmtest-packages
+	tools/debian-packages $(ARM64_PACKAGES)
+	UMMUNOTIFY_STEPS="selftest tests/test_watch.py" $(RUN)python tests/vm/run.py --only debian-6.12-arm64-16k
 
 # Writes docs/support.md: what is seen on which kernel, and by others.
 support: vmtest-packages
