@@ -353,9 +353,16 @@ def program_info(fd: int) -> ProgramInfo:
     return ProgramInfo(info.run_time_ns, info.run_cnt, info.recursion_misses)
 
 
-def loaded_programs() -> list[tuple[int, str]]:
-    """Type and name of each program on this host. Raises BpfError: EPERM without CAP_SYS_ADMIN."""
-    found: list[tuple[int, str]] = []
+class LoadedProgram(NamedTuple):
+    number: int
+    """The kernel's, which no other program gets."""
+    type: int
+    name: str
+
+
+def loaded_programs() -> list[LoadedProgram]:
+    """All on this host. Raises BpfError: EPERM without CAP_SYS_ADMIN."""
+    found: list[LoadedProgram] = []
     number = _U32(0)
     while True:
         try:
@@ -375,7 +382,7 @@ def loaded_programs() -> list[tuple[int, str]]:
             _call("describe a program", "bpf_obj_get_info_by_fd", fd, ctypes.byref(info), ctypes.byref(size))
         finally:
             os.close(fd)
-        found.append((info.type, info.name.decode()))
+        found.append(LoadedProgram(number.value, info.type, info.name.decode()))
 
 
 class _TestRunOpts(ctypes.Structure):

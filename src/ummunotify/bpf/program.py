@@ -291,7 +291,7 @@ def count_on_host() -> int | None:
     """How many feeders there are on this host, of all processes. None: only root can know."""
     names = {*(probe.label for probe in Probe), _NO_USER_READS}
     try:
-        return sum(kind in _PROGRAM_TYPES and name in names for kind, name in libbpf.loaded_programs())
+        return sum(each.type in _PROGRAM_TYPES and each.name in names for each in libbpf.loaded_programs())
     except OSError:
         return None
 
