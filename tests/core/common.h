@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 /* A feeder may be told to lose its chain, as if others had always been faster to change the list's head. */
 static _Thread_local bool lose_chain;
@@ -62,11 +63,12 @@ struct world {
 static inline void *map_pages(uint32_t pages)
 {
 	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-	uint8_t *memory = mmap(NULL, (pages + 2ul) * UMN_PAGE, PROT_NONE, flags, -1, 0);
+	const size_t page = (size_t)sysconf(_SC_PAGESIZE), length = ((size_t)pages * UMN_PAGE + page - 1) & ~(page - 1);
+	uint8_t *memory = mmap(NULL, length + 2 * page, PROT_NONE, flags, -1, 0);
 
-	if (memory == MAP_FAILED || mprotect(memory + UMN_PAGE, (size_t)pages * UMN_PAGE, PROT_READ | PROT_WRITE))
+	if (memory == MAP_FAILED || mprotect(memory + page, length, PROT_READ | PROT_WRITE))
 		fail("out of memory");
-	return memory + UMN_PAGE;
+	return memory + page;
 }
 
 static inline void add_pages(struct world *world, uint32_t pages)

@@ -103,13 +103,17 @@ static uint8_t *map(size_t length)
 	return memory;
 }
 
-/* With room around it that is not mapped, and nothing to merge with. */
+/* With room around it that is not mapped, and nothing to merge with; it can become six times as long. Far from where the kernel puts other
+ * threads' memory, which with large pages would fit into the room. */
 static uint8_t *map_alone(size_t length)
 {
-	uint8_t *room = mmap(NULL, 8 * length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE;
+	static uintptr_t room = (uintptr_t)1 << 40;
+	uint8_t *memory = (uint8_t *)__atomic_fetch_add(&room, 8 * length, __ATOMIC_RELAXED), *end = memory + 6 * length;
 
-	check(room != MAP_FAILED && !munmap(room + 2 * length, 6 * length));
-	return mmap(room + 2 * length, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	check(mmap(end, PAGE, PROT_NONE, flags, -1, 0) == end);
+	check(mmap(memory, length, PROT_READ | PROT_WRITE, flags, -1, 0) == memory);
+	return memory;
 }
 
 /* How many of the lines of a file in /proc/self contain it. */
@@ -760,6 +764,7 @@ static void clone3_forbidden(void)
 	struct notifier n = opened();
 
 	refuse(SYS_clone3, EPERM);
+	refuse(SYS_clone, EPERM); /* by which older versions make threads on arm64 */
 	check_start_fails(&n, UMN_UFFD_THREAD, EPERM);
 }
 

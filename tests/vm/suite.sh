@@ -46,8 +46,14 @@ nobody() {
 core() {
     [ -z "$UMMUNOTIFY_VM_CORE" ] && return
     say "tests/core"
-    meson test -C "$UMMUNOTIFY_VM_CORE" --no-rebuild --suite core --num-processes 1 --timeout-multiplier 20 \
-        --print-errorlogs
+    cd "$UMMUNOTIFY_VM_CORE"
+    set --
+    # Older compilers' does not know the address space that there is with pages of 16 KiB.
+    if tests/core/epoch_test-tsan threads 2>&1 | grep "ThreadSanitizer: unsupported VMA range"; then
+        say "tests/core: not those with the thread sanitizer"
+        set -- $(meson test --no-rebuild --suite core --list | sed 's/.*://' | grep -v tsan)
+    fi
+    meson test --no-rebuild --suite core --num-processes 1 --timeout-multiplier 20 --print-errorlogs "$@"
 }
 
 tests() {
