@@ -23,8 +23,8 @@ from support import SLOW, require
 
 PROGRAM = Path(__file__).parents[1] / "c/mpi.c"
 BIN = Path(sys.executable).parent
-MESSAGES = os.environ.get("UMMUNOTIFY_MESSAGES", "100")
-LENGTH = {"ucx": "8192", "libfabric": "32768"}
+MESSAGES = os.environ.get("UMMUNOTIFY_MESSAGES", "400")
+LENGTH = "8192"
 """The longer, the slower, as the processor is emulated; what is shorter is copied."""
 CHANGES = ("munmap", "madvise", "mremap", "mmap")
 """What the libraries' own hooks do not see."""
@@ -71,7 +71,9 @@ LIBFABRIC = {
     "FI_PROVIDER": "verbs;ofi_rxm",
     "FI_VERBS_IFACE": soft_roce.INTERFACE,
     "FI_UNIVERSE_SIZE": "2",  # else it wants longer queues than the device has
-    "FI_OFI_RXM_SAR_LIMIT": "16384",  # what is shorter is sent in pieces that are copied
+    # What is shorter is copied, at once or in pieces.
+    "FI_OFI_RXM_BUFFER_SIZE": "4096",
+    "FI_OFI_RXM_SAR_LIMIT": "4096",
 }
 LAYERS = {"ucx": UCX, "libfabric": LIBFABRIC}
 PAIRS = (("openmpi", "ucx"), ("openmpi", "libfabric"), ("mpich", "ucx"), ("wheel", "ucx"), ("wheel", "libfabric"))
@@ -94,7 +96,7 @@ def exchange(library: str, layer: str, mode: str, folder: Path, watched: bool) -
     subprocess.run([which.compiler, "-O2", "-Wall", "-Wextra", "-o", program, PROGRAM], check=True)
     preload = [sys.executable, "-m", "ummunotify", "run", f"--{layer}", "--source", "bpf", "--"] if watched else []
     result = subprocess.run(
-        [*preload, *which.launcher, "-n", "2", program, mode, LENGTH[layer], MESSAGES],
+        [*preload, *which.launcher, "-n", "2", program, mode, LENGTH, MESSAGES],
         env=os.environ | which.environment | LAYERS[layer] | {"UMMUNOTIFY_REPORT": "1", "IPATH_NO_BACKTRACE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
