@@ -23,6 +23,7 @@ __all__ = ["source"]  # a fixture
 RUN = [*COMMAND, "run", "--ucx"]
 ROUNDS = "80000" if SLOW else "500"
 KINDS = ("munmap", "madvise", "mremap", "mmap", "truncate")
+PARTS = ("ucp", "uct", "ucs", "ucm")
 
 
 class Ucx(NamedTuple):
@@ -30,8 +31,7 @@ class Ucx(NamedTuple):
     library: Path
 
     def flags(self) -> list[str]:
-        names = ("ucp", "uct", "ucs", "ucm")
-        return [f"-isystem{self.include}", *(str(self.library / f"lib{name}.so.0") for name in names)]
+        return [f"-isystem{self.include}", *(str(self.library / f"lib{name}.so.0") for name in PARTS)]
 
 
 def installed() -> dict[str, Ucx]:
@@ -62,6 +62,7 @@ def ucx(request: pytest.FixtureRequest) -> Ucx:
 class Programs(NamedTuple):
     linked: list[str]
     late: list[str]
+    verbs: str
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def programs(ucx: Ucx, tmp_path_factory: pytest.TempPathFactory) -> Programs:
     paths = [f"-Wl,-rpath,{ucx.library}:{place}", f"-Wl,-rpath-link,{ucx.library}"]
     linked = build(HERE / "ucx.c", place / "ucx", *ucx.flags(), verbs, *paths)
     library = build(HERE / "ucx.c", place / "late.so", "-DPLUGIN", "-shared", "-fPIC", *ucx.flags(), verbs, *paths)
-    return Programs([linked], [build(HERE / "ucx_late.c", place / "late", "-ldl"), library])
+    return Programs([linked], [build(HERE / "ucx_late.c", place / "late", "-ldl"), library], verbs)
 
 
 class Result(NamedTuple):
@@ -143,6 +144,36 @@ def test_found_by_dlsym(programs: Programs) -> None:
     require_source("uffd")
     result = look(*RUN, "--source", "uffd", "--", *programs.late, "1", "100", "dlsym", UMMUNOTIFY_REPORT="")
     assert "tells UCX only a part: the program has found ucp_init by dlsym" in result.text
+
+
+@pytest.mark.parametrize("ucx", ["system"], indirect=True)  # the wheel's archives are for older versions of libc
+def test_linked_statically(ucx: Ucx, programs: Programs, tmp_path: Path) -> None:
+    """Nothing can stand before its functions. The process says so."""
+    require_source("uffd")
+    archives = [str(ucx.library / f"lib{name}.a") for name in PARTS]
+    if missing := [each for each in archives if not Path(each).exists()]:
+        require("ucx", f"there is no {missing[0]}", always=False)
+    numa = [str(found) for found in ucx.library.glob("libnuma.so.1")]  # UCX 1.13 needs it
+    program = build(
+        HERE / "ucx.c",
+        tmp_path / "static",
+        f"-isystem{ucx.include}",
+        "-DLIBUCS=NULL",
+        "-DLIBUCP=NULL",
+        "-rdynamic",  # so that ucx.c finds them by dlsym
+        "-Wl,--whole-archive",
+        *archives,
+        "-Wl,--no-whole-archive",
+        programs.verbs,
+        *numa,
+        f"-Wl,-rpath,{Path(programs.verbs).parent}",
+        "-ldl",
+        "-lm",
+        "-lrt",
+    )
+    result = look(*RUN, "--source", "uffd", "--", program, "1", "300")
+    assert min(result.wrong.values()) > 0
+    assert "tells UCX nothing: the program has UCX linked statically; link it dynamically" in result.text
 
 
 def test_registrations_that_fail(programs: Programs, source: str) -> None:

@@ -26,6 +26,10 @@
 #include <unistd.h>
 
 #define NEW (UCP_API_MINOR > 13)
+#ifndef LIBUCS /* where the functions are that nothing stands before */
+#define LIBUCS "libucs.so.0"
+#define LIBUCP "libucp.so.0"
+#endif
 #define CHECK(condition)                                                                                                           \
 	do                                                                                                                         \
 		if (!(condition)) {                                                                                                \
@@ -274,7 +278,7 @@ int ucx_test(int argc, char **argv)
 		.features = UCP_FEATURE_TAG,
 		.mt_workers_shared = 1,
 	};
-	void *libucs = dlopen("libucs.so.0", RTLD_NOW | RTLD_NOLOAD), *libucp = dlopen("libucp.so.0", RTLD_NOW | RTLD_NOLOAD);
+	void *libucs = dlopen(LIBUCS, RTLD_NOW | RTLD_NOLOAD), *libucp = dlopen(LIBUCP, RTLD_NOW | RTLD_NOLOAD);
 	struct thread *threads = calloc(count, sizeof *threads);
 	unsigned long wrong, changed;
 
