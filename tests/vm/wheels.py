@@ -2,7 +2,8 @@
 
     python tests/vm/wheels.py [WHEEL...]
 
-A guest has the release of Debian whose Python the wheel is for. There is none with Python 3.12.
+A guest has the release of Debian whose Python the wheel is for. There is none with Python 3.12; sid's, which has
+3.14, does not start here yet.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import arm64
 import run
 from run import CACHE, TREE
 
-SUITES = {"cp311": "bookworm", "cp313": "trixie", "cp314": "sid"}
+SUITES = {"cp311": "bookworm", "cp313": "trixie"}
 COMMANDS = """
 set -e
 unset PYTHONPATH PYTHONDONTWRITEBYTECODE
@@ -38,7 +39,7 @@ say done
 def test(wheel: Path) -> int:
     python = wheel.name.split("-")[2]
     if python not in SUITES:
-        print(f"{wheel.name}: not tried, as no release of Debian has this Python")
+        print(f"{wheel.name}: not tried, as there is no guest with this Python")
         return 0
     [guest] = (each for each in run.guests(by_hand=False) if each.name == "debian-6.12-arm64")
     if not (TREE / "etc").exists():  # the kernel is there
