@@ -14,6 +14,7 @@ instead of the host's files, but for the checkout and the virtual environment: s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -50,6 +51,10 @@ BLACKLIST = (
 
 # What is printed before the kernel knows that it should be quiet.
 EARLY = re.compile(r"^\[    0\.0|KASLR using|^Probing EDD|^\x1b.*(SeaBIOS|iPXE|Booting)|^$")
+
+
+running: set[subprocess.Popen[bytes]] = set()
+"""Guests. Each is in a session of its own, so that it is killed with all that started it."""
 
 
 class Guest(NamedTuple):
@@ -212,6 +217,7 @@ def run(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        running.add(vm)
         timer = threading.Timer(timeout, os.killpg, (vm.pid, signal.SIGKILL))
         timer.start()
         try:
@@ -223,9 +229,14 @@ def run(
             status = vm.wait()
         finally:
             timer.cancel()
+            running.discard(vm)
             if vm.poll() is None:
                 os.killpg(vm.pid, signal.SIGKILL)
-    meaning = {255: " (the kernel panicked)", FAILED: " (the guest could not be set up)", -9: " (it took too long)"}
+    meaning = {
+        255: " (the kernel panicked)",
+        FAILED: " (the guest could not be set up)",
+        -9: f" (killed; it may take {timeout:.0f} s)",
+    }
     elapsed = time.monotonic() - started
     print(f"{guest.name}: exit status {status}{meaning.get(status, '')} after {elapsed:.0f} s", flush=True)
     return status
@@ -266,8 +277,17 @@ def main() -> int:
     if options.fetch:
         return 0
     command = options.command or ["sh", str(HERE / "suite.sh")]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
     with ThreadPoolExecutor(options.jobs) as pool:
+
+        def stop(*_: object) -> None:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for vm in list(running):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(vm.pid, signal.SIGKILL)
+            sys.exit(FAILED)
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
         results = [
             pool.submit(
                 run, each, command, options.timeout, f"{each.name}: " if len(chosen) > 1 else "", options.threads
