@@ -67,7 +67,7 @@ def test_mpi(tmp_path: Path, watched: bool) -> None:
         require("mpi", library.needs)
     subprocess.run([library.compiler, "-O1", "-g", "-o", program, PROGRAM], check=True)
     run = [*COMMAND, "run", "--ucx", "--source", "bpf", "--"] if watched else []
-    ranks: list[str | Path] = [*library.launcher, "-n", "2", program, "send", LENGTH, "60"]
+    ranks: list[str | Path] = [*library.launcher, "-n", "2", program, "send", LENGTH, "300"]  # some 100 at a time
     with soft_roce.made():
         result = subprocess.run(
             [*COMMAND, "audit", "--source", "bpf", "--json", path, "--", *run, *ranks],
