@@ -125,14 +125,15 @@ static size_t take(struct report *reports, size_t room)
 	return n < 0 ? 0 : (size_t)n;
 }
 
-/* A source whose news come late counts the generation up as long as something may be on its way. */
+/* A source whose news come late counts the generation up as long as something may be on its way. It may be a task of lower priority that
+ * has to go on, so this thread sleeps. */
 static void settle(void)
 {
-	uint64_t before;
+	const struct timespec step = {.tv_nsec = 1000000};
+	uint64_t before = ummunotify_generation(target), now;
 
-	do
-		before = ummunotify_generation(target);
-	while (ummunotify_generation(target) != before);
+	for (; (now = ummunotify_generation(target)) != before; before = now)
+		nanosleep(&step, NULL);
 }
 
 static const char *check_soundness(void)

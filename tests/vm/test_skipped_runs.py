@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ import ummunotify
 
 _BPF, _MAP_CREATE, _MAP_LOOKUP, _MAP_TYPE_ARRAY = {"x86_64": 321, "aarch64": 280}[os.uname().machine], 0, 1, 2
 _SIZE = 1 << 20
-_CHANGES = 500
+_CHANGES = 2000  # enough for more overflows than these
+_OVERFLOWS = 20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -44,11 +47,11 @@ def look_up(pipe: Any) -> None:
 
 
 @pytest.fixture
-def others() -> Iterator[None]:
+def others() -> Iterator[list[Child]]:
     children = [Child(look_up, 0) for _ in range(2 * (os.cpu_count() or 1))]
     try:
         assert {each.hear() for each in children} == {"looking up"}
-        yield
+        yield children
     finally:
         for each in children:
             each.kill()
@@ -63,11 +66,26 @@ def first() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("source", ["bpf:mmu_notifier", "bpf:zap"])
-def test_what_is_skipped_is_noticed(source: str, native: Any, others: None, first: None) -> None:
+def test_what_is_skipped_is_noticed(source: str, native: Any, others: list[Child], first: None) -> None:
     if "UMMUNOTIFY_VM" not in os.environ:
         require("vm", "the host would stand still", always=False)
+
+    def end_others() -> None:
+        """At the end all has to be told, and while they go on, runs may always have been skipped just now."""
+        while umn.stats.overflows < _OVERFLOWS and not ended.wait(0.01):
+            pass
+        for each in others:
+            os.kill(each.pid, signal.SIGKILL)
+
+    ended = threading.Event()
     with ummunotify.open(source) as umn:
-        wrong, totals = native.run(umn, threads=4, files=True, changes=_CHANGES, seconds=600.0, seed=os.getpid())
+        thread = threading.Thread(target=end_others)
+        thread.start()
+        try:
+            wrong, totals = native.run(umn, threads=4, files=True, changes=_CHANGES, seconds=600.0, seed=os.getpid())
+        finally:
+            ended.set()
+            thread.join()
         overflows = umn.stats.overflows
     report = f"{source}: {totals}, {overflows} overflows"
     print(report)
