@@ -180,7 +180,7 @@ def test_a_gpu(keeper: object, memory: int) -> None:
     driver = ctypes.CDLL("libcuda.so.1")
     with registrar, RegistrationCache(registrar) as cache:
         for value in range(1, 20):
-            with cache.acquire((memory, SIZE)) as registration, registrar._in_context():
+            with cache.acquire((memory, SIZE)) as registration, registrar._ours():
                 target = ctypes.c_uint64(registration.handle.device_address)
                 assert driver.cuMemsetD8_v2(target, ctypes.c_ubyte(value), ctypes.c_size_t(SIZE)) == 0
                 assert driver.cuCtxSynchronize() == 0

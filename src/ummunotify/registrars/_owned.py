@@ -1,18 +1,38 @@
-"""What registrars share whose device finds a registration by the address: which registrations are live, and whose."""
+"""What registrars share: the `with` statement, and which registrations are live, and whose."""
 
 from __future__ import annotations
 
 import abc
 import os
 import threading
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import ClassVar, Generic, Self
+from typing import Any, ClassVar, Generic, Self
 
 from . import Handle, RegistrarError
 
 
-class OwnedRegistrations(abc.ABC, Generic[Handle]):
-    """`_live` is used with the lock that `_ours` returns."""
+class Closing(abc.ABC):
+    """Closed at the end of a `with` statement."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class OwnedRegistrations(Closing, Generic[Handle]):
+    """Of a device that finds a registration by the address. `_live` is used in the context that `_ours` returns."""
 
     # For the cache; see Registrar.
     overlap = False
@@ -32,7 +52,7 @@ class OwnedRegistrations(abc.ABC, Generic[Handle]):
     def deregister(self, handle: Handle) -> None:
         """Undo it. No transfer may use the memory.
 
-        Raises RegistrarError if `handle` is not registered here or the engine refuses; then it still is registered.
+        Raises RegistrarError if `handle` is not registered here or what has it refuses; then it still is registered.
         """
         with self._ours():
             if handle not in self._live:
@@ -47,18 +67,8 @@ class OwnedRegistrations(abc.ABC, Generic[Handle]):
         for handle in list(self._live):
             self.deregister(handle)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _ours(self) -> threading.Lock:
+    def _ours(self) -> AbstractContextManager[Any]:
+        """Raises RegistrarError in the child of a fork."""
         if self._pid != os.getpid():
             raise RegistrarError(self._FORKED)
         return self._lock

@@ -9,13 +9,11 @@ import contextlib
 import ctypes
 import mmap
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from . import RegistrarError, RegistrarUnavailableError, RegistrationError, RegistrationLimitError
+from ._owned import OwnedRegistrations
 
 __all__ = ["CudaRegistrar", "HostRegistration"]
 
@@ -35,7 +33,7 @@ class HostRegistration:
     device_address: int
 
 
-class CudaRegistrar:
+class CudaRegistrar(OwnedRegistrations[HostRegistration]):
     """Page-locks memory and maps it for the GPU numbered `device`, and for all others that can address it.
 
     It uses the device's primary context, as the CUDA runtime and what is built on it do (PyTorch, CuPy, ...).
@@ -51,12 +49,11 @@ class CudaRegistrar:
 
     # For the cache; see Registrar.
     granularity = mmap.PAGESIZE
-    overlap = False
+
+    _FORKED = "CUDA does not work in a forked child; start other processes with spawn"
 
     def __init__(self, device: int = 0, *, library: str = "libcuda.so.1") -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._live: set[HostRegistration] = set()
+        super().__init__()
         self._context = ctypes.c_void_p()
         try:
             self._driver = ctypes.CDLL(library)
@@ -79,7 +76,7 @@ class CudaRegistrar:
 
         Raises RegistrationLimitError if there is no memory for it, and RegistrationError if the driver refuses.
         """
-        with self._in_context():
+        with self._ours():
             pointer = ctypes.c_void_p(address)
             try:
                 self._call("cuMemHostRegister_v2", pointer, ctypes.c_size_t(length), _PORTABLE | _DEVICEMAP)
@@ -102,47 +99,25 @@ class CudaRegistrar:
             self._live.add(registered)
             return registered
 
-    def deregister(self, handle: HostRegistration) -> None:
-        """Unmap and unlock it. The device must be done with it.
-
-        Raises RegistrarError if `handle` is not registered here or the driver refuses; then it still is registered.
-        """
-        with self._in_context():
-            if handle not in self._live:
-                raise RegistrarError(f"{handle} is not registered here (was it deregistered before?)")
-            try:
-                self._call("cuMemHostUnregister", ctypes.c_void_p(handle.address))
-            except _DriverError as error:
-                raise RegistrarError(f"cannot deregister {handle}: {error}") from error
-            self._live.remove(handle)
+    def _undo(self, handle: HostRegistration) -> None:
+        try:
+            self._call("cuMemHostUnregister", ctypes.c_void_p(handle.address))
+        except _DriverError as error:
+            raise RegistrarError(f"cannot deregister {handle}: {error}") from error
 
     def close(self) -> None:
         """Deregister everything and let go of the device. Closing again is harmless."""
+        super().close()
         if self._pid != os.getpid():
             return
-        for handle in list(self._live):
-            self.deregister(handle)
         with self._lock:
             if self._context:
                 self._context = ctypes.c_void_p()
                 self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     @contextlib.contextmanager
-    def _in_context(self) -> Iterator[None]:
-        if self._pid != os.getpid():
-            raise RegistrarError("CUDA does not work in a forked child; start other processes with spawn")
-        with self._lock:
+    def _ours(self) -> Iterator[None]:
+        with super()._ours():
             if not self._context:
                 raise RegistrarError("this registrar is closed")
             self._call("cuCtxPushCurrent_v2", self._context)

@@ -18,8 +18,6 @@ import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from . import (
     RegistrarError,
@@ -27,6 +25,7 @@ from . import (
     RegistrationError,
     RegistrationLimitError,
 )
+from ._owned import Closing
 
 __all__ = ["MAX_SLOTS", "FixedBuffer", "IoUringRegistrar"]
 
@@ -50,7 +49,7 @@ class FixedBuffer:
         return f"FixedBuffer(index={self.index}, address={self.address:#x}, length={self.length})"
 
 
-class IoUringRegistrar:
+class IoUringRegistrar(Closing):
     """Pins memory as fixed buffers of an io_uring of its own, and reads and writes through them.
 
     `slots` is how many buffers can be registered at once, 1 to 16384. The kernel takes memory that the process may
@@ -155,17 +154,6 @@ class IoUringRegistrar:
             return  # a thread that the child does not have may hold the locks
         with self._io_lock, self._table_lock:
             self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._pid != os.getpid():

@@ -6,10 +6,10 @@ import errno
 import importlib
 import os
 import threading
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from . import RegistrarError, RegistrarUnavailableError, RegistrationError, RegistrationLimitError
+from ._owned import Closing
 
 __all__ = ["VerbsRegistrar"]
 
@@ -17,7 +17,7 @@ __all__ = ["VerbsRegistrar"]
 _LIMITS = {errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EDQUOT}
 
 
-class VerbsRegistrar:
+class VerbsRegistrar(Closing):
     """Registers memory in a protection domain: a `pyverbs.pd.PD`, or one of the device named, then opened here.
 
     The handle is a `pyverbs.mr.MR`, with `lkey` and `rkey`. `access` consists of the flags IBV_ACCESS_*; without it,
@@ -96,17 +96,6 @@ class VerbsRegistrar:
             self.deregister(handle)
         while self._opened:
             self._opened.pop().close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check(self) -> None:
         if self._pid != os.getpid():
