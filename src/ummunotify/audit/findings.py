@@ -253,18 +253,15 @@ def _once(changes: list[Record], calls: Mapping[int, Record]) -> Iterator[Record
     The changes of a batch that has a stack were made in one call (libummunotify/audit/pins.c). An event that is not
     exact may be two changes, and the other one may be another thread's.
     """
-    found: list[Record] = []
+    found: dict[tuple[int, int | None], list[Record]] = defaultdict(list)
     for change in changes:
-        if not any(
+        of_call = found[change["batch"], change.get("syscall")]
+        if not (
             change["exact"]
             and change["batch"] in calls
-            and change["batch"] == each["batch"]
-            and change.get("syscall") == each.get("syscall")
-            and each["start"] <= change["start"]
-            and change["end"] <= each["end"]
-            for each in found
+            and any(each["start"] <= change["start"] and change["end"] <= each["end"] for each in of_call)
         ):
-            found.append(change)
+            of_call.append(change)
             yield change
 
 
