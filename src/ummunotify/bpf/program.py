@@ -26,7 +26,7 @@ _TABLE_MAPS = ("segments", "rings", "tables", "owners", "handshakes", "control")
 _PROGRAM_TYPES = (2, 17)
 """BPF_PROG_TYPE_KPROBE, BPF_PROG_TYPE_RAW_TRACEPOINT."""
 
-_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
+CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 _SYS = Path("/sys/kernel")
 _LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _KPROBES = Path("/sys/kernel/debug/kprobes/enabled")
@@ -46,7 +46,7 @@ def _may_load() -> bool:
     """False if the kernel would refuse in any case: known without loading libbpf, which takes milliseconds."""
     effective = capabilities()
     return effective is None or bool(  # None: the kernel will say
-        effective >> _CAP_SYS_ADMIN & 1 or (effective >> _CAP_BPF & 1 and effective >> _CAP_PERFMON & 1)
+        effective >> CAP_SYS_ADMIN & 1 or (effective >> CAP_BPF & 1 and effective >> CAP_PERFMON & 1)
     )
 
 

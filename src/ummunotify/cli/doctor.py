@@ -12,12 +12,10 @@ from rich.text import Text
 
 from .._core import SOURCE_ENVIRONMENT, source_names, subscribed_by
 from ..bpf import libbpf
-from ..bpf.program import capabilities, count_on_host
+from ..bpf.program import CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, capabilities, count_on_host
 from ..errors import UnknownSourceError
 from ..notifier import Finding, survey
 from .output import show
-
-_CAP_PERFMON, _CAP_BPF, _CAP_SYS_ADMIN = 38, 39, 21
 
 
 def _capabilities() -> str:
@@ -25,7 +23,7 @@ def _capabilities() -> str:
     effective = capabilities()
     if effective is None:
         return "capabilities not known: /proc is not mounted"
-    names = {_CAP_BPF: "CAP_BPF", _CAP_PERFMON: "CAP_PERFMON", _CAP_SYS_ADMIN: "CAP_SYS_ADMIN"}
+    names = {CAP_BPF: "CAP_BPF", CAP_PERFMON: "CAP_PERFMON", CAP_SYS_ADMIN: "CAP_SYS_ADMIN"}
     held = [name for number, name in names.items() if effective >> number & 1]
     return ", ".join(held) or "no capability that matters here"
 
