@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -39,10 +38,8 @@ def make_tree(tree: Path, mirror: str, suite: str = SUITE, packages: str = PACKA
     tree.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tree.parent, prefix=".tree-") as scratch:
         made = Path(scratch, "root")
-        # How this machine fetches files, as in tools/fresh-machine.
-        dump = subprocess.run(["apt-config", "dump"], stdout=subprocess.PIPE, text=True, check=True).stdout
-        settings = re.findall(r"^Acquire::(?:https?|Check-|Retries|Force|Languages).*\n", dump, re.MULTILINE)
-        Path(scratch, "apt.conf").write_text("".join(settings))
+        with open(f"{scratch}/apt.conf", "w") as settings:
+            subprocess.run([ROOT / "tools/apt-settings"], stdout=settings, check=True)
         command = ["mmdebstrap", "--quiet", "--variant=extract", "--architecture=arm64", f"--include={packages}"]
         command.append(f"--aptopt={scratch}/apt.conf")
         subprocess.run([*command, suite, made, f"deb {mirror} {suite} main"], check=True)
