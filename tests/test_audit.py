@@ -18,6 +18,7 @@ from typing import Any
 import jsonschema
 import pytest
 from daemons import COMMAND
+from mpi import LIBRARIES, PROGRAM
 from support import DUMPS_FRAMES, LONG, require, require_root, require_source
 from test_c import HERE, build, source
 
@@ -26,21 +27,6 @@ from ummunotify.audit.report import SCHEMA
 __all__ = ["source"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
-MPI = {
-    "wheel": (BIN / "mpicc", BIN / "mpiexec", {"HYDRA_LAUNCHER": "fork"}, "pip install mpich"),
-    "openmpi": (
-        Path("/usr/bin/mpicc.openmpi"),
-        Path("/usr/bin/mpirun.openmpi"),
-        {
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "OMPI_MCA_rmaps_base_oversubscribe": "1",
-            "OMPI_MCA_plm": "isolated",
-        },
-        "apt-get install libopenmpi-dev",
-    ),
-}
 USED, KEPT, RELEASED = "used", "kept", "released"
 RETURNED = 7
 PAGE = mmap.PAGESIZE
@@ -197,15 +183,14 @@ class TestCircumstances:
 
     def test_rank_that_is_killed(self, program: str, audit: Audit, tmp_path: Path) -> None:
         """Then mpiexec ends the other one. What both did is in the report."""
-        _, mpiexec, settings, needs = MPI["wheel"]
-        if not mpiexec.exists():
-            require("mpi", needs)
+        wheel = LIBRARIES["wheel"]
+        wheel.require()
         script = (
             'if [ "$PMI_RANK" = 1 ]; then "$0" kept; touch "$1"; exec sleep 1000; fi; '
             'while [ ! -e "$1" ]; do sleep 0.1; done; exec "$0" killed'
         )
-        ranks = [str(mpiexec), "-n", "2", "sh", "-c", script, program, str(tmp_path / "ready")]
-        result = audit(*ranks, **settings)
+        ranks = [wheel.launcher, "-n", "2", "sh", "-c", script, program, str(tmp_path / "ready")]
+        result = audit(*ranks, **wheel.environment)
         assert result.status not in (0, RETURNED)
         assert sorted(finding["command"] for finding in result.findings) == [f"{program} kept", f"{program} killed"]
         assert result.counts == (0, 2, 0)
@@ -273,12 +258,12 @@ UCX = {"OMPI_MCA_pml": "ucx", "OMPI_MCA_osc": "ucx", "OMPI_MCA_pml_ucx_tls": "an
 @pytest.mark.parametrize(("library", "environment"), [("wheel", {}), ("openmpi", {}), ("openmpi", UCX)])
 def test_mpi(audit: Audit, tmp_path: Path, library: str, environment: dict[str, str]) -> None:
     """Ranks that change memory all the time: each message is right, as without. tests/vm has them on RDMA."""
-    compiler, launcher, settings, needs = MPI[library]
-    if not compiler.exists() or not launcher.exists():
-        require("mpi", needs, always=library == "wheel")
+    which = LIBRARIES[library]
+    which.require(always=library == "wheel")
     program = tmp_path / "mpi"
-    subprocess.run([compiler, "-O1", "-o", program, HERE / "mpi.c"], check=True)
-    result = audit(str(launcher), "-n", "2", str(program), "send", "32768", "60", **settings, **environment)
+    subprocess.run([which.compiler, "-O1", "-o", program, PROGRAM], check=True)
+    ranks = (which.launcher, "-n", "2", str(program), "send", "32768", "300")  # some 100 at a time
+    result = audit(*ranks, **which.environment, **environment)
     assert result.status == 0, result.text
     assert sum(str(program) == process["command"].split()[0] for process in result.report["processes"]) == 2
     assert result.findings == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import pytest
 import soft_roce
-from test_mpi_rdma import LAYERS, LENGTH, LIBRARIES, PROGRAM
+from test_mpi_rdma import LAYERS, LENGTH
 from test_rdma import DEVICE, EXAMPLES, device
 
 sys.path.append(str(Path(__file__).parents[1]))
-from support import require
+from mpi import LIBRARIES, PROGRAM
 
 __all__ = ["device"]  # a fixture
 
@@ -63,11 +62,10 @@ def test_two_processes(tmp_path: Path, how: str, wrong: bool) -> None:
 def test_mpi(tmp_path: Path, watched: bool) -> None:
     """Open MPI over UCX: what its cache is not told of is found, and nothing where ummunotify tells it."""
     library, program, path = LIBRARIES["openmpi"], tmp_path / "mpi", tmp_path / "report"
-    if not library.compiler.exists() or not shutil.which(library.launcher[0]):
-        require("mpi", library.needs)
+    library.require()
     subprocess.run([library.compiler, "-O1", "-g", "-o", program, PROGRAM], check=True)
     run = [*COMMAND, "run", "--ucx", "--source", "bpf", "--"] if watched else []
-    ranks: list[str | Path] = [*library.launcher, "-n", "2", program, "send", LENGTH, "300"]  # some 100 at a time
+    ranks: list[str | Path] = [library.launcher, "-n", "2", program, "send", LENGTH, "300"]  # some 100 at a time
     with soft_roce.made():
         result = subprocess.run(
             [*COMMAND, "audit", "--source", "bpf", "--json", path, "--", *run, *ranks],

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import soft_roce
 
 sys.path.append(str(Path(__file__).parents[1]))
-from support import SLOW, require
+from mpi import LIBRARIES, PROGRAM
+from support import SLOW
 
-PROGRAM = Path(__file__).parents[1] / "c/mpi.c"
-BIN = Path(sys.executable).parent
 MESSAGES = os.environ.get("UMMUNOTIFY_MESSAGES", "400")
 LENGTH = "8192"
 """The longer, the slower, as the processor is emulated; what is shorter is copied."""
@@ -30,27 +27,9 @@ CHANGES = ("munmap", "madvise", "mremap", "mmap")
 """What the libraries' own hooks do not see."""
 
 
-class Library(NamedTuple):
-    compiler: Path
-    launcher: tuple[str, ...]
-    environment: dict[str, str]
-    needs: str
-
-
-OPEN_MPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_plm": "isolated",
-    "OMPI_MCA_btl": "self,tcp",
-}
-MPICH = {"HYDRA_LAUNCHER": "fork", "MPIR_CVAR_NOLOCAL": "1"}  # no shared memory between the ranks
-LIBRARIES = {
-    "openmpi": Library(Path("/usr/bin/mpicc.openmpi"), ("mpirun.openmpi",), OPEN_MPI, "apt-get install libopenmpi-dev"),
-    "mpich": Library(Path("/usr/bin/mpicc.mpich"), ("mpiexec.hydra",), MPICH, "apt-get install libmpich-dev"),
-    "wheel": Library(BIN / "mpicc", (str(BIN / "mpiexec"),), MPICH, "pip install mpich"),
-}
-UCX = {
+NO_SHARED_MEMORY = {"OMPI_MCA_btl": "self,tcp", "MPIR_CVAR_NOLOCAL": "1"}
+"""Between the ranks."""
+UCX = NO_SHARED_MEMORY | {
     "MPIR_CVAR_CH4_NETMOD": "ucx",
     "OMPI_MCA_pml": "ucx",
     "OMPI_MCA_osc": "ucx",
@@ -62,7 +41,7 @@ UCX = {
     "UCX_RNDV_THRESH": "4k",  # what is sent at once is copied, and no cache is used
     "UCX_LOG_LEVEL": "error",
 }
-LIBFABRIC = {
+LIBFABRIC = NO_SHARED_MEMORY | {
     "MPIR_CVAR_CH4_NETMOD": "ofi",
     "OMPI_MCA_pml": "cm",
     "OMPI_MCA_mtl": "ofi",
@@ -90,13 +69,12 @@ def device() -> Iterator[None]:
 def exchange(library: str, layer: str, mode: str, folder: Path, watched: bool) -> tuple[dict[str, int], str]:
     """How many messages of each kind were wrong, and all that was said."""
     which = LIBRARIES[library]
-    if not which.compiler.exists() or not shutil.which(which.launcher[0]):
-        require("mpi", f"there is no {which.compiler.name}: {which.needs}")
+    which.require()
     program = folder / "mpi"
     subprocess.run([which.compiler, "-O2", "-Wall", "-Wextra", "-o", program, PROGRAM], check=True)
     preload = [sys.executable, "-m", "ummunotify", "run", f"--{layer}", "--source", "bpf", "--"] if watched else []
     result = subprocess.run(
-        [*preload, *which.launcher, "-n", "2", program, mode, LENGTH, MESSAGES],
+        [*preload, which.launcher, "-n", "2", program, mode, LENGTH, MESSAGES],
         env=os.environ | which.environment | LAYERS[layer] | {"UMMUNOTIFY_REPORT": "1", "IPATH_NO_BACKTRACE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
